@@ -1,0 +1,259 @@
+"""MiniConfig: every choice that shapes a Mini model, the size presets, and the checks that both pass."""
+
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+
+NORM_TYPES = ("layernorm", "rmsnorm")
+ROPE_TYPES = ("default", *sorted(ROPE_INIT_FUNCTIONS))
+
+# All widths are multiples of 64 (bitsandbytes' 4-bit kernels need that, and tensor cores like it). Parameter counts
+# are with tied embeddings; all but `gpt2` read bytes or characters.
+PRESETS: dict[str, dict[str, Any]] = {
+    # 0.49M: learns in minutes on two CPU cores
+    "tiny": {
+        "hidden_size": 128,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+    },
+    # 2.53M: the default
+    "small": {
+        "hidden_size": 256,
+        "intermediate_size": 320,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    },
+    # 19.5M: an evening on a laptop, minutes on a GPU
+    "medium": {
+        "hidden_size": 512,
+        "intermediate_size": 1152,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    },
+    # 85.1M: GPT-2's body over bytes
+    "large": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 1024,
+    },
+    # 123.6M: the same body with GPT-2's vocabulary, where one token both begins and ends a document
+    "gpt2": {
+        "hidden_size": 768,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 12,
+        "max_position_embeddings": 1024,
+        "vocab_size": 50257,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+        "pad_token_id": 50256,
+    },
+}
+
+
+def nearest_name(name: str, known: list[str]) -> str:
+    """`", did you mean 'x'?"` when one of `known` looks like `name`, else an empty string; for error messages."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def one_sentence_errors(config_class: type) -> type:
+    """Turns the two-line exceptions of `@strict` into a `ValueError` that holds only the sentence that matters."""
+
+    def translated(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapper(self, *args, **kwargs):
+            try:
+                return method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                raise ValueError(f"{type(self).__name__}: {error.__cause__ or error}") from None
+
+        return wrapper
+
+    for name in ("__setattr__", "validate"):
+        setattr(config_class, name, translated(getattr(config_class, name)))
+    return config_class
+
+
+@one_sentence_errors
+@strict
+class MiniConfig(PreTrainedConfig):
+    r"""
+    The configuration of a Mini model. `MiniConfig()` is the `small` preset.
+
+    Field names are Llama's wherever Llama has the field. Mini's own are `norm_type`, `norm_eps`, `qk_norm`,
+    `embedding_dropout` and `residual_dropout`.
+
+    Args:
+        vocab_size: rows of the embedding; 264 are 8 special tokens and 256 bytes.
+        hidden_size: width of the residual stream.
+        intermediate_size: width of the SwiGLU layer.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key/value heads: as many as query heads is multi-head attention, 1 is
+            multi-query, between is grouped-query. `None` means as many as query heads.
+        head_dim: width of one head; `None` means `hidden_size / num_attention_heads`.
+        hidden_act: activation inside the SwiGLU layer.
+        max_position_embeddings: the context length in tokens.
+        initializer_range: standard deviation of the initial weight matrices (see `MiniPreTrainedModel._init_weights`).
+        norm_type: `"layernorm"` or `"rmsnorm"`.
+        norm_eps: the epsilon of every normalisation.
+        qk_norm: normalise queries and keys per head before the rotary embedding.
+        tie_word_embeddings: share one matrix between the embedding and the head.
+        rope_parameters: `{"rope_type": ..., "rope_theta": ...}` and what the type asks for; any type of transformers.
+        attention_bias: biases in the four attention projections.
+        mlp_bias: biases in the three SwiGLU projections.
+        embedding_dropout, attention_dropout, residual_dropout: probabilities in [0, 1).
+
+    Raises:
+        ValueError: one sentence, for any combination that cannot work.
+    """
+
+    model_type = "mini"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_pp_plan = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    vocab_size: int = 264
+    hidden_size: int = 256
+    intermediate_size: int = 320
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = 2
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 256
+    initializer_range: float = 0.02
+    norm_type: str = "layernorm"
+    norm_eps: float = 1e-5
+    qk_norm: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    embedding_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    residual_dropout: float | int = 0.0
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "MiniConfig":
+        """
+        The configuration of a named size, with any field replaced: `MiniConfig.preset("tiny", qk_norm=True)`.
+
+        Raises:
+            ValueError: if there is no such preset or no such field.
+        """
+        if name not in PRESETS:
+            hint = nearest_name(str(name), list(PRESETS)) or "."
+            raise ValueError(f"There is no preset {name!r}; the presets are {', '.join(PRESETS)}{hint}")
+        for field in overrides:
+            if field not in cls.__dataclass_fields__:
+                hint = nearest_name(field, list(cls.__dataclass_fields__)) or "."
+                raise ValueError(f"MiniConfig has no field {field!r}{hint}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        # An indivisible width keeps `None`, for `validate_architecture` to refuse with its reason.
+        if self.head_dim is None and self.num_attention_heads > 0:
+            if self.hidden_size % self.num_attention_heads == 0:
+                self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Run by `@strict` when a configuration is made and again before it is saved."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.head_dim is None:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
+                f"({self.num_attention_heads}), or head_dim must be given."
+            )
+        if self.head_dim < 1 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim must be even and at least 2, because the rotary embedding turns pairs of features; "
+                f"got {self.head_dim}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
+                f"({self.num_key_value_heads})."
+            )
+        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
+        if self.norm_type not in NORM_TYPES:
+            raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, got {self.norm_type!r}.")
+        if self.hidden_act not in ACT2FN:
+            hint = nearest_name(self.hidden_act, list(ACT2FN)) or "."
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not an activation of transformers{hint}")
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}.")
+
+    def validate_rope(self) -> None:
+        """The checks of transformers for each RoPE type, with a missing key as a `ValueError`."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+
+    def validate_token_ids(self) -> None:
+        """Stricter than transformers, which only warns: an id outside the vocabulary fails later, on a device."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token_id in value if isinstance(value, list) else [value]:
+                if token_id is not None and not 0 <= token_id < self.vocab_size:
+                    raise ValueError(
+                        f"{name} must be within the vocabulary (0 to {self.vocab_size - 1}), got {token_id}."
+                    )
+
+
+__all__ = ["MiniConfig"]

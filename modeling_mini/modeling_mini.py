@@ -1,0 +1,432 @@
+"""
+The Mini language model: a decoder-only transformer, in one file, with the blocks in the order in which data meets them.
+
+    input_ids (batch, length)
+      -> embedding -> [ norm -> attention -> + -> norm -> SwiGLU -> + ] x num_hidden_layers -> norm -> head
+      -> logits (batch, length, vocab_size)
+
+Names follow Llama, so that adapters, parallelism plans, exporters and people find every part where they expect it.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from configuration_mini import MiniConfig
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .remote_code import AUTO_MAP, write_remote_code
+
+
+def make_norm(config: MiniConfig, size: int) -> nn.Module:
+    """The normalisation over the last dimension that `config.norm_type` names."""
+    norm_class = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm_type]
+    return norm_class(size, eps=config.norm_eps)
+
+
+class MiniRotaryEmbedding(nn.Module):
+    """
+    Cosines and sines of the rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
+
+    Feature pair i of a head turns by `position * rope_theta ** (-2i / head_dim)` radians, so the product of a query and
+    a key depends on their distance alone. The other RoPE types of transformers rescale these frequencies.
+    """
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        # The attribute names are those that `dynamic_rope_update` and `PreTrainedModel._init_weights` look for.
+        self.config = config
+        self.max_seq_len_cached = config.max_position_embeddings
+        self.original_max_seq_len = config.max_position_embeddings
+        self.rope_type = config.rope_parameters["rope_type"]
+        compute_frequencies = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
+        inv_freq, self.attention_scaling = compute_frequencies(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: MiniConfig, **kwargs: Any) -> tuple[torch.Tensor, float]:
+        """The frequencies `(rotary_dim / 2,)` in radians per position, and the factor on cosine and sine (1)."""
+        rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
+        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`position_ids` (batch, length) to cosine and sine, each (batch, length, rotary_dim), in float32 throughout:
+        bfloat16 cannot tell neighbouring positions apart beyond 256."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(hidden_states.dtype), sin.to(hidden_states.dtype)
+
+
+def apply_rotary_embedding(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Turns the feature pairs (i, i + rotary_dim / 2) of queries or keys.
+
+    Args:
+        states: (batch, heads, length, head_dim).
+        cos, sin: (batch, length, rotary_dim); where rotary_dim is less than head_dim, the other features stay.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotary_dim = cos.shape[-1]
+    turned, unturned = states[..., :rotary_dim], states[..., rotary_dim:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, unturned), dim=-1) if unturned.shape[-1] else turned
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention written out: the reference for the faster kernels, and the one that can return its weights.
+
+    Args:
+        query: (batch, heads, query_length, head_dim).
+        key, value: (batch, key_value_heads, key_length, head_dim).
+        attention_mask: added to the scores, broadcast over heads; `None` attends everywhere.
+
+    Returns:
+        The output (batch, query_length, heads, head_dim) and the weights (batch, heads, query_length, key_length).
+    """
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MiniAttention(nn.Module):
+    """
+    Causal self-attention with as many key/value heads as the config says (MHA, GQA or MQA; Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245), and optional normalisation of queries and keys per head (Dehghani et al. 2023,
+    https://arxiv.org/abs/2302.05442).
+    """
+
+    def __init__(self, config: MiniConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj.init_scale = 1 / math.sqrt(2 * config.num_hidden_layers)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        # (batch, length, heads * head_dim) to (batch, heads, length, head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(head_shape)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+
+        query = apply_rotary_embedding(query, *position_embeddings)
+        key = apply_rotary_embedding(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*input_shape, -1)), weights
+
+
+class MiniMLP(nn.Module):
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): one projection gates another."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.down_proj.init_scale = 1 / math.sqrt(2 * config.num_hidden_layers)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class MiniDecoderLayer(GradientCheckpointingLayer):
+    """One pre-norm block: each half reads a normalised copy of the residual stream and adds to the stream itself."""
+
+    def __init__(self, config: MiniConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.self_attn = MiniAttention(config, layer_idx)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.mlp = MiniMLP(config)
+        self.residual_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attention_output, _ = self.self_attn(
+            self.input_layernorm(hidden_states),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + self.residual_dropout(attention_output)
+        mlp_output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + self.residual_dropout(mlp_output)
+
+
+class MiniPreTrainedModel(PreTrainedModel):
+    """What every Mini model shares: how it starts, what it supports, and how it is saved."""
+
+    config: MiniConfig
+    config_class = MiniConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MiniDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": MiniDecoderLayer, "attentions": MiniAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """
+        Matrices are normal with standard deviation `initializer_range`, biases 0, norms 1, with two corrections that
+        the modules carry as `init_scale`:
+
+        - The two projections that write to the residual stream are divided by sqrt(2 * layers), as in GPT-2: the
+          stream is a sum of 2 * layers such outputs, and starts at the same size at any depth.
+        - Embedding and head are multiplied by sqrt(128 / hidden_size). The logits of a normalised state then have
+          standard deviation sqrt(128) * initializer_range = 0.23 at any width, which keeps the first loss within 2 %
+          of ln(vocab_size): 100.2 % to 100.8 % over the presets, against up to 102.4 % with sqrt(256 / hidden_size),
+          where a narrow tied model begins by predicting the token that it has just read.
+        """
+        # On the modules themselves: transformers passes no container of a custom class to this method.
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range * getattr(module, "init_scale", 1.0))
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves as every transformers model does, and adds the code, so that the folder loads with
+        `trust_remote_code=True` where Mini is not installed. A class defined elsewhere (a block swapped in an
+        experiment) is left to transformers' own `register_for_auto_class`.
+        """
+        if type(self).__module__ != __name__:
+            super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
+            return
+        self.config.auto_map = dict(AUTO_MAP)
+        hub_names = ("repo_id", "commit_message", "private", "revision", "create_pr", "commit_description", "tags")
+        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            write_remote_code(save_directory)
+        if push_to_hub:
+            repo_id = hub_kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
+
+
+class MiniModel(MiniPreTrainedModel):
+    """Embedding, blocks and final norm: `input_ids` (batch, length) to hidden states (batch, length, hidden_size)."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__(config)
+        # No padding_idx: the row of the pad token is trained as part of the tied head, and padding is masked anyway.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens.init_scale = math.sqrt(128 / config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList([MiniDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = make_norm(config, config.hidden_size)
+        self.rotary_emb = MiniRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: (batch, length); or `inputs_embeds` (batch, length, hidden_size), exactly one of them.
+            attention_mask: (batch, past + length), 1 for tokens and 0 for padding; or a prepared 4D mask.
+            position_ids: (batch, length); counts from the length of the cache when absent. Positions that start again
+                at 0 within a row mark packed documents, which then do not see each other.
+            past_key_values: the cache that this call reads and extends.
+
+        Raises:
+            ValueError: if both or neither of `input_ids` and `inputs_embeds` are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.embedding_dropout(inputs_embeds)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
+class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
+    """The language model: `MiniModel` and a head over the vocabulary, with `generate()`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__(config)
+        self.model = MiniModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.init_scale = math.sqrt(128 / config.hidden_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: (batch, length), the same tokens as `input_ids`: the shift happens inside, and -100 is ignored.
+                With `shift_labels` among the keyword arguments, those targets are used as they stand.
+            logits_to_keep: compute only the last so many logits; 0 computes all.
+
+        Returns:
+            `loss`: mean cross-entropy in nats per token, or the sum over `num_items_in_batch` where that is given;
+            `logits`: (batch, kept length, vocab_size).
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = ["MiniForCausalLM", "MiniModel", "MiniPreTrainedModel"]
