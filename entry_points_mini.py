@@ -1,0 +1,105 @@
+"""What the entry points share: arguments from flags and YAML, and errors that end in one sentence."""
+
+import contextlib
+import os
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from configuration_mini import nearest_name
+from transformers import HfArgumentParser
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not `None`: there the help text says what happens."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=100, max_help_position=32)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(HfArgumentParser):
+    """
+    `HfArgumentParser` with two habits of Mini: a mistake is one sentence that names the nearest right flag, and a YAML
+    file goes through the same checks as flags, so that `1e-3` is a number and `tru` an error in both.
+    """
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
+        for action in self._actions:
+            # The names in YAML, in Python and in transformers have underscores; their dashed twins would only fill
+            # the help text.
+            action.option_strings = [o for o in action.option_strings if "-" not in o[2:]] or action.option_strings
+
+    @property
+    def known_fields(self) -> list[str]:
+        """The names of all fields, which are the flags and the YAML keys."""
+        return [name for dataclass in self.dataclass_types for name in dataclass.__dataclass_fields__]
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[0].upper()}{message[1:]}; --help lists the flags.")
+
+    def parse(self, argv: list[str], yaml_path: str | Path | None = None) -> tuple[Any, ...]:
+        """
+        The dataclasses from a YAML file and flags; a flag wins over the file.
+
+        Raises:
+            ValueError: for an unknown name or a value that does not fit, in one sentence.
+        """
+        from_yaml = self._yaml_as_flags(yaml_path) if yaml_path is not None else []
+        *parsed, unknown = self.parse_args_into_dataclasses([*from_yaml, *argv], return_remaining_strings=True)
+        for argument in unknown:
+            if argument.startswith("-"):
+                name = argument.split("=")[0].lstrip("-").replace("-", "_")
+                flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+                raise ValueError(f"There is no flag {argument.split('=')[0]!r}{nearest_name(name, flags) or '.'}")
+            raise ValueError(f"The argument {argument!r} belongs to no flag.")
+        return tuple(parsed)
+
+    def _yaml_as_flags(self, path: str | Path) -> list[str]:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ValueError(f"There is no configuration file {str(path)!r}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            detail = " ".join(str(error).split())
+            raise ValueError(f"{path} is not valid YAML: {detail}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold lines of the form 'name: value'.")
+        flags = []
+        for name, value in values.items():
+            if name not in self.known_fields:
+                raise ValueError(f"{path} has an unknown key {name!r}{nearest_name(str(name), self.known_fields) or '.'}")
+            if value is not None:
+                flags.append(f"--{name}={value}")
+        return flags
+
+
+@contextlib.contextmanager
+def one_sentence_errors() -> Iterator[None]:
+    """
+    Ends the program with exit code 2 and one sentence for wrong input, and 130 for Ctrl-C. Set MINI_TRACEBACK=1 to see
+    where an error came from.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("MINI_TRACEBACK") == "1":
+            raise
+        if isinstance(error, OSError) and error.strerror:
+            sentence = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        else:
+            sentence = " ".join(str(error).split())
+        print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,140 @@
+"""CharTokenizer: one id for each character of its corpus."""
+
+import functools
+import logging
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models
+from transformers import BatchEncoding
+
+from .base import SPECIAL_TOKENS, UNK_ID, MiniTokenizer
+
+logger = logging.getLogger(__name__)
+
+FIRST_CHARACTER_ID = len(SPECIAL_TOKENS)
+NUMBER_OF_CODE_POINTS = 0x110000
+
+
+class CharTokenizer(MiniTokenizer):
+    """
+    The characters of a corpus in code-point order, after the eight special tokens. A character is a Unicode code point:
+    a base letter and its combining mark are two. Characters that the corpus did not have become `<|unk|>`, and one
+    warning lists them.
+
+    Made by `CharTokenizer.from_text(...)` or `CharTokenizer.from_files(...)`.
+    """
+
+    def __init__(self, vocab: dict[str, int], **kwargs: Any) -> None:
+        super().__init__(vocab=vocab, **kwargs)
+        self._characters = [token for token, _ in sorted(vocab.items(), key=lambda item: item[1])][FIRST_CHARACTER_ID:]
+        self._warned: set[str] = set()
+
+    @classmethod
+    def from_text(cls, text: str | Iterable[str], **kwargs: Any) -> "CharTokenizer":
+        """
+        The tokenizer of a text, or of an iterable of texts (a generator is read once and never held whole).
+
+        Raises:
+            ValueError: if there is no character at all, or one that UTF-8 cannot hold (a lone surrogate).
+        """
+        seen = np.zeros(NUMBER_OF_CODE_POINTS, dtype=bool)
+        for piece in [text] if isinstance(text, str) else text:
+            try:
+                seen[np.frombuffer(piece.encode("utf-32-le"), dtype=np.uint32)] = True
+            except UnicodeEncodeError as error:
+                surrogate = ord(piece[error.start])
+                raise ValueError(f"The text has a lone surrogate, U+{surrogate:04X}, which is no character.") from None
+        if not seen.any():
+            raise ValueError("The text is empty, so there are no characters to make a vocabulary of.")
+        tokens = (*SPECIAL_TOKENS, *(chr(code_point) for code_point in np.flatnonzero(seen)))
+        return cls(vocab={token: i for i, token in enumerate(tokens)}, **kwargs)
+
+    @classmethod
+    def from_files(cls, paths: Iterable[str | os.PathLike], errors: str = "strict", **kwargs: Any) -> "CharTokenizer":
+        """
+        The tokenizer of UTF-8 files, read in pieces.
+
+        Args:
+            errors: `"strict"`, or `"replace"` to read each invalid sequence as U+FFFD.
+
+        Raises:
+            ValueError: if a file is not valid UTF-8 and `errors` is `"strict"`.
+        """
+
+        def pieces() -> Iterable[str]:
+            for path in paths:
+                try:
+                    # newline="" keeps CRLF as it is in the file.
+                    with open(path, encoding="utf-8", errors=errors, newline="") as file:
+                        while piece := file.read(1 << 20):
+                            yield piece
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{os.fspath(path)} is not valid UTF-8 ({error.reason}).") from None
+
+        return cls.from_text(pieces(), **kwargs)
+
+    @staticmethod
+    def build_backend(vocab: dict[str, int]) -> Tokenizer:
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=SPECIAL_TOKENS[UNK_ID], fuse_unk=False))
+        backend.decoder = decoders.Fuse()
+        return backend
+
+    def _warn_of_unknown(self, unknown: set[str]) -> None:
+        if new := unknown - self._warned:
+            self._warned |= new
+            listed = " ".join(repr(character) for character in sorted(new)[:50])
+            more = f" and {len(new) - 50} more" if len(new) > 50 else ""
+            logger.warning("Characters that are not in the vocabulary became <|unk|>: %s%s", listed, more)
+
+    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
+        encoding = super()._encode_plus(text, text_pair, **kwargs)
+        if any(UNK_ID in encoded.ids for encoded in encoding.encodings or []):
+            characters: set[str] = set()
+            nested = [text, text_pair]
+            while nested:
+                item = nested.pop()
+                if isinstance(item, str):
+                    characters.update(item)
+                elif item is not None:
+                    nested.extend(item)
+            self._warn_of_unknown(characters - set(self._characters))
+        return encoding
+
+    def encode_corpus(self, data: bytes, errors: str = "strict") -> np.ndarray:
+        """
+        UTF-8 bytes to ids without special tokens.
+
+        Raises:
+            UnicodeDecodeError: if the bytes are not valid UTF-8 and `errors` is `"strict"`.
+        """
+        code_points = np.frombuffer(data.decode("utf-8", errors).encode("utf-32-le"), dtype=np.uint32)
+        ids = self._id_of_code_point[code_points]
+        unknown = ids == UNK_ID
+        if unknown.any():
+            self._warn_of_unknown({chr(code_point) for code_point in np.unique(code_points[unknown])})
+        return ids
+
+    @functools.cached_property
+    def _id_of_code_point(self) -> np.ndarray:
+        """A table over all code points: one gather encodes a text at memory speed."""
+        table = np.full(NUMBER_OF_CODE_POINTS, UNK_ID, dtype=self.id_dtype)
+        for i, character in enumerate(self._characters):
+            table[ord(character)] = FIRST_CHARACTER_ID + i
+        return table
+
+    def decode_corpus(self, ids: np.ndarray) -> bytes:
+        """Unknown characters come back as U+FFFD."""
+        text = np.array([0] * UNK_ID + [0xFFFD] + [0] * 4 + [ord(c) for c in self._characters], dtype=np.uint32)
+        has_text = (ids == UNK_ID) | ((ids >= FIRST_CHARACTER_ID) & (ids < len(text)))
+        return text[ids[has_text]].tobytes().decode("utf-32-le").encode("utf-8")
+
+    def bytes_per_token(self) -> np.ndarray:
+        """An unknown character counts as one byte, the least that it can have been."""
+        lengths = np.zeros(len(self), dtype=np.int64)
+        lengths[UNK_ID] = 1
+        for i, character in enumerate(self._characters):
+            lengths[FIRST_CHARACTER_ID + i] = len(character.encode("utf-8"))
+        return lengths

@@ -1,0 +1,48 @@
+"""Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help` for every setting."""
+
+import sys
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from entry_points_mini import EXIT_INTERRUPTED, one_sentence_errors
+from training_mini.arguments import parse_arguments
+from training_mini.loop import TrainingResult, train
+from training_mini.monitoring import format_seconds
+
+
+def report(result: TrainingResult) -> str:
+    """What came out, where it lies, and how to go on."""
+    folder = result.folder
+    if result.interrupted:
+        return (
+            f"Stopped at step {result.state.step}; everything is in {folder}/checkpoints.\n"
+            f"Go on:  python train_accelerate.py --resume --output_dir {folder}"
+        )
+    baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in result.compressors.items())
+    steps = result.state.step
+    return "\n".join(
+        (
+            f"\nTrained {steps} steps in {format_seconds(result.seconds)}.",
+            f"Bits per byte on {result.evaluated_bytes:,} held-out bytes: Mini {result.evaluation.bits_per_byte:.3f}, "
+            f"{baselines}.",
+            f"\n--- a sample ---\n{result.sample}\n----------------\n",
+            f"Best model   {folder}/best  (step {result.state.best_step})",
+            f"Last model   {folder}/final",
+            f"Curves       {folder}/curves.png",
+            f"Metrics      {folder}/metrics.jsonl",
+            f'\nWrite more:  python generate.py --model {folder} --prompt "def "',
+            f"Train more:  python train_accelerate.py --resume --output_dir {folder} --max_steps {2 * steps}",
+        )
+    )
+
+
+def main() -> None:
+    with one_sentence_errors():
+        result = train(parse_arguments(sys.argv[1:]))
+        if result.is_main_process:
+            print(report(result))
+        if result.interrupted:
+            sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""
+The order of the data: a pure function of (seed, step).
+
+The training ids are cut into windows of one context length. An epoch visits every window once, in an order that a
+keyed permutation gives directly: finding the batch of step N costs the same for any N, nothing grows with the corpus,
+and a resumed run needs no replay. Each epoch cuts at another offset, so the window borders move. How many processes
+share a batch decides only who computes which rows of it.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+_FEISTEL_ROUNDS = 4
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64 (Steele et al. 2014): 64-bit integers to well-mixed 64-bit integers."""
+    with np.errstate(over="ignore"):
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def key_of(*numbers: int) -> np.uint64:
+    """One 64-bit key from several integers."""
+    key = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        with np.errstate(over="ignore"):
+            key = mix(key + np.uint64(0x9E3779B97F4A7C15) + np.uint64(number % 2**64))
+    return key[0]
+
+
+def permute(positions: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
+    """
+    The images of `positions` under a permutation of range(size) that `key` selects.
+
+    A balanced Feistel network (Luby and Rackoff 1988) permutes the next power of four; positions that land outside
+    range(size) are sent through again until they land inside (cycle walking, Black and Rogaway 2002), less than four
+    times on average.
+    """
+    half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    mask = np.uint64(2 ** int(half_bits) - 1)
+    result = positions.astype(np.uint64)
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        values = result[outside]
+        left, right = values >> half_bits, values & mask
+        for round_number in range(_FEISTEL_ROUNDS):
+            round_key = key_of(int(key), round_number)
+            left, right = right, left ^ (mix(right ^ round_key) & mask)
+        result[outside] = (left << half_bits) | right
+        outside = result >= size
+    return result.astype(np.int64)
+
+
+class TrainingBatches:
+    """
+    Args:
+        ids: training token ids, `(tokens,)`.
+        context_length: targets per row.
+        batch_size: rows of a global batch.
+        bos_token_id: the first input of every row. A window begins as a prompt does, so each of its tokens is
+            predicted, and the model has learned to read what follows `<|bos|>`.
+
+    Raises:
+        ValueError: if there are fewer ids than one context.
+    """
+
+    def __init__(
+        self, ids: np.ndarray, context_length: int, batch_size: int, bos_token_id: int, seed: int
+    ) -> None:
+        if len(ids) < context_length:
+            raise ValueError(
+                f"The training text has {len(ids)} tokens, less than one context of {context_length}: "
+                f"use more text or a smaller --max_position_embeddings."
+            )
+        self.ids = ids
+        self.context_length = context_length
+        self.batch_size = batch_size
+        self.bos_token_id = bos_token_id
+        self.seed = seed
+        # One window fewer than would fit leaves room to shift the cuts by up to a context.
+        self.windows_per_epoch = max(1, len(ids) // context_length - 1)
+
+    def epoch_of(self, step: int) -> float:
+        """Epochs completed when `step` steps are done."""
+        return step * self.batch_size / self.windows_per_epoch
+
+    def starts(self, step: int) -> np.ndarray:
+        """The positions in `ids` at which the rows of a global batch begin, `(batch_size,)`."""
+        sequence = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs, positions = np.divmod(sequence, self.windows_per_epoch)
+        starts = np.empty(self.batch_size, dtype=np.int64)
+        slack = min(self.context_length - 1, len(self.ids) - self.windows_per_epoch * self.context_length)
+        for epoch in np.unique(epochs):
+            rows = epochs == epoch
+            key = key_of(self.seed, int(epoch))
+            offset = int(key_of(int(key))) % (slack + 1)
+            starts[rows] = offset + permute(positions[rows], self.windows_per_epoch, key) * self.context_length
+        return starts
+
+    def micro_batches(
+        self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The share of one process in the batch of a step, in `parts`: inputs and targets `(rows, context_length)`."""
+        rows = self.starts(step).reshape(parts, num_processes, -1)[:, process_index]
+        for starts in rows:
+            yield make_rows(self.ids, starts, self.context_length, self.bos_token_id)
+
+
+def make_rows(
+    ids: np.ndarray, starts: np.ndarray, length: int, bos_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets, both `(rows, length)` int64: the targets are windows of `ids`, the inputs lag by one."""
+    targets = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
+    inputs = np.empty_like(targets)
+    inputs[:, 0] = bos_token_id
+    inputs[:, 1:] = targets[:, :-1]
+    return torch.from_numpy(inputs), torch.from_numpy(targets)

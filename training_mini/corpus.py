@@ -1,0 +1,282 @@
+"""
+A corpus: documents, split into train and validation, as two memory-mapped files of token ids.
+
+Encoding happens once. The result lies in a cache folder whose name is a hash of the content, the tokenizer and the
+settings that matter, so a second run starts at once, and a changed file is a different corpus. Memory use does not
+depend on the size of the corpus.
+"""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from tokenization import ByteTokenizer, CharTokenizer, MiniTokenizer, load_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from .arguments import DataArguments
+from .documents import PIECE_SIZE, DocumentSource, open_source
+from .files import replace_folder, write_text
+from .monitoring import progress_bar
+
+FORMAT = 1  # raised when the files on disk, or the split, come to mean something else
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """
+    Attributes:
+        train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document.
+        tokenizer: what made them.
+        bytes_per_token: bytes of text per id, `(vocabulary,)`: what turns nats per token into bits per byte.
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: PreTrainedTokenizerBase
+    bytes_per_token: np.ndarray
+    folder: Path
+
+    def text_of(self, ids: np.ndarray) -> bytes:
+        """The bytes of text that a span of the corpus stands for."""
+        if isinstance(self.tokenizer, MiniTokenizer):
+            return self.tokenizer.decode_corpus(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")
+
+
+def load_corpus(arguments: DataArguments, show_progress: bool = True) -> Corpus:
+    """
+    The corpus that the arguments name: from the cache, or encoded now.
+
+    Several processes may call this together: one encodes, the others wait for it.
+
+    Raises:
+        ValueError: for a dataset that does not exist, is empty, or holds bytes that its tokenizer cannot read.
+    """
+    source = open_source(arguments)
+    tokenizer = make_tokenizer(arguments)
+    cache = Path(arguments.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    digest = content_digest(source, cache, show_progress)
+    tokenizer_key = tokenizer.backend_tokenizer.to_str() if tokenizer is not None else arguments.tokenizer
+    settings = [FORMAT, digest, tokenizer_key, arguments.validation_ratio, arguments.errors, arguments.text_column]
+    folder = cache / "corpora" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "corpus.json").is_file():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+            partial.mkdir()
+            encode_corpus(source, tokenizer, arguments, partial, show_progress)
+            replace_folder(partial, folder)
+    return open_corpus(source.name, folder)
+
+
+def open_corpus(name: str, folder: Path) -> Corpus:
+    """Opens an encoded corpus."""
+    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    train, validation = (
+        np.memmap(folder / f"{split}.bin", dtype=facts["dtype"], mode="r", shape=(facts[f"{split}_tokens"],))
+        for split in ("train", "validation")
+    )
+    return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), folder)
+
+
+def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was asked for; `None` for characters, which are known only when the text has been read."""
+    if arguments.tokenizer == "byte":
+        return ByteTokenizer()
+    if arguments.tokenizer == "char":
+        return None
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tokenizer {arguments.tokenizer!r} is neither byte nor char, and no tokenizer could be loaded from it "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {arguments.tokenizer!r} has no eos token to put between documents.")
+    return tokenizer
+
+
+def content_digest(source: DocumentSource, cache: Path, show_progress: bool) -> str:
+    """A hash of the content, remembered by names, sizes and times, so that an unchanged corpus is not read again."""
+    quick = hashlib.sha256(source.quick_key.encode()).hexdigest()
+    remembered = cache / "digests" / quick
+    if remembered.is_file():
+        return remembered.read_text()
+    with progress_bar(f"Looking through {source.name}", source.total_bytes, "bytes", show_progress) as advance:
+        digest = source.digest(advance)
+    remembered.parent.mkdir(exist_ok=True)
+    write_text(remembered, digest)
+    return digest
+
+
+def encode_corpus(
+    source: DocumentSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    arguments: DataArguments,
+    folder: Path,
+    show_progress: bool,
+) -> None:
+    """
+    Writes `train.bin`, `validation.bin`, `corpus.json` and the tokenizer into `folder`.
+
+    A document goes to validation whenever that brings the share held out nearer to the ratio. Where whole documents
+    cannot make the ratio (there is one, or a few long ones), the rest is taken from the end of the training ids, by
+    position.
+    """
+    passes = 2 if tokenizer is None else 1
+    total = source.total_bytes and source.total_bytes * passes
+    with progress_bar(f"Encoding {source.name}", total, "bytes", show_progress) as advance:
+
+        def documents() -> Iterator[tuple[str, Iterator[bytes]]]:
+            for name, pieces in source.read():
+                yield name, (advance(len(piece)) or piece for piece in pieces)
+
+        if tokenizer is None:
+            texts = (
+                piece.decode("utf-8", arguments.errors)
+                for name, pieces in documents()
+                for piece in whole_characters(name, pieces, arguments.errors)
+            )
+            tokenizer = CharTokenizer.from_text(texts)
+        id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        separator = np.array([tokenizer.eos_token_id], dtype=id_dtype)
+        tokens = {"train": 0, "validation": 0}
+        read_bytes = {"train": 0, "validation": 0}
+        number_of_documents = 0
+        with open(folder / "train.bin", "wb") as train_file, open(folder / "validation.bin", "wb") as validation_file:
+            files = {"train": train_file, "validation": validation_file}
+            for name, pieces in documents():
+                first = next(pieces, b"")
+                if not first:
+                    continue
+                # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
+                held_out = read_bytes["validation"] + len(first) / 2
+                is_due = held_out <= arguments.validation_ratio * (sum(read_bytes.values()) + len(first))
+                split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
+                all_pieces = counted(first, pieces, read_bytes, split)
+                for ids in encode_pieces(tokenizer, name, all_pieces, arguments.errors):
+                    files[split].write(ids.astype(id_dtype, copy=False).tobytes())
+                    tokens[split] += len(ids)
+                files[split].write(separator.tobytes())
+                tokens[split] += 1
+                number_of_documents += 1
+        if not number_of_documents:
+            raise ValueError(f"There is no text in {source.name!r}.")
+    by_position = move_tail(folder, tokens, arguments.validation_ratio, id_dtype)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    facts = {
+        "dataset": source.name,
+        "documents": number_of_documents,
+        "train_tokens": tokens["train"],
+        "validation_tokens": tokens["validation"],
+        "validation_tokens_by_position": by_position,
+        "dtype": id_dtype.name,
+    }
+    write_text(folder / "corpus.json", json.dumps(facts, indent=2) + "\n")
+
+
+def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
+    """A piece that was read ahead and those behind it, their bytes counted under `split`."""
+    for piece in itertools.chain([first], rest):
+        counts[split] += len(piece)
+        yield piece
+
+
+def move_tail(folder: Path, tokens: dict[str, int], ratio: float, id_dtype: np.dtype) -> int:
+    """Moves the end of the training ids to validation where that has less than half its share; returns how many."""
+    target = int(sum(tokens.values()) * ratio)
+    missing = target - tokens["validation"]
+    if missing <= target / 2:
+        return 0
+    with open(folder / "train.bin", "r+b") as train_file, open(folder / "validation.bin", "ab") as validation_file:
+        start = (tokens["train"] - missing) * id_dtype.itemsize
+        train_file.seek(start)
+        shutil.copyfileobj(train_file, validation_file)
+        train_file.truncate(start)
+    tokens["train"] -= missing
+    tokens["validation"] += missing
+    return missing
+
+
+def whole_characters(name: str, pieces: Iterable[bytes], errors: str) -> Iterator[bytes]:
+    """
+    Cuts pieces anew so that none ends inside a UTF-8 character.
+
+    Raises:
+        ValueError: naming document and offset, if the bytes are not UTF-8 and `errors` is `"strict"`.
+    """
+    offset, rest = 0, b""
+    for piece in pieces:
+        piece = rest + piece
+        # A character has at most four bytes: look for a lead byte among the last three that wants more than there is.
+        cut = len(piece)
+        for back in range(1, min(4, len(piece) + 1)):
+            byte = piece[-back]
+            if byte >= 0xC0:
+                needs = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+                cut = len(piece) - back if needs > back else len(piece)
+                break
+            if byte < 0x80:
+                break
+        complete, rest = piece[:cut], piece[cut:]
+        yield checked_utf8(name, offset, complete, errors)
+        offset += len(complete)
+    if rest:
+        yield checked_utf8(name, offset, rest, errors)
+
+
+def checked_utf8(name: str, offset: int, data: bytes, errors: str) -> bytes:
+    """The same bytes if they are UTF-8; with `errors="replace"`, invalid sequences as U+FFFD."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if errors == "strict":
+            raise ValueError(
+                f"{name} is not valid UTF-8 at byte {offset + error.start} ({error.reason}); use --tokenizer byte, "
+                f"or --errors replace to read such bytes as U+FFFD."
+            ) from None
+        return data.decode("utf-8", "replace").encode("utf-8")
+    return data
+
+
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, name: str, pieces: Iterable[bytes], errors: str
+) -> Iterator[np.ndarray]:
+    """The ids of a document, piece by piece."""
+    if isinstance(tokenizer, ByteTokenizer):
+        yield from map(tokenizer.encode_corpus, pieces)
+    elif isinstance(tokenizer, CharTokenizer):
+        yield from map(tokenizer.encode_corpus, whole_characters(name, pieces, errors))
+    else:
+        # Any other tokenizer sees one piece at a time: a token across two pieces (4 MiB) is cut in two.
+        for piece in whole_characters(name, pieces, errors):
+            ids = tokenizer(piece.decode("utf-8"), add_special_tokens=False, split_special_tokens=True, verbose=False)
+            yield np.array(ids["input_ids"], dtype=np.int64)
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """
+    Bytes of text per id, `(len(tokenizer),)`, 0 for special tokens. Exact for bytes, characters and byte-level BPE; for
+    others, the length of the decoded token.
+    """
+    if isinstance(tokenizer, MiniTokenizer):
+        return tokenizer.bytes_per_token()
+    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    special = set(tokenizer.all_special_ids)
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    for i in range(len(tokenizer)):
+        if i not in special and (token := tokenizer.convert_ids_to_tokens(i)) is not None:
+            # In the byte-level alphabet each character stands for one byte.
+            lengths[i] = len(token) if is_byte_level else len(tokenizer.decode([i]).encode("utf-8"))
+    return lengths

@@ -1,0 +1,227 @@
+"""
+Where documents come from: the standard library, a generated sample, files, or a dataset on the Hub.
+
+A document is a name and an iterator over bounded pieces of its bytes, so that one file larger than memory is no
+different from many small ones.
+"""
+
+import glob
+import hashlib
+import json
+import random
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from configuration_mini import nearest_name
+
+from .arguments import DataArguments
+
+PIECE_SIZE = 1 << 22  # bytes
+BUILT_IN = ("python-stdlib", "sample")
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+RECORD_SUFFIXES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+TEXT_COLUMNS = ("text", "content", "document", "story", "code")
+
+Document = tuple[str, Iterator[bytes]]
+
+
+@dataclass(frozen=True)
+class DocumentSource:
+    """
+    The documents of one `--dataset`.
+
+    Attributes:
+        name: what the user asked for.
+        quick_key: changes whenever the content may have changed, and costs no reading (paths, sizes and times).
+        digest: computes a hash of the content itself; calls its argument with the number of bytes gone through.
+        read: starts an iteration over the documents, always in the same order.
+        total_bytes: what `digest` and `read` will go through, for a progress bar; `None` where nobody knows.
+    """
+
+    name: str
+    quick_key: str
+    digest: Callable[[Callable[[int], None]], str]
+    read: Callable[[], Iterator[Document]]
+    total_bytes: int | None = None
+
+
+def open_source(arguments: DataArguments) -> DocumentSource:
+    """
+    Finds what `--dataset` names. Only names, sizes and times are looked at.
+
+    Raises:
+        ValueError: if there is nothing of that name, or nothing in it that holds text.
+    """
+    name = arguments.dataset
+    if name == "python-stdlib":
+        return file_source(name, standard_library_files(), arguments)
+    if name == "sample":
+        return DocumentSource(name, "sample-1", lambda advance: "sample-1", sample_documents)
+    path = Path(name)
+    if path.is_file():
+        return file_source(name, [path], arguments)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and base_suffix(file) in all_suffixes())
+        if not files:
+            raise ValueError(f"There is no file with text ({', '.join(all_suffixes())}) in the directory {name!r}.")
+        return file_source(name, files, arguments)
+    if glob.has_magic(name):
+        files = sorted(file for match in glob.glob(name, recursive=True) if (file := Path(match)).is_file())
+        if not files:
+            raise ValueError(f"The glob {name!r} matches no file.")
+        return file_source(name, files, arguments)
+    looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or name.endswith("/")
+    if looks_like_path or base_suffix(path) in all_suffixes():
+        raise ValueError(f"There is no file or directory {name!r}.")
+    return hub_source(arguments)
+
+
+def all_suffixes() -> tuple[str, ...]:
+    return (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+
+
+def base_suffix(path: Path) -> str:
+    """The suffix that says what is inside: `.jsonl` of `a.jsonl.gz`."""
+    return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+
+
+def standard_library_files() -> list[Path]:
+    """The modules of the running interpreter's standard library, without tests and installed packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [file for file in root.rglob("*.py") if left_out.isdisjoint(file.relative_to(root).parts)]
+    if not files:
+        raise ValueError(f"The standard library of this Python has no source in {root}; name another --dataset.")
+    return sorted(files)
+
+
+def sample_documents() -> Iterator[Document]:
+    """Half a megabyte of generated sentences with a grammar and sums that are right: enough to see a model learn."""
+    generator = random.Random(0)
+    subjects = ["the cat", "a small bird", "the old teacher", "my friend", "the river", "a quiet child"]
+    verbs = ["sees", "follows", "paints", "remembers", "hears", "finds"]
+    objects = ["the moon", "an open window", "a red door", "the last train", "some music", "the way home"]
+    times = ["in the morning", "at night", "every day", "after the rain", "once a year"]
+    for number in range(500):
+        sentences = []
+        for _ in range(20):
+            if generator.random() < 0.25:
+                a, b = generator.randrange(50), generator.randrange(50)
+                sentences.append(f"{a} plus {b} is {a + b}.")
+            else:
+                words = (generator.choice(choices) for choices in (subjects, verbs, objects, times))
+                sentences.append(f"{' '.join(words).capitalize()}.")
+        yield f"sample {number}", iter([("\n".join(sentences) + "\n").encode()])
+
+
+def file_source(name: str, files: list[Path], arguments: DataArguments) -> DocumentSource:
+    """Documents of files: a text file is one, and so is each record of a .jsonl, .csv or .parquet file."""
+    stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+
+    def digest(advance: Callable[[int], None]) -> str:
+        content = hashlib.sha256()
+        for file, (_, size, _) in zip(files, stats, strict=True):
+            with open(file, "rb") as stream:
+                content.update(hashlib.file_digest(stream, "sha256").digest())
+            advance(size)
+        return content.hexdigest()
+
+    def read() -> Iterator[Document]:
+        for file in files:
+            if base_suffix(file) in RECORD_SUFFIXES:
+                yield from read_records(file, arguments.text_column)
+            else:
+                yield str(file), read_pieces(file)
+
+    total_bytes = sum(size for _, size, _ in stats)
+    return DocumentSource(name, json.dumps([stats, arguments.text_column]), digest, read, total_bytes)
+
+
+def read_pieces(file: Path) -> Iterator[bytes]:
+    """The bytes of a text file, decompressed where its suffix says so."""
+    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
+    try:
+        with fsspec.open(str(file), "rb", compression=compression) as stream:
+            while piece := stream.read(PIECE_SIZE):
+                yield piece
+    except (EOFError, OSError, RuntimeError) as error:  # gzip, and zstandard's own subclass of RuntimeError
+        if compression is None:
+            raise
+        raise ValueError(f"{file} is not a complete {compression} file: {error}") from None
+
+
+def read_records(file: Path, text_column: str | None) -> Iterator[Document]:
+    """One document for each record of a file of records, read as a stream."""
+    import datasets
+
+    # pandas' and pyarrow's readers of datasets take the whole column set from the first rows; the text is all we need.
+    builder = RECORD_SUFFIXES[base_suffix(file)]
+    try:
+        records = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True)
+        yield from record_documents(str(file), records, text_column)
+    except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} could not be read as {builder}: {error.__cause__ or error}") from None
+
+
+def record_documents(name: str, records: "datasets.IterableDataset", text_column: str | None) -> Iterator[Document]:  # noqa: F821
+    """Documents of the text column of a dataset."""
+    column = None
+    for number, record in enumerate(records):
+        if column is None:
+            column = find_text_column(name, record, text_column)
+        text = record[column]
+        if text is None:
+            continue
+        if not isinstance(text, str):
+            raise ValueError(f"Record {number} of {name} has no text in column {column!r} but {type(text).__name__}.")
+        data = text.encode("utf-8", "replace")
+        yield f"{name} record {number}", (data[i : i + PIECE_SIZE] for i in range(0, len(data), PIECE_SIZE))
+
+
+def find_text_column(name: str, record: dict, text_column: str | None) -> str:
+    """The column that was asked for, one of the usual name, or the only one that holds text."""
+    if text_column is not None:
+        if text_column not in record:
+            hint = nearest_name(text_column, list(record)) or f"; its columns are {', '.join(record)}."
+            raise ValueError(f"{name} has no column {text_column!r}{hint}")
+        return text_column
+    for column in TEXT_COLUMNS:
+        if isinstance(record.get(column), str):
+            return column
+    columns = [column for column, value in record.items() if isinstance(value, str)]
+    if len(columns) != 1:
+        raise ValueError(f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text.")
+    return columns[0]
+
+
+def hub_source(arguments: DataArguments) -> DocumentSource:
+    """Documents of a dataset on the Hub, through `datasets`."""
+    import datasets
+
+    name = arguments.dataset
+    try:
+        dataset = datasets.load_dataset(
+            name, arguments.dataset_config, split=arguments.dataset_split, streaming=arguments.streaming
+        )
+    except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
+        hint = nearest_name(name, list(BUILT_IN)) or "."
+        raise ValueError(
+            f"--dataset {name!r} is no file, directory or glob, is not built in, and could not be loaded from the Hub "
+            f"({' '.join(str(error).split())[:200]}){hint}"
+        ) from None
+    # A downloaded dataset has a fingerprint of its content; a stream has only what identifies its files.
+    if arguments.streaming:
+        key = json.dumps([name, arguments.dataset_config, arguments.dataset_split, str(dataset.info.download_checksums)])
+        key = hashlib.sha256(f"{key}{dataset.info.version}{dataset.info.dataset_size}".encode()).hexdigest()
+    else:
+        key = dataset._fingerprint
+    return DocumentSource(
+        name=name,
+        quick_key=f"{key} {arguments.text_column}",
+        digest=lambda advance: key,
+        read=lambda: record_documents(name, dataset, arguments.text_column),
+    )

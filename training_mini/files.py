@@ -1,0 +1,48 @@
+"""
+Writing files that survive a crash: beside the target, flushed to the disk, then renamed over it. A process killed at
+any instant leaves either what was there before or what was to be there, complete.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small text file."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def replace_folder(partial: Path, target: Path) -> None:
+    """
+    Puts a finished folder in the place of `target`.
+
+    A rename cannot replace a folder that is not empty, so the old one first steps aside as `.NAME.previous`;
+    `existing_folder` finds it there if the process dies between the two renames.
+    """
+    for file in [*partial.rglob("*"), partial]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    previous = previous_of(target)
+    if target.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.rename(target, previous)
+    os.rename(partial, target)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def previous_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")
+
+
+def existing_folder(target: Path) -> Path | None:
+    """`target`, or its predecessor if a crash came while it was being replaced, or `None`."""
+    return next((folder for folder in (target, previous_of(target)) if folder.is_dir()), None)

@@ -1,0 +1,169 @@
+"""What a person sees of a run, and what is recorded of it."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .files import write_text
+
+PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
+
+console = Console()
+
+
+@contextlib.contextmanager
+def progress_bar(description: str, total: int | None, unit: str, show: bool = True) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, and silence elsewhere; gives the function that advances it."""
+    if not (show and console.is_terminal):
+        yield lambda amount: None
+        return
+    amount_column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount_column, TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)
+
+
+class Monitor:
+    """
+    Records metrics in `metrics.jsonl` and shows them: a live line on a terminal, plain lines elsewhere.
+
+    Args:
+        folder: the run folder.
+        start_step: the step at which this process begins; later lines of an interrupted run are dropped.
+        enabled: false on all processes but one.
+    """
+
+    def __init__(self, folder: Path, start_step: int, max_steps: int, enabled: bool) -> None:
+        self.folder = folder
+        self.max_steps = max_steps
+        self.enabled = enabled
+        self._progress: Progress | None = None
+        self._last_line = 0.0
+        self._started = time.monotonic()
+        self._start_step = start_step
+        if not enabled:
+            return
+        kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
+        write_text(self.metrics_path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        if console.is_terminal:
+            columns = (
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+            )
+            self._progress = Progress(*columns, console=console)
+            self._progress.start()
+            self._task = self._progress.add_task("first step", total=max_steps, completed=start_step)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds a line to `metrics.jsonl`."""
+        if self.enabled:
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def training_step(self, step: int, metrics: dict[str, float], bits_per_byte: float) -> None:
+        """Records and shows the metrics of a training step."""
+        self.record(step, metrics)
+        if not self.enabled:
+            return
+        description = (
+            f"loss {metrics['loss']:.3f}  bits/byte {bits_per_byte:.3f}  lr {metrics['learning_rate']:.1e}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=description)
+        elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self.max_steps:
+            self._last_line = time.monotonic()
+            elapsed = self._last_line - self._started
+            left = elapsed / max(1, step - self._start_step) * (self.max_steps - step)
+            self.say(f"step {step}/{self.max_steps}  {description}  {format_seconds(left)} left")
+
+    def say(self, line: str) -> None:
+        """Prints a line above the live display."""
+        if self.enabled:
+            (self._progress.console if self._progress is not None else console).print(
+                line, highlight=False, markup=False, soft_wrap=True
+            )
+
+    def close(self) -> None:
+        """Ends the live display."""
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`; one that a crash cut short is left out."""
+    path = folder / "metrics.jsonl"
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def draw_curves(folder: Path, title: str, tokens_per_byte: float, compressors: dict[str, float]) -> None:
+    """Draws `curves.png`: bits per byte of training and validation beside the compressors, and the learning rate."""
+    import math
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = read_metrics(folder)
+    train = [(m["step"], m["loss"] / math.log(2) * tokens_per_byte) for m in metrics if "loss" in m]
+    validation = [(m["step"], m["eval_bits_per_byte"]) for m in metrics if "eval_bits_per_byte" in m]
+    rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
+    if not train:
+        return
+    figure, (curve, rate) = pyplot.subplots(
+        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout="constrained"
+    )
+    curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
+    if validation:
+        curve.plot(*zip(*validation, strict=True), color="#08519c", marker="o", markersize=4, label="validation")
+        step, bits = validation[-1]
+        curve.annotate(f"{bits:.3f}", (step, bits), xytext=(0, 7), textcoords="offset points", ha="right")
+    for (name, bits), style in zip(compressors.items(), ("--", ":"), strict=False):
+        curve.axhline(bits, color="#737373", linestyle=style, linewidth=1, label=f"{name} -9: {bits:.3f}")
+    shown = [bits for _, bits in [*train, *validation]] + list(compressors.values())
+    # The first steps fall from 8 bits; let them leave the picture, so that the rest can be read.
+    ceiling = sorted(bits for _, bits in train)[int(0.95 * (len(train) - 1))] * 1.05
+    curve.set_ylim(min(shown) * 0.95, max(ceiling, max(compressors.values(), default=0) * 1.05))
+    curve.set_ylabel("bits per byte")
+    curve.set_title(title, loc="left")
+    curve.legend(frameon=False)
+    curve.grid(alpha=0.3)
+    rate.plot(*zip(*rates, strict=True), color="#525252", linewidth=1.2)
+    rate.set_ylabel("learning rate")
+    rate.set_xlabel("step")
+    rate.grid(alpha=0.3)
+    partial = folder / ".curves.partial.png"
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    partial.replace(folder / "curves.png")
