@@ -190,9 +190,9 @@ class MiniConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         # An indivisible width keeps `None`, for `validate_architecture` to refuse with its reason.
-        if self.head_dim is None and self.num_attention_heads > 0:
-            if self.hidden_size % self.num_attention_heads == 0:
-                self.head_dim = self.hidden_size // self.num_attention_heads
+        divisible = self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0
+        if self.head_dim is None and divisible:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,11 @@ from transformers import HfArgumentParser
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+
+def option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A dataclass field with the help text of its flag."""
+    return field(default=default, metadata={"help": help, **kwargs})
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -77,7 +83,8 @@ class ArgumentParser(HfArgumentParser):
         flags = []
         for name, value in values.items():
             if name not in self.known_fields:
-                raise ValueError(f"{path} has an unknown key {name!r}{nearest_name(str(name), self.known_fields) or '.'}")
+                hint = nearest_name(str(name), self.known_fields) or "."
+                raise ValueError(f"{path} has an unknown key {name!r}{hint}")
             if value is not None:
                 flags.append(f"--{name}={value}")
         return flags

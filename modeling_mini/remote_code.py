@@ -28,10 +28,8 @@ def remote_code_files() -> dict[str, str]:
         "modeling_mini.py": here / "modeling_mini.py",
         "remote_code.py": here / "remote_code.py",
     }
-    return {
-        name: source.read_text(encoding="utf-8").replace("\nfrom configuration_mini import", "\nfrom .configuration_mini import")
-        for name, source in sources.items()
-    }
+    absolute, relative = "\nfrom configuration_mini import", "\nfrom .configuration_mini import"
+    return {name: path.read_text(encoding="utf-8").replace(absolute, relative) for name, path in sources.items()}
 
 
 def write_remote_code(folder: str | os.PathLike) -> None:

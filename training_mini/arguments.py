@@ -2,20 +2,15 @@
 
 import dataclasses
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from configuration_mini import PRESETS, MiniConfig
-from entry_points_mini import ArgumentParser
+from entry_points_mini import ArgumentParser, option
 
 RUNS_FOLDER = Path("runs")
-
-
-def option(default: Any, help: str, **kwargs: Any) -> Any:
-    """A dataclass field with the help text of its flag."""
-    return field(default=default, metadata={"help": help, **kwargs})
 
 
 @dataclass
@@ -79,7 +74,7 @@ class RunArguments:
     max_steps: int = option(1200, "number of optimizer steps")
     train_batch_size: int = option(16, "sequences per optimizer step, over all processes")
     gradient_accumulation_steps: int = option(1, "parts that each process splits its share of a batch into")
-    learning_rate: float = option(4e-3, "peak learning rate")
+    learning_rate: float = option(2e-3, "peak learning rate")
     min_lr_rate: float = option(0.1, "share of the peak learning rate at which the cosine ends")
     warmup_steps: int = option(100, "steps in which the learning rate rises from 0")
     weight_decay: float = option(0.1, "decoupled decay, on matrices only")
@@ -95,7 +90,9 @@ class RunArguments:
     bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)", nargs="?", const=True)
     torch_compile: bool = option(False, "compile the model; slow to start, faster after")
     gradient_checkpointing: bool = option(False, "trade compute for memory")
-    sample_prompt: str = option("\n", "what the model continues at the end of the run")
+    sample_prompt: str | None = option(
+        None, "what the model continues at the end of the run (default: 'def ' for python-stdlib, else a new line)"
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -183,7 +180,9 @@ def parse_arguments(argv: list[str]) -> Arguments:
         if not (folder / "config.yaml").is_file():
             raise ValueError(f"There is no run in {str(folder)!r} to resume: it has no config.yaml.")
         if yaml_path is not None:
-            raise ValueError("--resume goes on with the settings of the run itself; give changes as flags, not --config.")
+            raise ValueError(
+                "--resume goes on with the settings of the run itself: give changes as flags, not by --config."
+            )
         yaml_path = folder / "config.yaml"
         argv = [*argv, f"--output_dir={folder}"]
     model, data, run, *_ = parser.parse(argv, yaml_path)

@@ -68,9 +68,7 @@ class TrainingBatches:
         ValueError: if there are fewer ids than one context.
     """
 
-    def __init__(
-        self, ids: np.ndarray, context_length: int, batch_size: int, bos_token_id: int, seed: int
-    ) -> None:
+    def __init__(self, ids: np.ndarray, context_length: int, batch_size: int, bos_token_id: int, seed: int) -> None:
         if len(ids) < context_length:
             raise ValueError(
                 f"The training text has {len(ids)} tokens, less than one context of {context_length}: "
@@ -110,9 +108,7 @@ class TrainingBatches:
             yield make_rows(self.ids, starts, self.context_length, self.bos_token_id)
 
 
-def make_rows(
-    ids: np.ndarray, starts: np.ndarray, length: int, bos_token_id: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def make_rows(ids: np.ndarray, starts: np.ndarray, length: int, bos_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, both `(rows, length)` int64: the targets are windows of `ids`, the inputs lag by one."""
     targets = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
     inputs = np.empty_like(targets)

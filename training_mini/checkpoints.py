@@ -80,9 +80,7 @@ def load_state(accelerator: Accelerator, run_folder: Path, corpus: str) -> Train
     return state
 
 
-def save_checkpoint_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str
-) -> None:
+def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Writes a folder that `from_pretrained` and the Hub take: weights, configurations, code, tokenizer and card."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +91,11 @@ def save_checkpoint_folder(
 
 
 def model_card(
-    model: PreTrainedModel, arguments: Arguments, state: TrainerState, evaluation: Evaluation, compressors: dict[str, float]
+    model: PreTrainedModel,
+    arguments: Arguments,
+    state: TrainerState,
+    evaluation: Evaluation,
+    compressors: dict[str, float],
 ) -> str:
     """The card of a checkpoint, from facts of the run alone."""
     config = model.config
@@ -101,6 +103,7 @@ def model_card(
     run = arguments.run
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["mini"])
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
+    layers = f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
     baselines = ", ".join(f"{name} -9 needs {bits:.3f}" for name, bits in compressors.items())
     content = f"""---
 {data.to_yaml()}
@@ -119,7 +122,7 @@ print(generator("The", max_new_tokens=100)[0]["generated_text"])
 
 | | |
 |---|---|
-| architecture | {config.num_hidden_layers} layers, {config.hidden_size} wide, {heads}, SwiGLU {config.intermediate_size} |
+| architecture | {layers}, {heads}, SwiGLU {config.intermediate_size} |
 | context | {config.max_position_embeddings} tokens |
 | vocabulary | {config.vocab_size} ({arguments.data.tokenizer} tokenizer) |
 | training | {state.step} steps of {run.train_batch_size} x {config.max_position_embeddings} tokens, AdamW, \

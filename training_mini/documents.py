@@ -215,7 +215,9 @@ def hub_source(arguments: DataArguments) -> DocumentSource:
         ) from None
     # A downloaded dataset has a fingerprint of its content; a stream has only what identifies its files.
     if arguments.streaming:
-        key = json.dumps([name, arguments.dataset_config, arguments.dataset_split, str(dataset.info.download_checksums)])
+        key = json.dumps(
+            [name, arguments.dataset_config, arguments.dataset_split, str(dataset.info.download_checksums)]
+        )
         key = hashlib.sha256(f"{key}{dataset.info.version}{dataset.info.dataset_size}".encode()).hexdigest()
     else:
         key = dataset._fingerprint

@@ -197,7 +197,8 @@ def train(arguments: Arguments) -> TrainingResult:
         unwrapped = accelerator.unwrap_model(model)
         card = model_card(unwrapped, arguments, state, evaluation, compressors)
         save_checkpoint_folder(unwrapped, corpus.tokenizer, folder / "final", card)
-        sample = write_sample(unwrapped, corpus, run.sample_prompt, run.seed)
+        prompt = run.sample_prompt or ("def " if corpus.name == "python-stdlib" else "\n")
+        sample = write_sample(unwrapped, corpus, prompt, run.seed)
     accelerator.end_training()
     return TrainingResult(
         folder, state, False, seconds, evaluation, compressors, len(held_out_text), sample, accelerator.is_main_process
