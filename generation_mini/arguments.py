@@ -1,6 +1,7 @@
 """The settings of generation: fields are the flags of `generate.py`."""
 
 from dataclasses import dataclass
+
 from entry_points_mini import ArgumentParser, option
 
 

@@ -156,14 +156,17 @@ def read_pieces(file: Path) -> Iterator[bytes]:
 
 def read_records(file: Path, text_column: str | None) -> Iterator[Document]:
     """One document for each record of a file of records, read as a stream."""
+    # Here, because datasets and pandas take a second to import and most corpora do not need them.
     import datasets
+    import pandas
+    import pyarrow
 
-    # pandas' and pyarrow's readers of datasets take the whole column set from the first rows; the text is all we need.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it also raises
     builder = RECORD_SUFFIXES[base_suffix(file)]
     try:
         records = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True)
         yield from record_documents(str(file), records, text_column)
-    except (datasets.exceptions.DatasetGenerationError, json.JSONDecodeError) as error:
+    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, pandas.errors.ParserError) as error:
         raise ValueError(f"{file} could not be read as {builder}: {error.__cause__ or error}") from None
 
 

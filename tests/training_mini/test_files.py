@@ -1,0 +1,82 @@
+"""Files that survive a crash."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from training_mini.files import existing_folder, replace_folder, write_text
+
+
+def test_write_text_replaces_whole(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a", "one")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+
+
+def make_folder(path: Path, content: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(content)
+    return path
+
+
+def test_replace_folder(tmp_path: Path) -> None:
+    replace_folder(make_folder(tmp_path / "partial", "one"), tmp_path / "target")
+    replace_folder(make_folder(tmp_path / "partial", "two"), tmp_path / "target")
+    assert (tmp_path / "target" / "file").read_text() == "two"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_folder_is_found_when_death_came_between_the_renames(tmp_path: Path) -> None:
+    make_folder(tmp_path / ".target.previous", "one")
+    assert existing_folder(tmp_path / "target") == tmp_path / ".target.previous"
+    assert existing_folder(tmp_path / "other") is None
+
+
+@pytest.mark.slow
+def test_kill_at_any_instant_leaves_a_complete_folder(tmp_path: Path) -> None:
+    program = textwrap.dedent(
+        f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        from training_mini.files import replace_folder
+        number = 0
+        while True:
+            number += 1
+            partial = Path("partial")
+            partial.mkdir(exist_ok=True)
+            for name in ("a", "b"):
+                (partial / name).write_text(str(number) * 10000)
+            replace_folder(partial, Path("target"))
+            print(number, flush=True)
+        """
+    )
+    for attempt in range(15):
+        process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()  # one is complete
+        time.sleep(0.001 * attempt)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        folder = existing_folder(tmp_path / "target")
+        assert folder is not None
+        assert (folder / "a").read_text() == (folder / "b").read_text()
+        assert len((folder / "a").read_text()) >= 10000
+        subprocess.run(["rm", "-rf", str(tmp_path / "partial")], check=True)
