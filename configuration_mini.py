@@ -133,6 +133,9 @@ class MiniConfig(PreTrainedConfig):
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
+        # Every rank normalises its own heads with the same weight, so each holds a part of that weight's gradient.
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
         "layers.*.self_attn.o_proj": "rowwise",
         "layers.*.mlp.gate_proj": "colwise",
         "layers.*.mlp.up_proj": "colwise",
@@ -193,6 +196,10 @@ class MiniConfig(PreTrainedConfig):
         divisible = self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0
         if self.head_dim is None and divisible:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.num_key_value_heads == 1:
+            # Ranks share attention out by heads, and one key/value head cannot be shared: each rank computes all of it.
+            plan = type(self).base_model_tp_plan
+            self.base_model_tp_plan = {name: style for name, style in plan.items() if ".self_attn." not in name}
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -227,7 +234,7 @@ class MiniConfig(PreTrainedConfig):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in ("norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < 1:
+            if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, got {self.norm_type!r}.")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import Arguments
 from .evaluation import Evaluation
-from .files import replace_folder
+from .files import replace_folder, writing
 
 
 @dataclass
@@ -39,18 +39,19 @@ def save_state(accelerator: Accelerator, run_folder: Path, state: TrainerState, 
     checkpoints = run_folder / "checkpoints"
     target = checkpoints / f"step_{state.step}"
     partial = checkpoints / f".{target.name}.partial"
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (partial / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-        replace_folder(partial, target)
-        for old in complete_states(run_folder)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    with writing(target):
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (partial / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+            replace_folder(partial, target)
+            for old in complete_states(run_folder)[:-keep]:
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
     return target
 
 
@@ -83,11 +84,12 @@ def load_state(accelerator: Accelerator, run_folder: Path, corpus: str) -> Train
 def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Writes a folder that `from_pretrained` and the Hub take: weights, configurations, code, tokenizer and card."""
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    replace_folder(partial, folder)
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        replace_folder(partial, folder)
 
 
 def model_card(

@@ -174,6 +174,9 @@ def encode_corpus(
         if not number_of_documents:
             raise ValueError(f"There is no text in {source.name!r}.")
     by_position = move_tail(folder, tokens, arguments.validation_ratio, id_dtype)
+    if not tokens["train"] or not tokens["validation"]:
+        total = sum(tokens.values())
+        raise ValueError(f"{source.name!r} has {total} tokens, too few to train on some and hold some out.")
     tokenizer.save_pretrained(folder / "tokenizer")
     facts = {
         "dataset": source.name,

@@ -3,9 +3,13 @@ Writing files that survive a crash: beside the target, flushed to the disk, then
 any instant leaves either what was there before or what was to be there, complete.
 """
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,3 +50,16 @@ def previous_of(target: Path) -> Path:
 def existing_folder(target: Path) -> Path | None:
     """`target`, or its predecessor if a crash came while it was being replaced, or `None`."""
     return next((folder for folder in (target, previous_of(target)) if folder.is_dir()), None)
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """
+    Turns whatever a library raises when it cannot write (torch and safetensors have types of their own) into one
+    `OSError` that names the target.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise OSError(f"{target} could not be written ({reason}); what was complete before is still there.") from error

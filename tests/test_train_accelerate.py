@@ -1,0 +1,345 @@
+"""train_accelerate.py as a user types it: what a run leaves behind, how it goes on, and what wrong input says."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import train_accelerate
+import yaml
+from accelerate.utils import write_basic_config
+from conftest import QUICK, ROOT, run_program
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+def train(cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return run_program("train_accelerate.py", *QUICK, *arguments, cwd=cwd, **environment)
+
+
+def weights(run: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    return load_file(run / name / "model.safetensors")
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def one_sentence_of(returncode: int, errors: str) -> str:
+    """The error of a program, after checking that it is one line, without a traceback, with exit code 2."""
+    assert returncode == 2, errors
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and errors.strip().splitlines()[-1] == lines[0], errors
+    return lines[0].removeprefix("error: ")
+
+
+def one_sentence(result: subprocess.CompletedProcess) -> str:
+    return one_sentence_of(result.returncode, result.stderr)
+
+
+def test_what_a_run_leaves_behind(quick_run: Path) -> None:
+    assert {path.name for path in quick_run.iterdir()} == {
+        "best", "checkpoints", "config.yaml", "curves.png", "final", "metrics.jsonl",
+    }  # fmt: skip
+    assert {path.name for path in (quick_run / "checkpoints").iterdir()} == {"step_20", "step_40"}
+    for name in ("best", "final"):
+        assert {path.name for path in (quick_run / name).iterdir()} == {
+            "README.md", "chat_template.jinja", "config.json", "configuration_mini.py", "generation_config.json",
+            "model.safetensors", "modeling_mini.py", "remote_code.py", "tokenizer.json", "tokenizer_config.json",
+        }  # fmt: skip
+    assert (quick_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert losses(quick_run)[-1] < losses(quick_run)[0] - 1
+
+
+def test_metrics(quick_run: Path) -> None:
+    training = [line for line in metrics(quick_run) if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 41))
+    assert set(training[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "epoch"}
+    assert training[0]["tokens"] == 8 * 64
+    assert training[1]["learning_rate"] == pytest.approx(1e-3), "half way through two warmup steps"
+    assert training[-1]["learning_rate"] == pytest.approx(2e-4, rel=0.02), "the cosine ends at a tenth"
+    evaluations = [line for line in metrics(quick_run) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [20, 40]
+    assert set(evaluations[0]) == {"step", "eval_loss", "eval_perplexity", "eval_bits_per_byte"}
+
+
+def test_resolved_configuration_repeats_the_run(quick_run: Path, tmp_path: Path) -> None:
+    settings = yaml.safe_load((quick_run / "config.yaml").read_text())
+    assert settings["dataset"] == "sample" and settings["max_steps"] == 40 and settings["hidden_size"] == 64
+    result = run_program("train_accelerate.py", "--config", quick_run / "config.yaml", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    again = tmp_path / "runs" / "tiny-sample"
+    assert losses(again) == losses(quick_run)
+    assert all(torch.equal(tensor, weights(quick_run)[name]) for name, tensor in weights(again).items())
+
+
+def test_report(tmp_path: Path) -> None:
+    result = train(tmp_path, "--max_steps", 6, "--eval_steps", 3, "--output_dir", "here")
+    assert result.returncode == 0, result.stderr
+    for words in (
+        "Mini ", "gzip -9 ", "xz -9 ", "--- a sample ---", "here/best", "here/curves.png",
+        "python generate.py --model here", "python train_accelerate.py --resume --output_dir here --max_steps 12",
+    ):  # fmt: skip
+        assert words in result.stdout
+    assert "Writing model shards" not in result.stderr and "warn" not in result.stderr.lower()
+    commands = [line.split("python ")[1] for line in result.stdout.splitlines() if "python " in line]
+    followed = run_program(*commands[1].split(), cwd=tmp_path)
+    assert followed.returncode == 0 and "Resuming at step 6" in followed.stdout
+
+
+def test_model_card_states_facts_of_the_run(quick_run: Path) -> None:
+    card = (quick_run / "best" / "README.md").read_text()
+    best = min((line for line in metrics(quick_run) if "eval_loss" in line), key=lambda line: line["eval_loss"])
+    assert f"{best['eval_bits_per_byte']:.4f}" in card
+    assert "pipeline_tag: text-generation" in card and "library_name: transformers" in card
+    assert "seed 42" in card and str(quick_run) not in card
+
+
+def test_interrupted_and_resumed_twice_is_the_same_run(quick_run: Path, tmp_path: Path) -> None:
+    settings = ["--max_steps", 40, "--eval_steps", 20, "--save_steps", 20, "--residual_dropout", 0.1]
+    whole = train(tmp_path, *settings, "--output_dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+    stop = ["--save_steps", 7]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *QUICK, *map(str, settings), *map(str, stop)]
+        + ["--output_dir", "parts"],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_for_steps(tmp_path / "parts", 9, process)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "parts" / "final").exists()
+    # Once more: a run that resumes, is killed, and resumes.
+    resume = [sys.executable, str(ROOT / "train_accelerate.py"), "--resume", "--output_dir", "parts"]
+    process = subprocess.Popen(resume, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_steps(tmp_path / "parts", 24, process)
+    process.kill()
+    process.wait()
+    result = run_program("train_accelerate.py", "--resume", "--output_dir", "parts", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "parts")] == [
+        line["step"] for line in metrics(tmp_path / "whole")
+    ]
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Waits until a run has logged so many steps."""
+    deadline = time.monotonic() + seconds
+    while not (run / "metrics.jsonl").is_file() or len(losses_so_far(run)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or hangs"
+        time.sleep(0.01)
+
+
+def losses_so_far(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def test_ctrl_c_leaves_a_resumable_run_and_says_how_to_go_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "100000", "--output_dir", "run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_steps(tmp_path / "run", 5, process)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    step = int(output.split("Stopped at step ")[1].split(";")[0])
+    assert "Go on:  python train_accelerate.py --resume --output_dir run" in output
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "trainer_state.json").is_file()
+    result = run_program(
+        "train_accelerate.py", "--resume", "--output_dir", "run", "--max_steps", step + 3, cwd=tmp_path
+    )
+    assert result.returncode == 0 and f"Resuming at step {step}" in result.stdout, result.stderr
+
+
+def test_resume_without_a_name_takes_the_newest_run(tmp_path: Path) -> None:
+    for name in ("runs/a", "runs/b"):
+        assert train(tmp_path, "--max_steps", 3, "--output_dir", name).returncode == 0
+    result = run_program("train_accelerate.py", "--resume", "--max_steps", 5, cwd=tmp_path)
+    assert result.returncode == 0 and "Resuming at step 3" in result.stdout
+    assert len(losses(tmp_path / "runs/b")) == 5 and len(losses(tmp_path / "runs/a")) == 3
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:
+    for parts in (1, 4):
+        result = train(
+            tmp_path, "--max_steps", 10, "--gradient_accumulation_steps", parts, "--output_dir", f"parts{parts}"
+        )
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "parts1") == pytest.approx(losses(tmp_path / "parts4"), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    one = train(tmp_path, "--max_steps", 10, "--output_dir", "one")
+    assert "1 x cpu" in one.stdout, one.stderr
+    command = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    two = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", *command[1:], str(ROOT / "train_accelerate.py")]
+        + [*QUICK, "--max_steps", "10", "--output_dir", "two"],
+        cwd=tmp_path, env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert "2 x cpu" in two.stdout
+    assert two.stdout.count("Trained 10 steps") == 1
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), abs=1e-5)
+    evaluations = [
+        next(line["eval_loss"] for line in metrics(tmp_path / name) if "eval_loss" in line) for name in ("one", "two")
+    ]
+    assert evaluations[0] == pytest.approx(evaluations[1], abs=1e-5)
+
+
+def test_accelerate_launch(tmp_path: Path) -> None:
+    write_basic_config(save_location=tmp_path / "accelerate.json")
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate.json"]
+        + ["--cpu", str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "3"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "tiny-sample" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_other_ways_to_train(tmp_path: Path) -> None:
+    """Each setting that changes how a step is computed runs, and comes to the same losses where it should."""
+    plain = train(tmp_path, "--max_steps", 5, "--output_dir", "plain", "--num_hidden_layers", 1)
+    assert plain.returncode == 0, plain.stderr
+    for setting in ("gradient_checkpointing", "torch_compile"):
+        result = train(tmp_path, "--max_steps", 5, "--output_dir", setting, f"--{setting}", "--num_hidden_layers", 1)
+        assert result.returncode == 0, result.stderr
+        assert losses(tmp_path / setting) == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+    result = train(tmp_path, "--max_steps", 5, "--output_dir", "bf16", "--bf16", "--num_hidden_layers", 1)
+    assert "bf16" in result.stdout
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "plain")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "plain"), abs=0.05)
+
+
+def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Über allen Gipfeln ist Ruh.\r\n" * 200, encoding="utf-8")
+    arguments = [value if value != "sample" else "text.txt" for value in QUICK]
+    result = run_program("train_accelerate.py", *arguments, "--tokenizer", "char", "--max_steps", 30, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / "tiny-text"
+    model = AutoModelForCausalLM.from_pretrained(run / "best", trust_remote_code=True)
+    assert model.config.vocab_size == 8 + len(set("Über allen Gipfeln ist Ruh.\r\n"))
+    written = run_program("generate.py", "--model", run, "--prompt", "Über", "--max_tokens", 40, cwd=tmp_path)
+    assert written.returncode == 0 and written.stdout.startswith("Über")
+
+
+BAD_INPUT = [
+    (["--dataset", "missing.txt"], "There is no file or directory 'missing.txt'."),
+    (["--dataset", "empty.txt"], "There is no text in 'empty.txt'."),
+    (["--dataset", "short.txt"], "less than one context of 64"),
+    (["--dataset", "letter.txt"], "'letter.txt' has 2 tokens, too few to train on some and hold some out."),
+    (["--dataset", "latin1.txt", "--tokenizer", "char"], "latin1.txt is not valid UTF-8 at byte 1"),
+    (["--dataset", "python-stdlbi"], "did you mean 'python-stdlib'?"),
+    (["--size", "tinny"], "There is no preset 'tinny'; the presets are tiny, small, medium, large, gpt2, did you mean"),
+    (["--num_attention_heads", "3"], "hidden_size (64) must be divisible by num_attention_heads (3)"),
+    (["--tokenizer", "nonsense"], "--tokenizer 'nonsense' is neither byte nor char"),
+    (["--learning_rat", "1"], "There is no flag '--learning_rat', did you mean 'learning_rate'?"),
+    (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+    (["--learning_rate", "-1"], "learning_rate must be positive"),
+    (["--max_steps", "0"], "max_steps must be at least 1"),
+    (["--max_steps", "2"], "warmup_steps (2) must be less than max_steps (2)"),
+    (["--train_batch_size", "7", "--gradient_accumulation_steps", "2"], "train_batch_size (7) must be divisible by"),
+    (["--validation_ratio", "1.5"], "validation_ratio must be between 0 and 1"),
+    (["--output_dir", "empty.txt/run"], "empty.txt"),
+    (["--output_dir", "mine", "--overwrite"], "'mine' holds files that are not a run of Mini"),
+    (["--config", "unknown.yaml"], "unknown.yaml has an unknown key 'learing_rate', did you mean 'learning_rate'?"),
+    (["--config", "broken.yaml"], "broken.yaml is not valid YAML"),
+    (["--config", "value.yaml"], "invalid int value: 'many'"),
+    (["--config", "nowhere.yaml"], "There is no configuration file 'nowhere.yaml'."),
+    (["--resume"], "There is no run under runs/ to resume"),
+    (["--resume", "--output_dir", "mine"], "There is no run in 'mine' to resume"),
+    (["--resume", "--overwrite", "--output_dir", "mine"], "There is no run in 'mine'"),
+    (["stray"], "The argument 'stray' belongs to no flag."),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_INPUT, ids=[" ".join(arguments) for arguments, _ in BAD_INPUT])
+def test_bad_input(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In this process, because each of these is over before a new one would have imported torch."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("a short text of fifty letters")
+    (tmp_path / "letter.txt").write_text("a")
+    (tmp_path / "latin1.txt").write_bytes("aé".encode("latin-1") * 200)
+    (tmp_path / "unknown.yaml").write_text("learing_rate: 1e-3\n")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    (tmp_path / "value.yaml").write_text("max_steps: many\n")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_accelerate.py", *QUICK, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        train_accelerate.main()
+    assert message in one_sentence_of(stopped.value.code, capfd.readouterr().err)
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and path.name != "runs"]
+    assert left == [], "a run that never began leaves nothing"
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_run_is_never_overwritten_by_accident(tmp_path: Path) -> None:
+    assert train(tmp_path, "--max_steps", 3).returncode == 0
+    run = tmp_path / "runs" / "tiny-sample"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    sentence = one_sentence(train(tmp_path, "--max_steps", 3))
+    assert "go on with it by --resume, replace it by --overwrite" in sentence
+    # Nor by --overwrite with other bad input.
+    one_sentence(train(tmp_path, "--max_steps", 3, "--overwrite", "--dataset", "missing.txt"))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert train(tmp_path, "--max_steps", 4, "--overwrite").returncode == 0
+    assert len(losses(run)) == 4
+
+
+def test_resume_on_another_corpus_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("first text " * 500)
+    arguments = [value if value != "sample" else "text.txt" for value in QUICK]
+    assert run_program("train_accelerate.py", *arguments, "--max_steps", 3, cwd=tmp_path).returncode == 0
+    (tmp_path / "text.txt").write_text("other text " * 500)
+    result = run_program("train_accelerate.py", "--resume", "--max_steps", 5, cwd=tmp_path)
+    assert "was trained on another corpus" in one_sentence(result)
+
+
+def test_full_disk_ends_in_a_sentence_and_keeps_what_was_complete(tmp_path: Path) -> None:
+    assert train(tmp_path, "--max_steps", 4, "--output_dir", "run").returncode == 0
+    before = weights(tmp_path / "run")
+
+    def limit_file_size() -> None:
+        # The model is 160 KB: metrics can be written, weights cannot.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_accelerate.py"), "--resume", "--output_dir", "run", "--max_steps", "8"],
+        cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_file_size, check=False, timeout=120,
+    )  # fmt: skip
+    sentence = one_sentence(result)
+    assert "could not be written" in sentence and "what was complete before is still there" in sentence
+    assert all(torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in before.items())
+    assert (tmp_path / "run" / "checkpoints" / "step_4" / "trainer_state.json").is_file()
+    result = run_program("train_accelerate.py", "--resume", "--output_dir", "run", "--max_steps", 8, cwd=tmp_path)
+    assert result.returncode == 0 and "Resuming at step 4" in result.stdout
