@@ -1,0 +1,41 @@
+"""`pip install .` into an empty environment, used from another folder."""
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PROGRAM = """
+import configuration_mini, generation_mini, modeling_mini, tokenization, train_accelerate, training_mini
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_config(configuration_mini.MiniConfig.preset("tiny"))
+assert "site-packages" in modeling_mini.__file__, modeling_mini.__file__
+print(type(model).__name__, len(tokenization.ByteTokenizer()))
+"""
+
+
+@pytest.mark.slow
+def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
+    venv.create(tmp_path / "environment", with_pip=True)
+    python = tmp_path / "environment" / "bin" / "python"
+    # The constraints give the tested versions; without them pip would take the newest torch, with CUDA.
+    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "requirements.txt", ROOT]
+    subprocess.run(install, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    run = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    result = subprocess.run([python, "-c", PROGRAM], **run)
+    assert result.stdout == "MiniForCausalLM 264\n", result.stderr
+    for command, words in (("mini-train", "--dataset"), ("mini-generate", "--max_new_tokens")):
+        result = subprocess.run([python.with_name(command), "--help"], **run)
+        assert result.returncode == 0 and words in result.stdout, result.stderr
+    train = (
+        "--dataset sample --hidden_size 64 --num_hidden_layers 1 --max_steps 3 --warmup_steps 1 --train_batch_size 2"
+    )
+    result = subprocess.run([python.with_name("mini-train"), *train.split()], **run)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run([python.with_name("mini-generate"), "--prompt", "a"], env=os.environ, **run)
+    assert result.returncode == 0 and result.stdout.startswith("a"), result.stderr
+    assert sys.prefix != str(tmp_path / "environment")

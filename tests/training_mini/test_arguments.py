@@ -1,0 +1,70 @@
+"""Settings from flags, YAML files and earlier runs."""
+
+from pathlib import Path
+
+import pytest
+from configuration_mini import PRESETS, MiniConfig
+from training_mini.arguments import Arguments, default_run_name, parse_arguments
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def test_no_arguments_is_the_tiny_configuration_file() -> None:
+    assert parse_arguments([]) == parse_arguments(["--config", str(CONFIGS[-1].with_name("tiny.yaml"))])
+
+
+def test_there_is_a_configuration_for_each_size() -> None:
+    assert {path.stem for path in CONFIGS} == set(PRESETS)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_files(path: Path) -> None:
+    arguments = parse_arguments(["--config", str(path)])
+    assert arguments.model.size == path.stem
+    for line in path.read_text().splitlines():
+        is_common = line.split(":")[0] in {"dataset", "tokenizer"} or line.split(":")[0] in repeated_names()
+        assert not line or "#" in line or is_common, f"{path.name}: a setting without its reason: {line}"
+
+
+def repeated_names() -> set[str]:
+    """Settings that tiny.yaml explains."""
+    return {line.split(":")[0] for line in CONFIGS[-1].with_name("tiny.yaml").read_text().splitlines() if ":" in line}
+
+
+def test_small_configuration_is_the_full_default_run() -> None:
+    arguments = parse_arguments(["--config", str(CONFIGS[-1].with_name("small.yaml"))])
+    config = arguments.model.model_config()
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (6, 256, 8)
+    assert config.max_position_embeddings == 256
+    assert (arguments.run.train_batch_size, arguments.run.max_steps) == (32, 10_000)
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text('learning_rate: 1e-3\nqk_norm: true\nsample_prompt: "x\\ny"\n')
+    arguments = parse_arguments(["--config", str(tmp_path / "a.yaml"), "--learning_rate", "5e-4"])
+    assert arguments.run.learning_rate == 5e-4 and arguments.model.qk_norm is True
+    assert arguments.run.sample_prompt == "x\ny"
+
+
+def test_saved_settings_are_read_back(tmp_path: Path) -> None:
+    arguments = parse_arguments(["--size", "small", "--qk_norm", "--dataset", "päth:x.txt", "--bf16", "false"])
+    arguments.save(tmp_path / "config.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == arguments
+
+
+def test_model_settings_reach_the_configuration() -> None:
+    flags = "--size small --hidden_size 128 --norm_type rmsnorm --qk_norm --attention_dropout 0.1 --head_dim 64"
+    config = parse_arguments(flags.split()).model.model_config(vocab_size=300)
+    expected = MiniConfig.preset(
+        "small", hidden_size=128, norm_type="rmsnorm", qk_norm=True, attention_dropout=0.1, head_dim=64, vocab_size=300
+    )
+    assert config == expected
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [("python-stdlib", "tiny-python-stdlib"), ("a/b/data.txt.gz", "tiny-data"), ("x/", "tiny-x"), ("*", "tiny-data")],
+)
+def test_default_run_name(dataset: str, name: str) -> None:
+    arguments = parse_arguments(["--dataset", dataset])
+    assert isinstance(arguments, Arguments) and default_run_name(arguments) == name
