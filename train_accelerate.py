@@ -4,14 +4,15 @@ import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from entry_points_mini import EXIT_INTERRUPTED, one_sentence_errors
-from training_mini.arguments import parse_arguments
+from training_mini.arguments import Arguments, parse_arguments
 from training_mini.loop import TrainingResult, train
 from training_mini.monitoring import format_seconds
 
 
-def report(result: TrainingResult) -> str:
+def report(result: TrainingResult, arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on."""
     folder = result.folder
+    prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
     if result.interrupted:
         return (
             f"Stopped at step {result.state.step}; everything is in {folder}/checkpoints.\n"
@@ -29,7 +30,7 @@ def report(result: TrainingResult) -> str:
             f"Last model   {folder}/final",
             f"Curves       {folder}/curves.png",
             f"Metrics      {folder}/metrics.jsonl",
-            f'\nWrite more:  python generate.py --model {folder} --prompt "def "',
+            f'\nWrite more:  python generate.py --model {folder} --prompt "{prompt}"',
             f"Train more:  python train_accelerate.py --resume --output_dir {folder} --max_steps {2 * steps}",
         )
     )
@@ -37,9 +38,10 @@ def report(result: TrainingResult) -> str:
 
 def main() -> None:
     with one_sentence_errors():
-        result = train(parse_arguments(sys.argv[1:]))
+        arguments = parse_arguments(sys.argv[1:])
+        result = train(arguments)
         if result.is_main_process:
-            print(report(result))
+            print(report(result, arguments))
         if result.interrupted:
             sys.exit(EXIT_INTERRUPTED)
 

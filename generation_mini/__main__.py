@@ -4,7 +4,7 @@ import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from entry_points_mini import one_sentence_errors
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .arguments import GenerationArguments, parse_arguments
@@ -32,6 +32,8 @@ def run(arguments: GenerationArguments) -> None:
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt_ids = tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
+    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids:
+        print_notice(f"The model does not know {unknown_characters(tokenizer, prompt)}, and reads <|unk|> instead.")
     if arguments.stream:
         write_to_terminal(prompt)
         streamer = CharacterStreamer(tokenizer, write_to_terminal)
@@ -44,6 +46,12 @@ def run(arguments: GenerationArguments) -> None:
         if len(sequences) > 1:
             print(f"--- {number} ---")
         print(prompt + tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The characters of a text that are not in the vocabulary, for a notice."""
+    encoded = ((c, tokenizer(c, add_special_tokens=False).input_ids) for c in sorted(set(text)))
+    return " ".join(repr(character) for character, ids in encoded if tokenizer.unk_token_id in ids)
 
 
 if __name__ == "__main__":

@@ -242,6 +242,8 @@ def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
     assert model.config.vocab_size == 8 + len(set("Über allen Gipfeln ist Ruh.\r\n"))
     written = run_program("generate.py", "--model", run, "--prompt", "Über", "--max_tokens", 40, cwd=tmp_path)
     assert written.returncode == 0 and written.stdout.startswith("Über")
+    written = run_program("generate.py", "--model", run, "--prompt", "Über!?", "--max_tokens", 4, cwd=tmp_path)
+    assert "(The model does not know '!' '?', and reads <|unk|> instead.)" in written.stderr
 
 
 BAD_INPUT = [

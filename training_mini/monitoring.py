@@ -64,7 +64,8 @@ class Monitor:
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
                 TextColumn("{task.description}"),
-                TimeRemainingColumn(elapsed_when_finished=True),
+                TimeRemainingColumn(),
+                TextColumn("left"),
             )
             self._progress = Progress(*columns, console=console)
             self._progress.start()
@@ -148,7 +149,7 @@ def draw_curves(folder: Path, title: str, tokens_per_byte: float, compressors: d
     if validation:
         curve.plot(*zip(*validation, strict=True), color="#08519c", marker="o", markersize=4, label="validation")
         step, bits = validation[-1]
-        curve.annotate(f"{bits:.3f}", (step, bits), xytext=(0, 7), textcoords="offset points", ha="right")
+        curve.annotate(f"{bits:.3f}", (step, bits), xytext=(0, -14), textcoords="offset points", ha="right")
     for (name, bits), style in zip(compressors.items(), ("--", ":"), strict=False):
         curve.axhline(bits, color="#737373", linestyle=style, linewidth=1, label=f"{name} -9: {bits:.3f}")
     shown = [bits for _, bits in [*train, *validation]] + list(compressors.values())

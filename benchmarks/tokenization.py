@@ -1,0 +1,60 @@
+"""
+Encoding speed of the raw path that corpora take, beside the tokenizer itself, in one run and in turns.
+
+    python benchmarks/tokenization.py [--text FILE] [--megabytes 64] [--rounds 7]
+
+Medians in MB/s; the last line is JSON.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from rich.console import Console
+from rich.table import Table
+from tokenization import ByteTokenizer, CharTokenizer
+from training_mini.documents import PIECE_SIZE, sample_documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", type=Path, help="UTF-8 file to encode (default: the generated sample)")
+    parser.add_argument("--megabytes", type=int, default=64, help="size to repeat the text to")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    text = arguments.text.read_bytes() if arguments.text else b"".join(b"".join(p) for _, p in sample_documents())
+    data = text * -(-arguments.megabytes * 10**6 // len(text))
+    # Whole repetitions in each piece, so that none ends inside a character.
+    per_piece = max(1, PIECE_SIZE // len(text)) * len(text)
+    pieces = [data[i : i + per_piece] for i in range(0, len(data), per_piece)]
+    byte, char = ByteTokenizer(), CharTokenizer.from_text(text.decode("utf-8"))
+    small = text[: 2**20].decode("utf-8", "ignore")
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "bytes, raw path": (lambda: [byte.encode_corpus(piece) for piece in pieces], len(data)),
+        "characters, raw path": (lambda: [char.encode_corpus(piece) for piece in pieces], len(data)),
+        "bytes, tokenizer": (lambda: byte(small, add_special_tokens=False), len(small.encode())),
+        "characters, tokenizer": (lambda: char(small, add_special_tokens=False), len(small.encode())),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(arguments.rounds + 1):
+        for name, (encode, _) in ways.items():
+            start = time.perf_counter()
+            encode()
+            if round_number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    speeds = {name: size / statistics.median(seconds[name]) / 1e6 for name, (_, size) in ways.items()}
+    table = Table("", "MB/s", title="Encoding a corpus")
+    for name, speed in speeds.items():
+        table.add_row(name, f"{speed:,.1f}")
+    Console().print(table)
+    print(json.dumps({"megabytes_per_second": {name: round(speed, 1) for name, speed in speeds.items()}}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Every shell and Python block of the README does what it says, in a copy of the repository, in order."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from modeling_mini import MiniConfig, MiniForCausalLM
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git has, and what is not ignored."""
+    folder = tmp_path_factory.mktemp("readme")
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_blocks(copy: Path) -> None:
+    """In one test, because each block builds on those before it: the first one installs and trains."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment["PATH"] = f"{copy}/.venv/bin:{environment['PATH']}"
+    assert [language for language, _ in BLOCKS].count("bash") >= 4
+    outputs = []
+    for language, block in BLOCKS:
+        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else ["python", "-c", block]
+        assert language in ("bash", "python"), f"nobody runs a block of {language}"
+        result = subprocess.run(
+            command, cwd=copy, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
+        outputs.append(result.stdout)
+    bits = {name: float(value) for name, value in re.findall(r"(Mini|gzip -9|xz -9) (\d\.\d+)[,.]", outputs[0])}
+    assert bits["Mini"] < bits["gzip -9"], "the model of the first command predicts Python better than gzip"
+    assert re.search(r"\b(def|self|return|import|class)\b", outputs[0].split("--- a sample ---")[1])
+    assert (copy / ".venv" / "bin" / "accelerate").exists() and sys.prefix != str(copy / ".venv")
+
+
+def test_test_command_is_what_ci_runs() -> None:
+    (command,) = re.findall(r"^```\n(.*)\n```$", README, flags=re.MULTILINE)
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\| `(\w+)` \| ([\d.]+)M \| (.*) \|$", README, flags=re.MULTILINE))
+def test_table_of_sizes(row: tuple[str, str, str]) -> None:
+    import torch
+
+    name, millions, shape = row
+    config = MiniConfig.preset(name)
+    with torch.device("meta"):
+        parameters = MiniForCausalLM(config).num_parameters()
+    assert float(millions) == pytest.approx(parameters / 1e6, abs=0.05 if float(millions) > 5 else 0.006)
+    heads = f"{config.num_attention_heads} ({config.num_key_value_heads})"
+    expected = f"{config.num_hidden_layers} | {config.hidden_size} | {heads} | {config.intermediate_size} | "
+    assert shape.startswith(f"{expected}{config.max_position_embeddings} | ")
+
+
+def test_pictures_and_links_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_flags_that_are_named_exist() -> None:
+    help_texts = "".join(
+        subprocess.run(
+            [sys.executable, str(ROOT / program), "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for program in ("train_accelerate.py", "generate.py", "benchmarks/tokenization.py")
+    )
+    for flag in set(re.findall(r"`?(--[a-z_]+)", README)):
+        assert flag in help_texts or "modeling_mini.analysis" in README, flag
