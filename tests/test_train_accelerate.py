@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,39 @@ def test_model_card_states_facts_of_the_run(quick_run: Path) -> None:
     assert f"{best['eval_bits_per_byte']:.4f}" in card
     assert "pipeline_tag: text-generation" in card and "library_name: transformers" in card
     assert "seed 42" in card and str(quick_run) not in card
+
+
+STRANGER = """
+import importlib.util
+assert importlib.util.find_spec("modeling_mini") is None and importlib.util.find_spec("tokenization") is None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+for folder in ("given", "saved_again"):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    output = model.generate(**tokenizer("the cat", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    generator = pipeline("text-generation", model=folder, trust_remote_code=True)
+    assert generator("the cat", max_new_tokens=20, do_sample=False)[0]["generated_text"] == text
+    print(text)
+    model.save_pretrained("saved_again")
+    tokenizer.save_pretrained("saved_again")
+"""
+
+
+def test_model_of_a_run_works_where_mini_is_not_installed(quick_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(quick_run / "best", tmp_path / "given")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    settings = ("--prompt", "the cat", "--max_tokens", 20, "--temperature", 0)
+    ours = run_program("generate.py", "--model", quick_run, *settings, cwd=tmp_path).stdout
+    assert result.stdout == ours * 2
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "given", trust_remote_code=True)
+    assert model.generation_config.do_sample and model.generation_config.top_p == 0.95
 
 
 def test_interrupted_and_resumed_twice_is_the_same_run(quick_run: Path, tmp_path: Path) -> None:
