@@ -361,6 +361,14 @@ def test_resume_on_another_corpus_is_refused(tmp_path: Path) -> None:
     assert "was trained on another corpus" in one_sentence(result)
 
 
+def test_resume_with_another_shape_is_refused(quick_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(quick_run, tmp_path / "run")
+    settings = ("--resume", "--output_dir", "run", "--max_steps", 50)
+    result = run_program("train_accelerate.py", *settings, "--hidden_size", 128, cwd=tmp_path)
+    sentence = one_sentence(result)
+    assert "hidden_size (was 64, now 128)" in sentence and "num_hidden_layers" not in sentence
+
+
 def test_full_disk_ends_in_a_sentence_and_keeps_what_was_complete(tmp_path: Path) -> None:
     assert train(tmp_path, "--max_steps", 4, "--output_dir", "run").returncode == 0
     before = weights(tmp_path / "run")

@@ -4,10 +4,11 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import Arguments
 from .evaluation import Evaluation
@@ -24,9 +25,11 @@ class TrainerState:
         best_loss: the lowest validation loss so far, in nats per token.
         best_step: where it was reached.
         corpus: the cache key of the corpus, so that a run is never resumed on other data.
+        architecture: the shape of the model, for the same reason.
     """
 
     corpus: str
+    architecture: dict[str, Any]
     step: int = 0
     best_loss: float = float("inf")
     best_step: int = 0
@@ -61,22 +64,39 @@ def complete_states(run_folder: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
-def load_state(accelerator: Accelerator, run_folder: Path, corpus: str) -> TrainerState:
+def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What decides which weights fit a model; dropout may change from one leg of a run to the next."""
+    names_and_versions = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+    return {
+        name: value
+        for name, value in json.loads(config.to_json_string(use_diff=False)).items()
+        if name not in names_and_versions and not name.endswith("_dropout")
+    }
+
+
+def load_state(accelerator: Accelerator, run_folder: Path, expected: TrainerState) -> TrainerState:
     """
     Loads the newest state of a run into the prepared objects. Every process calls it.
 
     Raises:
-        ValueError: if there is no state, or it belongs to another corpus.
+        ValueError: if there is no state, or it belongs to another corpus or another model.
     """
     states = complete_states(run_folder)
     if not states:
         raise ValueError(f"{str(run_folder)!r} has no checkpoint to resume from; start it anew with --overwrite.")
     state = TrainerState(**json.loads((states[-1] / "trainer_state.json").read_text(encoding="utf-8")))
-    if state.corpus != corpus:
+    if state.corpus != expected.corpus:
         raise ValueError(
             f"The run in {str(run_folder)!r} was trained on another corpus: its --dataset, its --tokenizer or the "
             f"files themselves have changed since; give the new data a run of its own with --output_dir."
         )
+    changed = [
+        f"{name} (was {state.architecture.get(name)}, now {value})"
+        for name, value in expected.architecture.items()
+        if state.architecture.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {', '.join(changed)}.")
     accelerator.load_state(str(states[-1]))
     return state
 

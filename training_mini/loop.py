@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments
 from .batches import TrainingBatches
-from .checkpoints import TrainerState, load_state, model_card, save_checkpoint_folder, save_state
+from .checkpoints import TrainerState, architecture_of, load_state, model_card, save_checkpoint_folder, save_state
 from .corpus import Corpus, load_corpus
 from .evaluation import Evaluation, compressor_bits_per_byte, evaluate
 from .monitoring import Monitor, draw_curves
@@ -27,17 +27,17 @@ from .optimization import make_optimizer, make_scheduler
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run has come to, for the report of the entry point."""
+    """What a run has come to, for the report of the entry point; without evaluation and sample if interrupted."""
 
     folder: Path
     state: TrainerState
     interrupted: bool
     seconds: float
-    evaluation: Evaluation | None = None
-    compressors: dict[str, float] | None = None
-    evaluated_bytes: int = 0
-    sample: str = ""
-    is_main_process: bool = True
+    evaluation: Evaluation | None
+    compressors: dict[str, float]
+    evaluated_bytes: int
+    sample: str
+    is_main_process: bool
 
 
 def train(arguments: Arguments) -> TrainingResult:
@@ -47,162 +47,230 @@ def train(arguments: Arguments) -> TrainingResult:
     Raises:
         ValueError: for input that cannot work, before anything that exists is changed.
     """
-    started = time.monotonic()
-    run = arguments.run
     # Both would break into the live display at every save: a bar for one file, and a note that the tied head is saved
     # once (it is tied again when the state is loaded).
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    accelerator = make_accelerator(arguments)
-    folder = claim_folder(arguments, accelerator)
-    try:
-        check_batch(arguments, accelerator)
-        corpus = load_corpus(arguments.data, show_progress=accelerator.is_local_main_process)
-        set_seed(run.seed)
-        model = make_model(arguments, corpus)
-        context_length = model.config.max_position_embeddings
-        bos_token_id = model.config.bos_token_id
-        batches = TrainingBatches(corpus.train, context_length, run.train_batch_size, bos_token_id, run.seed)
-        held_out = corpus.validation[: run.max_eval_tokens]
-    except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is empty: this run has not begun
-        raise
+    return Trainer(arguments).train()
 
-    optimizer = make_optimizer(model, arguments.run)
-    scheduler = make_scheduler(optimizer, arguments.run)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    # Not through `prepare`, which would step the schedule once for each process.
-    accelerator.register_for_checkpointing(scheduler)
-    state = TrainerState(corpus=corpus.folder.name)
-    if run.resume:
-        state = load_state(accelerator, folder, state.corpus)
-    else:
-        set_seed(run.seed + accelerator.process_index)  # dropout differs between processes
-    if accelerator.is_main_process:
-        if run.overwrite:
-            empty(folder)
-        arguments.save(folder / "config.yaml")
-    accelerator.wait_for_everyone()
-    if run.torch_compile:
-        model.compile()
 
-    held_out_text = corpus.text_of(held_out)
-    compressors = compressor_bits_per_byte(held_out_text)
-    tokens_per_byte = len(held_out) / max(1, int(corpus.bytes_per_token[held_out].sum()))
-    monitor = Monitor(folder, state.step, run.max_steps, enabled=accelerator.is_main_process)
-    monitor.say(describe(accelerator.unwrap_model(model), corpus, accelerator, state))
-    evaluation: Evaluation | None = None
-    tokens_per_step = run.train_batch_size * context_length
-    loss_sum = torch.zeros((), device=accelerator.device)
-    logged_step, clock = state.step, time.monotonic()
+class Trainer:
+    """One run: what it is made of, and its loop. The order of the methods is the order in which things happen."""
 
-    def evaluate_and_keep_best() -> Evaluation:
-        result = evaluate(
-            model, held_out, corpus.bytes_per_token, context_length, run.train_batch_size, bos_token_id, accelerator
+    def __init__(self, arguments: Arguments) -> None:
+        self.started = time.monotonic()
+        self.arguments, self.run = arguments, arguments.run
+        self.accelerator = make_accelerator(arguments)
+        self.folder = claim_folder(arguments, self.accelerator)
+        try:
+            check_batch(arguments, self.accelerator)
+            self.corpus = load_corpus(arguments.data, show_progress=self.accelerator.is_local_main_process)
+            set_seed(self.run.seed)
+            model = make_model(arguments, self.corpus)
+            self.config = model.config
+            self.batches = TrainingBatches(
+                self.corpus.train,
+                self.config.max_position_embeddings,
+                self.run.train_batch_size,
+                self.config.bos_token_id,
+                self.run.seed,
+            )
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()  # only if it is empty: this run has not begun
+            raise
+        optimizer = make_optimizer(model, self.run)
+        self.scheduler = make_scheduler(optimizer, self.run)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        # Not through `prepare`, which would step the schedule once for each process.
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.state = TrainerState(corpus=self.corpus.folder.name, architecture=architecture_of(self.config))
+        self.tokens_per_step = self.run.train_batch_size * self.config.max_position_embeddings
+
+        self.held_out = self.corpus.validation[: self.run.max_eval_tokens]
+        held_out_text = self.corpus.text_of(self.held_out)
+        self.held_out_bytes = len(held_out_text)
+        self.compressors = compressor_bits_per_byte(held_out_text)
+        self.tokens_per_byte = len(self.held_out) / max(1, int(self.corpus.bytes_per_token[self.held_out].sum()))
+
+    def train(self) -> TrainingResult:
+        """The loop: steps, and what is due between them."""
+        self.begin()
+        evaluation: Evaluation | None = None
+        with delayed_interrupt() as interrupt, contextlib.closing(self.monitor):
+            while self.state.step < self.run.max_steps and not anyone(interrupt.requested, self.accelerator):
+                self.training_step()
+                is_last = self.state.step == self.run.max_steps
+                if self.state.step % self.run.logging_steps == 0 or is_last:
+                    self.log()
+                pause = time.monotonic()
+                if self.state.step % self.run.eval_steps == 0 or is_last:
+                    evaluation = self.evaluate()
+                if self.state.step % self.run.save_steps == 0 or is_last:
+                    self.save()
+                self.logged_at += time.monotonic() - pause  # tokens per second are those of training
+            if self.state.step < self.run.max_steps:
+                self.save()
+                return self.result(interrupted=True)
+            evaluation = evaluation or self.evaluate()  # a run that was resumed at its end has none yet
+        return self.finish(evaluation)
+
+    def begin(self) -> None:
+        """Loads the state to go on from, or takes possession of the folder."""
+        if self.run.resume:
+            self.state = load_state(self.accelerator, self.folder, self.state)
+        else:
+            set_seed(self.run.seed + self.accelerator.process_index)  # dropout differs between processes
+        if self.accelerator.is_main_process:
+            if self.run.overwrite:
+                empty(self.folder)
+            self.arguments.save(self.folder / "config.yaml")
+        self.accelerator.wait_for_everyone()
+        if self.run.torch_compile:
+            self.model.compile()
+        self.model.train()
+        enabled = self.accelerator.is_main_process
+        self.monitor = Monitor(self.folder, self.state.step, self.run.max_steps, enabled)
+        self.monitor.say(self.description())
+        self.loss_sum = torch.zeros((), device=self.accelerator.device)
+        self.logged_step, self.logged_at = self.state.step, time.monotonic()
+
+    def description(self) -> str:
+        """One line of what is about to happen."""
+        accelerator, corpus = self.accelerator, self.corpus
+        beginning = f"Resuming at step {self.state.step}" if self.state.step else "Training"
+        precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+        parameters = f"{self.unwrapped_model.num_parameters() / 1e6:.2f}M parameters"
+        return (
+            f"{beginning}: {parameters} on {len(corpus.train):,} tokens of {corpus.name} "
+            f"({len(corpus.validation):,} held out), "
+            f"{accelerator.num_processes} x {accelerator.device.type}, {precision}."
         )
-        monitor.record(
-            state.step,
-            {
-                "eval_loss": result.loss,
-                "eval_perplexity": result.perplexity,
-                "eval_bits_per_byte": result.bits_per_byte,
-            },
+
+    @property
+    def unwrapped_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def training_step(self) -> None:
+        """One optimizer step on this process's share of the global batch."""
+        accelerator = self.accelerator
+        parts = self.run.gradient_accumulation_steps
+        micro_batches = self.batches.micro_batches(
+            self.state.step, accelerator.process_index, accelerator.num_processes, parts
         )
-        is_best = result.loss < state.best_loss
-        monitor.say(
-            f"step {state.step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
-            f"bits per byte {result.bits_per_byte:.4f} "
-            f"({', '.join(f'{name} -9: {bits:.4f}' for name, bits in compressors.items())})"
+        for number, (inputs, targets) in enumerate(micro_batches, start=1):
+            inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
+            with contextlib.nullcontext() if number == parts else accelerator.no_sync(self.model):
+                # The sum over the tokens of the whole batch, in shares that gradient averaging adds up again.
+                loss = self.model(
+                    input_ids=inputs,
+                    labels=targets,
+                    shift_labels=targets,
+                    num_items_in_batch=self.tokens_per_step // accelerator.num_processes,
+                    use_cache=False,
+                ).loss
+                accelerator.backward(loss)
+            self.loss_sum += loss.detach()
+        # A limit of infinity clips nothing and still measures the norm.
+        self.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm or math.inf)
+        self.learning_rate = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.state.step += 1
+
+    def log(self) -> None:
+        """Records what happened since the last time; the only place where training waits for the device."""
+        step, steps = self.state.step, self.state.step - self.logged_step
+        loss = self.accelerator.reduce(self.loss_sum, reduction="mean").item() / steps
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"The loss is {loss} at step {step}: go on from the last checkpoint with --resume and a lower "
+                f"--learning_rate."
+            )
+        metrics = {
+            "loss": loss,
+            "learning_rate": self.learning_rate,
+            "grad_norm": float(self.grad_norm),
+            "tokens_per_second": steps * self.tokens_per_step / (time.monotonic() - self.logged_at),
+            "tokens": step * self.tokens_per_step,
+            "epoch": self.batches.epoch_of(step),
+        }
+        self.monitor.training_step(step, metrics, bits_per_byte=loss / math.log(2) * self.tokens_per_byte)
+        self.loss_sum.zero_()
+        self.logged_step, self.logged_at = step, time.monotonic()
+
+    def evaluate(self) -> Evaluation:
+        """Validates, keeps the model if it is the best so far, and draws the curves."""
+        evaluation = evaluate(
+            self.model,
+            self.held_out,
+            self.corpus.bytes_per_token,
+            self.config.max_position_embeddings,
+            self.run.train_batch_size,
+            self.config.bos_token_id,
+            self.accelerator,
+        )
+        metrics = {
+            "eval_loss": evaluation.loss,
+            "eval_perplexity": evaluation.perplexity,
+            "eval_bits_per_byte": evaluation.bits_per_byte,
+        }
+        self.monitor.record(self.state.step, metrics)
+        is_best = evaluation.loss < self.state.best_loss
+        self.monitor.say(
+            f"step {self.state.step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
+            f"bits per byte {evaluation.bits_per_byte:.4f} "
+            f"({', '.join(f'{name} -9: {bits:.4f}' for name, bits in self.compressors.items())})"
             f"{' - best so far' if is_best else ''}"
         )
         if is_best:
-            state.best_loss, state.best_step = result.loss, state.step
-            if accelerator.is_main_process:
-                unwrapped = accelerator.unwrap_model(model)
-                card = model_card(unwrapped, arguments, state, result, compressors)
-                save_checkpoint_folder(unwrapped, corpus.tokenizer, folder / "best", card)
-        if accelerator.is_main_process:
-            draw_curves(folder, f"{folder.name}: {corpus.name}", tokens_per_byte, compressors)
-        return result
+            self.state.best_loss, self.state.best_step = evaluation.loss, self.state.step
+            self.save_model("best", evaluation)
+        if self.accelerator.is_main_process:
+            title = f"{self.folder.name}: {self.corpus.name}"
+            draw_curves(self.folder, title, self.tokens_per_byte, self.compressors)
+        return evaluation
 
-    with delayed_interrupt() as interrupt, contextlib.closing(monitor):
-        model.train()
-        while state.step < run.max_steps and not anyone(interrupt.requested, accelerator):
-            parts = list(
-                batches.micro_batches(
-                    state.step, accelerator.process_index, accelerator.num_processes, run.gradient_accumulation_steps
-                )
-            )
-            for number, (inputs, targets) in enumerate(parts):
-                is_last = number == len(parts) - 1
-                inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
-                with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                    # The sum over the tokens of the whole batch, in shares that gradient averaging adds up again.
-                    loss = model(
-                        input_ids=inputs,
-                        labels=targets,
-                        shift_labels=targets,
-                        num_items_in_batch=tokens_per_step // accelerator.num_processes,
-                        use_cache=False,
-                    ).loss
-                    accelerator.backward(loss)
-                loss_sum += loss.detach()
-            # A limit of infinity clips nothing and still measures the norm.
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm or math.inf)
-            learning_rate = scheduler.get_last_lr()[0]
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            state.step += 1
+    def save(self) -> None:
+        """Writes a state to resume from."""
+        save_state(self.accelerator, self.folder, self.state, self.run.save_total_limit)
 
-            if state.step % run.logging_steps == 0 or state.step == run.max_steps:
-                steps = state.step - logged_step
-                mean_loss = accelerator.reduce(loss_sum, reduction="mean").item() / steps
-                if not math.isfinite(mean_loss):
-                    raise ValueError(
-                        f"The loss is {mean_loss} at step {state.step}: go on from the last checkpoint with --resume "
-                        f"and a lower --learning_rate."
-                    )
-                metrics = {
-                    "loss": mean_loss,
-                    "learning_rate": learning_rate,
-                    "grad_norm": float(grad_norm),
-                    "tokens_per_second": steps * tokens_per_step / (time.monotonic() - clock),
-                    "tokens": state.step * tokens_per_step,
-                    "epoch": batches.epoch_of(state.step),
-                }
-                monitor.training_step(state.step, metrics, mean_loss / math.log(2) * tokens_per_byte)
-                loss_sum.zero_()
-                logged_step, clock = state.step, time.monotonic()
+    def save_model(self, name: str, evaluation: Evaluation) -> None:
+        """Writes a checkpoint folder to use and share."""
+        if self.accelerator.is_main_process:
+            card = model_card(self.unwrapped_model, self.arguments, self.state, evaluation, self.compressors)
+            save_checkpoint_folder(self.unwrapped_model, self.corpus.tokenizer, self.folder / name, card)
 
-            pause = time.monotonic()
-            if state.step % run.eval_steps == 0 or state.step == run.max_steps:
-                evaluation = evaluate_and_keep_best()
-            if state.step % run.save_steps == 0 or state.step == run.max_steps:
-                save_state(accelerator, folder, state, run.save_total_limit)
-            clock += time.monotonic() - pause  # tokens per second are those of training
+    def finish(self, evaluation: Evaluation) -> TrainingResult:
+        """Writes the last model, and lets it write."""
+        self.save_model("final", evaluation)
+        sample = self.write_sample() if self.accelerator.is_main_process else ""
+        self.accelerator.end_training()
+        return self.result(interrupted=False, evaluation=evaluation, sample=sample)
 
-        interrupted = state.step < run.max_steps
-        if interrupted:
-            save_state(accelerator, folder, state, run.save_total_limit)
-        elif evaluation is None:  # resumed at its end
-            evaluation = evaluate_and_keep_best()
+    def write_sample(self) -> str:
+        """What the model makes of a prompt, as far as its context goes."""
+        prompt = self.run.sample_prompt or ("def " if self.corpus.name == "python-stdlib" else "\n")
+        set_seed(self.run.seed)
+        model, tokenizer = self.unwrapped_model.eval(), self.corpus.tokenizer
+        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+        length = self.config.max_position_embeddings
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=length, min_new_tokens=length // 2)
+        return tokenizer.decode(output[0], skip_special_tokens=True)
 
-    seconds = time.monotonic() - started
-    if interrupted:
-        return TrainingResult(folder, state, True, seconds, is_main_process=accelerator.is_main_process)
-    sample = ""
-    if accelerator.is_main_process:
-        unwrapped = accelerator.unwrap_model(model)
-        card = model_card(unwrapped, arguments, state, evaluation, compressors)
-        save_checkpoint_folder(unwrapped, corpus.tokenizer, folder / "final", card)
-        prompt = run.sample_prompt or ("def " if corpus.name == "python-stdlib" else "\n")
-        sample = write_sample(unwrapped, corpus, prompt, run.seed)
-    accelerator.end_training()
-    return TrainingResult(
-        folder, state, False, seconds, evaluation, compressors, len(held_out_text), sample, accelerator.is_main_process
-    )
+    def result(self, interrupted: bool, evaluation: Evaluation | None = None, sample: str = "") -> TrainingResult:
+        return TrainingResult(
+            folder=self.folder,
+            state=self.state,
+            interrupted=interrupted,
+            seconds=time.monotonic() - self.started,
+            evaluation=evaluation,
+            compressors=self.compressors,
+            evaluated_bytes=self.held_out_bytes,
+            sample=sample,
+            is_main_process=self.accelerator.is_main_process,
+        )
 
 
 def make_accelerator(arguments: Arguments) -> Accelerator:
@@ -272,27 +340,6 @@ def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
     if arguments.run.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
-
-
-def describe(model: PreTrainedModel, corpus: Corpus, accelerator: Accelerator, state: TrainerState) -> str:
-    """One line of what is about to happen."""
-    where = f"{accelerator.num_processes} x {accelerator.device.type}"
-    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    beginning = f"Resuming at step {state.step}" if state.step else "Training"
-    return (
-        f"{beginning}: {model.num_parameters() / 1e6:.2f}M parameters on {len(corpus.train):,} tokens of {corpus.name} "
-        f"({len(corpus.validation):,} held out), {where}, {precision}."
-    )
-
-
-def write_sample(model: PreTrainedModel, corpus: Corpus, prompt: str, seed: int) -> str:
-    """What the model makes of a prompt, as far as its context goes."""
-    set_seed(seed)
-    model.eval()
-    ids = corpus.tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    length = model.config.max_position_embeddings
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=length, min_new_tokens=length // 2)
-    return corpus.tokenizer.decode(output[0], skip_special_tokens=True)
 
 
 @dataclass
