@@ -4,12 +4,12 @@ import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from entry_points_mini import one_sentence_errors
+from modeling_mini.loading import find_checkpoint, load_checkpoint
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
 from .arguments import GenerationArguments, parse_arguments
 from .interactive import converse, print_notice, write_to_terminal
-from .loading import find_checkpoint, load_checkpoint
 from .writing import CharacterStreamer, write_on
 
 

@@ -338,7 +338,7 @@ def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8, top_p=0.95)
     if arguments.run.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     return model
 
 

@@ -1,0 +1,42 @@
+"""
+Measures of a model: what it costs, where it attends, and what flows through it.
+
+Each works from Python and as `python -m modeling_mini.analysis`; docs/ANALYSIS.md shows both. Nothing here is imported
+by `import modeling_mini`.
+"""
+
+from .activations import (
+    ActivationStatistics,
+    UpdateStatistics,
+    as_metrics,
+    draw_activations,
+    gradient_norms,
+    record_activations,
+    record_update,
+)
+from .attention import AttentionSummary, attention_weights, draw_attention, eager_attention, summarize_attention
+from .cost import InferenceMemory, ModelCost, TrainingMemory, measure_inference_memory, measure_training_memory
+from .inputs import prompt_ids, text_windows, token_labels
+
+__all__ = [
+    "ActivationStatistics",
+    "AttentionSummary",
+    "InferenceMemory",
+    "ModelCost",
+    "TrainingMemory",
+    "UpdateStatistics",
+    "as_metrics",
+    "attention_weights",
+    "draw_activations",
+    "draw_attention",
+    "eager_attention",
+    "gradient_norms",
+    "measure_inference_memory",
+    "measure_training_memory",
+    "prompt_ids",
+    "record_activations",
+    "record_update",
+    "summarize_attention",
+    "text_windows",
+    "token_labels",
+]

@@ -1,0 +1,292 @@
+"""What flows through a model: statistics of activations, norms of gradients, and how far a step moves the weights."""
+
+import contextlib
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+# A unit is dead if no token that was recorded moved it by more than this share of the rms of its site. An exact zero
+# would find ReLU's dead units only: SiLU has none.
+DEAD_SHARE = 0.01
+
+# What is recorded, wherever wrappers (peft, DDP) have put the model.
+SITE = re.compile(r"(?:^|\.)(embed_tokens|norm|layers\.\d+(?:\.self_attn|\.mlp(?:\.down_proj)?)?)$")
+GROUP = re.compile(r"embed_tokens|lm_head|layers\.\d+\.(self_attn|mlp)")
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """
+    One site, over all tokens and units that were recorded.
+
+    Attributes:
+        mean, rms: as they are named.
+        kurtosis: the fourth central moment over the squared variance; 3 for a normal distribution, and the larger, the
+            more of the signal is in few large values.
+        largest: the largest magnitude.
+        dead: the share of units that never exceeded `DEAD_SHARE` of the rms.
+    """
+
+    mean: float
+    rms: float
+    kurtosis: float
+    largest: float
+    dead: float
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """
+    One group of parameters around one optimizer step.
+
+    Attributes:
+        gradient_norm, weight_norm, update_norm: Euclidean norms; the weights are those before the step.
+        ratio: update_norm / weight_norm. About 1e-3 is usual while a model learns; much more forgets, much less stands
+            still.
+    """
+
+    gradient_norm: float
+    weight_norm: float
+    update_norm: float
+    ratio: float
+
+
+class ActivationRecorder:
+    """What `record_activations` gives: collects moments while its hooks are in place."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, list[torch.Tensor]] = {}
+        self._unit_largest: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, site: str, activations: torch.Tensor) -> None:
+        """`activations` (..., units); no synchronisation with the device."""
+        values = activations.detach().float().flatten(end_dim=-2)
+        mean = values.mean()
+        centred = values - mean
+        squares = centred.square()
+        moments = torch.stack(
+            [mean, squares.mean(), (squares * centred).mean(), squares.square().mean(), values.abs().max()]
+        )
+        self._moments.setdefault(site, []).append(torch.cat([moments, moments.new_tensor([values.numel()])]))
+        unit_largest = values.abs().amax(dim=0)
+        if site in self._unit_largest:
+            unit_largest = torch.maximum(unit_largest, self._unit_largest[site])
+        self._unit_largest[site] = unit_largest
+
+    def statistics(self) -> dict[str, ActivationStatistics]:
+        """
+        The statistics of all that was recorded so far, by site, in the order in which data meets them.
+
+        Raises:
+            ValueError: if nothing was recorded.
+        """
+        if not self._moments:
+            raise ValueError("No activations were recorded: call the model within `with record_activations(model):`.")
+        result = {}
+        # Each call has moments about its own mean; the binomial theorem moves them to the common one.
+        for site, calls in self._moments.items():
+            means, second, third, fourth, largest, counts = torch.stack(calls).double().cpu().numpy().T
+            share = counts / counts.sum()
+            mean = float((share * means).sum())
+            offset = means - mean
+            variance = float((share * (second + offset**2)).sum())
+            fourth_moment = float((share * (fourth + 4 * offset * third + 6 * offset**2 * second + offset**4)).sum())
+            rms = math.sqrt(variance + mean**2)
+            dead = self._unit_largest[site] <= DEAD_SHARE * rms
+            result[site] = ActivationStatistics(
+                mean=mean,
+                rms=rms,
+                kurtosis=fourth_moment / variance**2 if variance else math.nan,
+                largest=float(np.max(largest)),
+                dead=dead.float().mean().item(),
+            )
+        return result
+
+
+@contextlib.contextmanager
+def record_activations(model: nn.Module) -> Iterator[ActivationRecorder]:
+    """
+    Records every forward pass within the context, by hooks that are removed when it ends; outside, nothing is left to
+    cost anything. Sites of a Llama-shaped model: `embed_tokens`, and for each layer N `layers.N.self_attn` and
+    `layers.N.mlp` (what they add to the residual stream), `layers.N.mlp.hidden` (the units inside the SwiGLU layer),
+    `layers.N` (the residual stream after it); and `norm`, which the head reads.
+
+    Padded positions count as any others. Each forward pass that gradient checkpointing repeats is recorded twice, which
+    changes no statistic. Record the model itself, not a compiled one: hooks would make it compile again.
+
+    Raises:
+        ValueError: if the model has no such modules.
+    """
+    sites = {name: match[1] for name, _ in model.named_modules() if (match := SITE.search(name))}
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no layers named as Llama's, so there is nothing to record.")
+    recorder = ActivationRecorder()
+    with contextlib.ExitStack() as hooks:
+        for name, site in sites.items():
+            module = model.get_submodule(name)
+            if site.endswith(".down_proj"):
+                hook = functools.partial(record_input, recorder, site.replace("down_proj", "hidden"))
+                handle = module.register_forward_pre_hook(hook)
+            else:
+                handle = module.register_forward_hook(functools.partial(record_output, recorder, site))
+            hooks.callback(handle.remove)
+        yield recorder
+
+
+def record_output(
+    recorder: ActivationRecorder, site: str, module: nn.Module, arguments: tuple, output: torch.Tensor | tuple
+) -> None:
+    recorder.add(site, output[0] if isinstance(output, tuple) else output)
+
+
+def record_input(recorder: ActivationRecorder, site: str, module: nn.Module, arguments: tuple) -> None:
+    recorder.add(site, arguments[0])
+
+
+def grouped_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """
+    The parameters that have a gradient, by group: `embed_tokens`, `layers.N.self_attn`, `layers.N.mlp`, `norms` of all
+    layers, `lm_head` where it is not tied, and `other`. Wrappers (peft, DDP, compile) change no group.
+
+    Raises:
+        ValueError: if no parameter has a gradient.
+    """
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        match = GROUP.search(name)
+        group = "norms" if "norm" in name else match[0] if match else "other"
+        groups.setdefault(group, []).append(parameter)
+    if not groups:
+        raise ValueError("No parameter has a gradient: call loss.backward() before, and optimizer.zero_grad() after.")
+    return groups
+
+
+@torch.no_grad()
+def gradient_norms(model: nn.Module) -> dict[str, float]:
+    """
+    The Euclidean norm of the gradient of each group of `grouped_parameters`.
+
+    Raises:
+        ValueError: if no parameter has a gradient.
+    """
+    return {group: norm([p.grad for p in members]) for group, members in grouped_parameters(model).items()}
+
+
+def norm(tensors: list[torch.Tensor]) -> float:
+    return nn.utils.get_total_norm([tensor.float() for tensor in tensors]).item()
+
+
+class UpdateRecorder:
+    """What `record_update` gives: `statistics` is filled when the context ends."""
+
+    def __init__(self) -> None:
+        self.statistics: dict[str, UpdateStatistics] = {}
+
+
+@contextlib.contextmanager
+def record_update(model: nn.Module) -> Iterator[UpdateRecorder]:
+    """
+    Measures one optimizer step: `with record_update(model) as update: optimizer.step()`. Within the context, a copy of
+    the weights is held; outside, nothing is. Gradients are taken as the context finds them, so clip them before.
+
+    Raises:
+        ValueError: if no parameter has a gradient.
+    """
+    groups = grouped_parameters(model)
+    recorder = UpdateRecorder()
+    before = {group: [p.detach().clone() for p in members] for group, members in groups.items()}
+    gradients = gradient_norms(model)
+    yield recorder
+    for group, members in groups.items():
+        weight_norm = norm(before[group])
+        update_norm = norm([p.detach() - old for p, old in zip(members, before[group], strict=True)])
+        ratio = update_norm / weight_norm if weight_norm else math.inf
+        recorder.statistics[group] = UpdateStatistics(gradients[group], weight_norm, update_norm, ratio)
+
+
+def as_metrics(
+    prefix: str, statistics: Mapping[str, ActivationStatistics | UpdateStatistics | float]
+) -> dict[str, float]:
+    """Statistics by name as flat metrics for a log: `{"activations/layers.0.mlp/rms": 0.5, ...}`."""
+    metrics = {}
+    for name, values in statistics.items():
+        if isinstance(values, float):
+            metrics[f"{prefix}/{name}"] = values
+        else:
+            metrics.update({f"{prefix}/{name}/{field}": value for field, value in asdict(values).items()})
+    return metrics
+
+
+# The kinds of sites within a layer: what to append to `layers.N`, and how figures show them.
+KINDS = {
+    "": ("residual stream", "#252525", "o"),
+    ".self_attn": ("attention output", "#3182bd", "s"),
+    ".mlp": ("SwiGLU output", "#e6550d", "^"),
+    ".mlp.hidden": ("SwiGLU hidden units", "#fdae6b", "v"),
+}
+
+
+def draw_activations(
+    activations: dict[str, ActivationStatistics],
+    gradients: dict[str, float],
+    path: str | os.PathLike,
+    title: str = "",
+) -> None:
+    """Writes a PNG with one panel for each statistic, over layers, and one for `gradients` (see `gradient_norms`)."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+    from .figures import figure_file
+
+    layers = sum(re.fullmatch(r"layers\.\d+", site) is not None for site in activations)
+    panels = {
+        "rms": ("rms", "linear"),
+        "largest": ("largest magnitude", "log"),
+        "kurtosis": ("kurtosis (3 is normal)", "log"),
+        "mean": ("mean", "linear"),
+        "dead": (f"dead units (never above {DEAD_SHARE:.0%} of the rms)", "linear"),
+    }
+    line = {"linewidth": 1.2, "clip_on": False}
+    with figure_file(path, figsize=(11, 6.2)) as figure:
+        axes = figure.subplots(2, 3).flat
+        for axis, (field, (name, scale)) in zip(axes, panels.items(), strict=False):
+            for suffix, (label, color, marker) in KINDS.items():
+                values = [getattr(activations[f"layers.{layer}{suffix}"], field) for layer in range(layers)]
+                axis.plot(range(layers), values, color=color, marker=marker, markersize=4, label=label, **line)
+            axis.set_title(name, loc="left", fontsize=9)
+            if scale == "log":
+                axis.set_yscale("log")
+                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                axis.yaxis.set_major_formatter("{x:g}")
+                axis.yaxis.set_minor_formatter(NullFormatter())
+        axes[2].axhline(3, color="#969696", linestyle=":", linewidth=1)
+        axes[3].axhline(0, color="#969696", linestyle=":", linewidth=1)
+        axes[4].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axes[4].set_ylim(0, max(0.1, 1.1 * max(statistics.dead for statistics in activations.values())))
+        for suffix in (".self_attn", ".mlp"):
+            label, color, marker = KINDS[suffix]
+            values = [gradients.get(f"layers.{layer}{suffix}", math.nan) for layer in range(layers)]
+            label = label.split()[0]
+            axes[5].plot(range(layers), values, color=color, marker=marker, markersize=4, label=label, **line)
+        for style, group in (("--", "embed_tokens"), (":", "norms"), ("-.", "lm_head")):
+            if group in gradients:
+                axes[5].axhline(gradients[group], color="#636363", linestyle=style, linewidth=1, label=group)
+        axes[5].set_title("gradient norm", loc="left", fontsize=9)
+        axes[5].set_ylim(bottom=0)
+        axes[5].legend(frameon=False, fontsize=7)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            axis.set_xlabel("layer")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=len(KINDS), frameon=False)
+        figure.suptitle(title or "Activations", x=0.01, ha="left")

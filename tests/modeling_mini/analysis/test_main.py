@@ -1,0 +1,175 @@
+"""The commands as a user runs them, their mistakes, and every block of docs/ANALYSIS.md."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from configuration_mini import MiniConfig
+from modeling_mini import MiniForCausalLM
+from modeling_mini.analysis import __main__ as program
+from transformers import GPT2Config, LlamaConfig
+
+ROOT = Path(__file__).parents[3]
+DOCUMENT = (ROOT / "docs" / "ANALYSIS.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+PROMPT_OF_64_TOKENS = "x" * 63
+
+
+@pytest.fixture
+def workplace(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, beside the run and a text."""
+    (tmp_path / "runs").symlink_to(run_folder.parent)
+    (tmp_path / "corpus.txt").write_text(
+        "def area(self):\n    return self.width * self.height\n" * 40, encoding="utf-8"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program.console, "_width", 120)
+    return tmp_path
+
+
+def test_model_stays_light_and_a_mistake_of_the_program_is_one_sentence(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys, modeling_mini; print({'matplotlib', 'modeling_mini.analysis'} & set(sys.modules)); "
+        "runpy.run_module('modeling_mini.analysis', run_name='__main__', alter_sys=True)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "cost", "--preset", "tinny"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.stdout == "set()\n"
+    assert result.stderr == (
+        "error: There is no preset 'tinny'; the presets are tiny, small, medium, large, gpt2, did you mean 'tiny'?\n"
+    )
+    assert result.returncode == 2
+
+
+def test_cost_counts_every_kind_of_model(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    program.run(["cost"])
+    assert f"runs/tiny-sample/best: {MiniForCausalLM(MiniConfig()).num_parameters():,}" not in capsys.readouterr().out
+    program.run(["cost", "--preset", "gpt2"])
+    assert "gpt2: 123,5" in capsys.readouterr().out
+    LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2).save_pretrained("l")
+    program.run(["cost", "--model", "l", "--length", "100"])
+    output = capsys.readouterr().out
+    assert "FLOPs per token at length 100" in output
+    assert re.search(r"head +│ +2,048,000", output)
+
+
+def test_cost_shows_measured_peaks_and_batches(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    program.run(["cost", "--model", "runs/tiny-sample", "--batch_size", "2", "--measure", "--device_memory", "100KB"])
+    output = capsys.readouterr().out
+    assert output.count("measured peak") == output.count("largest batch in 97.7 KiB") == 3
+    assert "none fits" in output
+
+
+def test_attention_of_a_prompt_and_of_a_text(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    program.run(["attention", "--prompt", "a b", "--output", "a/prompt.png"])
+    output = capsys.readouterr().out
+    assert "uniform attention has 1.06" in output  # (ln 2 + ln 3 + ln 4) / 3
+    assert output.endswith("Wrote a/prompt.png\n")
+    program.run(["attention", "--text_file", "corpus.txt", "--windows", "2", "--length", "32", "--output", "text.png"])
+    assert Path("a/prompt.png").is_file() and Path("text.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("coast", "There is no command 'coast'; the commands are cost, attention, activations, did you mean 'cost'?"),
+        ("cost --preset small --model x", "Give --model or --preset, not both."),
+        ("cost --model missing", "There is no run or checkpoint folder 'missing'."),
+        (
+            "cost --model gpt2like",
+            "GPT2LMHeadModel is not Llama-shaped: Llama has no parameter transformer.wte.weight.",
+        ),
+        ("cost --preset tiny --length 257", "length must be at most 256, the context of the model, got 257."),
+        ("cost --preset tiny --batch_size 0", "batch_size must be at least 1, got 0."),
+        ("cost --preset tiny --lenght 3", "There is no flag '--lenght', did you mean 'length'?"),
+        (
+            "cost --preset tiny --device_memory 24G",
+            "device_memory must be a size with its unit, such as 24GiB or 500MB, got '24G'.",
+        ),
+        ("cost --preset gpt2 --batch_size 1000000 --measure", "Measuring needs 105.9 TiB, and "),
+        ("attention", "Give exactly one of --prompt and --text_file."),
+        ("attention --prompt a --text_file corpus.txt", "Give exactly one of --prompt and --text_file."),
+        (
+            f"attention --prompt {PROMPT_OF_64_TOKENS}x",
+            "The prompt has 65 tokens; the context of the model has 64.",
+        ),
+        ("attention --prompt ''", "The prompt must have at least two tokens."),
+        ("attention --text_file missing.txt", "No such file or directory: missing.txt"),
+        (
+            "attention --text_file corpus.txt --length 65",
+            "length must be at most 64, the context of the model, got 65.",
+        ),
+        ("attention --prompt ab --output corpus.txt/a.png", "output must be in a folder, and 'corpus.txt' is a file."),
+        ("activations --prompt ab --output runs", "output must name a file, and 'runs' is a folder."),
+        ("activations --text_file latin1.txt", "latin1.txt is not valid UTF-8 (invalid continuation byte)."),
+        ("activations --text_file corpus.txt --windows 0", "windows must be at least 1, got 0."),
+        ("activations --model untrained --prompt ab", "'untrained' has no weights: model.safetensors is missing."),
+    ],
+)
+def test_mistakes_end_in_one_sentence(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, command: str, sentence: str
+) -> None:
+    (workplace / "latin1.txt").write_bytes("né à".encode("latin-1"))
+    GPT2Config(n_embd=64, n_layer=1, n_head=2).save_pretrained("gpt2like")
+    MiniConfig.preset("tiny").save_pretrained("untrained")
+    monkeypatch.setattr(sys, "argv", ["analysis", *shlex.split(command)])
+    with pytest.raises(SystemExit) as stop:
+        program.main()
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {sentence}")
+    assert error.count("\n") == 1
+    assert not list(workplace.glob("*.png"))
+
+
+def test_longest_prompt_fits(workplace: Path) -> None:
+    program.run(["attention", "--prompt", PROMPT_OF_64_TOKENS])
+    assert Path("attention.png").is_file()
+
+
+def test_help_names_commands_and_flags(capsys: pytest.CaptureFixture) -> None:
+    program.run(["--help"])
+    output = capsys.readouterr().out
+    assert all(command in output for command in ("cost", "attention", "activations"))
+    with pytest.raises(SystemExit) as stop:
+        program.run(["cost", "--help"])
+    assert stop.value.code == 0
+    assert "--device_memory" in capsys.readouterr().out
+
+
+def test_blocks_of_the_document_run(workplace: Path, capsys: pytest.CaptureFixture) -> None:
+    """In order and in one folder, as a reader would; what the document says is printed is printed."""
+    names: dict[str, object] = {}
+    kinds = [kind for kind, _ in BLOCKS]
+    assert {"bash", "python", "text"} == set(kinds)
+    output = ""
+    for kind, block in BLOCKS:
+        if kind == "text":
+            assert block.strip() in output
+            continue
+        capsys.readouterr()
+        if kind == "python":
+            exec(compile(block, "docs/ANALYSIS.md", "exec"), names)
+        for command in block.replace("\\\n", "").splitlines() if kind == "bash" else ():
+            start, arguments = "python -m modeling_mini.analysis ", shlex.split(command)[3:]
+            assert command.startswith(start)
+            program.run(arguments)
+        output = "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+
+
+def test_pictures_of_the_document_exist() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", DOCUMENT)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / "docs" / picture).is_file()
