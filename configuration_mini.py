@@ -246,11 +246,21 @@ class MiniConfig(PreTrainedConfig):
             raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}.")
 
     def validate_rope(self) -> None:
-        """The checks of transformers for each RoPE type, with a missing key as a `ValueError`."""
+        """The checks of transformers for each RoPE type, and as errors what it only warns of or does not look at."""
         try:
             super().validate_rope()
         except KeyError as error:
             raise ValueError(error.args[0]) from None
+        rope = self.rope_parameters
+        if not 0 < rope["rope_theta"] < float("inf"):
+            raise ValueError(f"rope_theta must be positive, got {rope['rope_theta']}.")
+        share = rope.get("partial_rotary_factor", 1.0)
+        rotary_dim = int(self.head_dim * share) if self.head_dim is not None else 0
+        if not 0 < share <= 1 or (self.head_dim is not None and rotary_dim < 2):
+            raise ValueError(f"partial_rotary_factor must be in (0, 1] and leave at least two features, got {share}.")
+        for name in ("short_factor", "long_factor"):
+            if name in rope and len(rope[name]) != rotary_dim // 2:
+                raise ValueError(f"{name} must have {rotary_dim // 2} numbers, one for each pair of rotary features.")
 
     def validate_token_ids(self) -> None:
         """Stricter than transformers, which only warns: an id outside the vocabulary fails later, on a device."""

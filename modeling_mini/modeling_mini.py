@@ -21,10 +21,16 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -65,6 +71,15 @@ class MiniRotaryEmbedding(nn.Module):
         rotary_dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, rotary_dim, 2, dtype=torch.float) / rotary_dim
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "MiniRotaryEmbedding":
+        """`model.to(torch.bfloat16)` leaves the frequencies in float32: rounded, they would be off by whole turns."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if getattr(self, name).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -120,7 +135,10 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    # At least float32, for sums of many bfloat16 terms; not less than the scores, or a float64 mask becomes -inf and a
+    # row of padding NaN.
+    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -258,10 +276,10 @@ class MiniPreTrainedModel(PreTrainedModel):
 
         - The two projections that write to the residual stream are divided by sqrt(2 * layers), as in GPT-2: the
           stream is a sum of 2 * layers such outputs, and starts at the same size at any depth.
-        - Embedding and head are multiplied by sqrt(128 / hidden_size). The logits of a normalised state then have
-          standard deviation sqrt(128) * initializer_range = 0.23 at any width, which keeps the first loss within 2 %
-          of ln(vocab_size): 100.2 % to 100.8 % over the presets, against up to 102.4 % with sqrt(256 / hidden_size),
-          where a narrow tied model begins by predicting the token that it has just read.
+        - Embedding and head are multiplied by sqrt(64 / hidden_size). The logits of a normalised state then have
+          standard deviation sqrt(64) * initializer_range = 0.16 at any width, which keeps the first loss within 2 % of
+          ln(vocab_size), on random tokens and on text. With sqrt(256 / hidden_size) a narrow tied model begins by
+          predicting the token that it has just read, and starts at 102.4 %.
         """
         # On the modules themselves: transformers passes no container of a custom class to this method.
         if isinstance(module, nn.Linear | nn.Embedding):
@@ -284,6 +302,10 @@ class MiniPreTrainedModel(PreTrainedModel):
         experiment) is left to transformers' own `register_for_auto_class`.
         """
         if type(self).__module__ != __name__:
+            # A class loaded from a checkpoint of Mini has its map, which names files that are not written here.
+            auto_map = getattr(self.config, "auto_map", None) or {}
+            if any(reference in AUTO_MAP.values() for reference in auto_map.values()):
+                del self.config.auto_map
             super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
             return
         self.config.auto_map = dict(AUTO_MAP)
@@ -304,7 +326,7 @@ class MiniModel(MiniPreTrainedModel):
         super().__init__(config)
         # No padding_idx: the row of the pad token is trained as part of the tied head, and padding is masked anyway.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_tokens.init_scale = math.sqrt(128 / config.hidden_size)
+        self.embed_tokens.init_scale = math.sqrt(64 / config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList([MiniDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config, config.hidden_size)
@@ -329,7 +351,8 @@ class MiniModel(MiniPreTrainedModel):
             input_ids: (batch, length); or `inputs_embeds` (batch, length, hidden_size), exactly one of them.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding; or a prepared 4D mask.
             position_ids: (batch, length); counts from the length of the cache when absent. Positions that start again
-                at 0 within a row mark packed documents, which then do not see each other.
+                at 0 within a row mark packed documents, which then do not see each other. That needs a call with
+                neither `attention_mask` nor `past_key_values`.
             past_key_values: the cache that this call reads and extends.
 
         Raises:
@@ -339,13 +362,8 @@ class MiniModel(MiniPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
-            position_ids = position_ids.unsqueeze(0)
-
+        # Before a cache and default positions are made, from what the caller gave: transformers looks for packed
+        # documents only where there is no cache, and when compiling it builds their mask for any positions it is given.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -353,9 +371,17 @@ class MiniModel(MiniPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
+            position_ids = position_ids.unsqueeze(0)
+
         hidden_states = self.embedding_dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in self.layers:
+        # A slice, because drafting with an early exit (`assistant_early_exit`) lowers the number while it drafts.
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 position_embeddings=position_embeddings,
@@ -381,7 +407,7 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         self.model = MiniModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.init_scale = math.sqrt(128 / config.hidden_size)
+        self.lm_head.init_scale = math.sqrt(64 / config.hidden_size)
         self.post_init()
 
     @can_return_tuple
@@ -429,4 +455,38 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["MiniForCausalLM", "MiniModel", "MiniPreTrainedModel"]
+class MiniForSequenceClassification(GenericForSequenceClassification, MiniPreTrainedModel):
+    """
+    `MiniModel` and a linear layer over the last token that is not padding: logits (batch, `config.num_labels`).
+
+    `labels` (batch,) are class indices, or numbers where `num_labels` is 1; see `config.problem_type`.
+    """
+
+
+class MiniForTokenClassification(GenericForTokenClassification, MiniPreTrainedModel):
+    """
+    `MiniModel` and a linear layer over every token: logits (batch, length, `config.num_labels`).
+
+    A token sees only those before it. `labels` (batch, length) are class indices; -100 is ignored.
+    """
+
+
+class MiniForQuestionAnswering(GenericForQuestionAnswering, MiniPreTrainedModel):
+    """
+    `MiniModel` and a linear layer that scores every token as the start and as the end of the answer: start and end
+    logits, each (batch, length). The question has to come first: a token sees only those before it.
+    """
+
+
+# The three heads above build their body through AutoModel. Registered here, not in the package's `__init__`, because
+# the copy of this file that a checkpoint carries has no package around it.
+AutoModel.register(MiniConfig, MiniModel, exist_ok=True)
+
+__all__ = [
+    "MiniForCausalLM",
+    "MiniForQuestionAnswering",
+    "MiniForSequenceClassification",
+    "MiniForTokenClassification",
+    "MiniModel",
+    "MiniPreTrainedModel",
+]

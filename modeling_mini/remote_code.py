@@ -17,6 +17,9 @@ AUTO_MAP = {
     "AutoConfig": "configuration_mini.MiniConfig",
     "AutoModel": "modeling_mini.MiniModel",
     "AutoModelForCausalLM": "modeling_mini.MiniForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_mini.MiniForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_mini.MiniForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_mini.MiniForQuestionAnswering",
 }
 
 

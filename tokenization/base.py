@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from transformers import TokenizersBackend
 
 # The eight special tokens, in the order of their frozen ids: every checkpoint depends on them.
@@ -40,6 +40,7 @@ class MiniTokenizer(TokenizersBackend):
     that a text needs is in `tokenizer.json`. These classes add only the raw path from corpora to ids.
     """
 
+    model = models.BPE  # tells transformers that `vocab` is a dictionary
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab: dict[str, int], **kwargs: Any) -> None:

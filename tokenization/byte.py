@@ -19,11 +19,13 @@ class ByteTokenizer(MiniTokenizer):
     """
     Byte b has id b + 8, after the eight special tokens: 264 ids in all.
 
-    A byte-level BPE without merges, so decoding equals `bytes.decode("utf-8", errors="replace")` for any bytes.
+    A byte-level BPE without merges, so decoding equals `bytes.decode("utf-8", errors="replace")` for any bytes. With
+    `add_prefix_space=True` a text gets a space in front, where it has none.
     """
 
     def __init__(self, vocab: dict[str, int] | None = None, **kwargs: Any) -> None:
         super().__init__(vocab=VOCAB, **kwargs)
+        self._tokenizer.pre_tokenizer.add_prefix_space = self.add_prefix_space
 
     @staticmethod
     def build_backend(vocab: dict[str, int]) -> Tokenizer:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models
-from transformers import BatchEncoding
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AddedToken, BatchEncoding
 
 from .base import SPECIAL_TOKENS, UNK_ID, MiniTokenizer
 
@@ -79,8 +79,47 @@ class CharTokenizer(MiniTokenizer):
     @staticmethod
     def build_backend(vocab: dict[str, int]) -> Tokenizer:
         backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=SPECIAL_TOKENS[UNK_ID], fuse_unk=False))
+        # Splitting into words changes no id; it makes `word_ids()` and alignment with words work.
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\S+|\s+"), behavior="isolated")
         backend.decoder = decoders.Fuse()
         return backend
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int | None = None,
+        length: int | None = None,
+        new_special_tokens: list[str | AddedToken] | None = None,
+        special_tokens_map: dict[str, str] | None = None,
+        **kwargs: Any,
+    ) -> "CharTokenizer":
+        """
+        The tokenizer of another corpus, with the settings of this one. `vocab_size` and `length` are those of
+        transformers' interface and change nothing here: every character of the corpus gets an id.
+
+        Args:
+            text_iterator: texts, or lists of texts.
+            new_special_tokens: added after the characters.
+            special_tokens_map: new names for special tokens. The frozen ids keep the old ones, so a token with a new
+                name is added after the characters as well.
+
+        Raises:
+            ValueError: as `from_text` does.
+        """
+        renamed = {
+            name: (special_tokens_map or {}).get(token, token) for name, token in self.special_tokens_map.items()
+        }
+        texts = (text for item in text_iterator for text in ([item] if isinstance(item, str) else item))
+        return type(self).from_text(
+            texts,
+            **renamed,
+            extra_special_tokens=[*self.extra_special_tokens, *(new_special_tokens or [])],
+            model_max_length=self.model_max_length,
+            padding_side=self.padding_side,
+            truncation_side=self.truncation_side,
+            chat_template=self.chat_template,
+            **kwargs,
+        )
 
     def _warn_of_unknown(self, unknown: set[str]) -> None:
         if new := unknown - self._warned:
