@@ -556,7 +556,7 @@ def test_initial_weights_have_the_stated_sizes(norm_type: str, made_by: str) -> 
     else:
         model = type("Swapped", (MiniForCausalLM,), {})(config)
     residual = 1 / math.sqrt(2 * 8)
-    width = math.sqrt(128 / 256)
+    width = math.sqrt(64 / 256)
     scales = {"o_proj": residual, "down_proj": residual, "embed_tokens": width, "lm_head": width}
     matrices = 0
     for name, parameter in model.named_parameters():
