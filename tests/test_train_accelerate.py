@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import train_accelerate
@@ -249,6 +250,8 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "tiny-sample" / "final" / "model.safetensors").is_file()
+    # The launcher sets OMP_NUM_THREADS to 1, and that is not what training runs with.
+    assert f"1 x cpu with {psutil.cpu_count(logical=False)} threads" in result.stdout
 
 
 @pytest.mark.slow
