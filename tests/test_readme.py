@@ -40,6 +40,8 @@ def test_blocks(copy: Path) -> None:
     assert [language for language, _ in BLOCKS].count("bash") >= 4
     outputs = []
     for language, block in BLOCKS:
+        if language == "text":  # what a command printed
+            continue
         command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else ["python", "-c", block]
         assert language in ("bash", "python"), f"nobody runs a block of {language}"
         result = subprocess.run(
@@ -82,7 +84,7 @@ def test_flags_that_are_named_exist() -> None:
         subprocess.run(
             [sys.executable, str(ROOT / program), "--help"], capture_output=True, text=True, check=True
         ).stdout
-        for program in ("train_accelerate.py", "generate.py", "benchmarks/tokenization.py")
+        for program in ("train_accelerate.py", "generate.py")
     )
-    for flag in set(re.findall(r"`?(--[a-z_]+)", README)):
-        assert flag in help_texts or "modeling_mini.analysis" in README, flag
+    for flag in set(re.findall(r"`(--[a-z_]+)", README)) - {"--quiet"}:  # accelerate's own
+        assert flag in help_texts, flag
