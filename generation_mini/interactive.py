@@ -7,6 +7,7 @@ chat template and a history of turns. Any other model simply continues the text 
 
 import contextlib
 import dataclasses
+import signal
 import sys
 
 from configuration_mini import nearest_name
@@ -88,9 +89,26 @@ def answer(
     arguments: GenerationArguments,
 ) -> None:
     """Writes one answer; Ctrl-C ends the answer, and what was written stays in the history."""
-    streamer = CharacterStreamer(tokenizer, write_to_terminal)
-    with contextlib.suppress(KeyboardInterrupt):
-        write_on(model, tokenizer, conversation.prompt_ids(said), arguments, print_notice, streamer)
+    interrupted = False
+
+    def interrupt(signum: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+
+    def write(piece: str) -> None:
+        # Raised here and not in the handler, which may run inside a callback that swallows exceptions.
+        if interrupted:
+            raise KeyboardInterrupt
+        write_to_terminal(piece)
+
+    streamer = CharacterStreamer(tokenizer, write)
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            write_on(model, tokenizer, conversation.prompt_ids(said), arguments, print_notice, streamer)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    interrupted = False
     streamer.finish()
     print()
     conversation.add_answer(streamer.text)
