@@ -15,21 +15,25 @@ from transformers import HfArgumentParser
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 
 
 def option(default: Any, help: str, **kwargs: Any) -> Any:
     """A dataclass field with the help text of its flag."""
-    return field(default=default, metadata={"help": help, **kwargs})
+    metadata = {"help": help, **kwargs}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not `None`: there the help text says what happens."""
+    """Shows defaults, but not `None` or nothing: there the help text says what happens."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=100, max_help_position=32)
 
     def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
 class ArgumentParser(HfArgumentParser):
@@ -85,7 +89,9 @@ class ArgumentParser(HfArgumentParser):
             if name not in self.known_fields:
                 hint = nearest_name(str(name), self.known_fields) or "."
                 raise ValueError(f"{path} has an unknown key {name!r}{hint}")
-            if value is not None:
+            if isinstance(value, list):
+                flags += [f"--{name}", *map(str, value)] if value else []
+            elif value is not None:
                 flags.append(f"--{name}={value}")
         return flags
 

@@ -1,9 +1,10 @@
 """Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help` for every setting."""
 
+import signal
 import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-from entry_points_mini import EXIT_INTERRUPTED, one_sentence_errors
+from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, one_sentence_errors
 from training_mini.arguments import Arguments, parse_arguments
 from training_mini.loop import TrainingResult, train
 from training_mini.monitoring import format_seconds
@@ -13,19 +14,21 @@ def report(result: TrainingResult, arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on."""
     folder = result.folder
     prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
-    if result.interrupted:
+    if result.stopped_by is not None:
         return (
             f"Stopped at step {result.state.step}; everything is in {folder}/checkpoints.\n"
             f"Go on:  python train_accelerate.py --resume --output_dir {folder}"
         )
     baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in result.compressors.items())
     steps = result.state.step
+    early = "" if steps >= arguments.optimization.max_steps else " (stopped early: no better for a while)"
+    samples = "\n----------------\n".join(result.samples)
     return "\n".join(
         (
-            f"\nTrained {steps} steps in {format_seconds(result.seconds)}.",
+            f"\nTrained {steps} steps in {format_seconds(result.seconds)}{early}.",
             f"Bits per byte on {result.evaluated_bytes:,} held-out bytes: Mini {result.evaluation.bits_per_byte:.3f}, "
             f"{baselines}.",
-            f"\n--- a sample ---\n{result.sample}\n----------------\n",
+            f"\n--- a sample ---\n{samples}\n----------------\n",
             f"Best model   {folder}/best  (step {result.state.best_step})",
             f"Last model   {folder}/final",
             f"Curves       {folder}/curves.png",
@@ -42,8 +45,8 @@ def main() -> None:
         result = train(arguments)
         if result.is_main_process:
             print(report(result, arguments))
-        if result.interrupted:
-            sys.exit(EXIT_INTERRUPTED)
+        if result.stopped_by is not None:
+            sys.exit(EXIT_INTERRUPTED if result.stopped_by == signal.SIGINT else EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,14 @@ and a resumed run needs no replay. Each epoch cuts at another offset, so the win
 share a batch decides only who computes which rows of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+
+from .shards import ShardedIds
 
 _FEISTEL_ROUNDS = 4
 
@@ -55,29 +59,79 @@ def permute(positions: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
     return result.astype(np.int64)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """
+    Attributes:
+        inputs: what the model takes: `input_ids` (rows, length), and `position_ids` alike where documents are apart.
+        targets: (rows, length), the token that follows each input.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.targets.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class RowMaker:
+    """
+    How windows of token ids become rows.
+
+    Attributes:
+        context_length: tokens of a row.
+        bos_token_id: the first input of every row. A window begins as a prompt does, so each of its tokens is
+            predicted, and the model has learned to read what follows `<|bos|>`.
+        separator_id: with it, documents in a row are apart: behind this id (eos) a document begins with bos, and with
+            positions from 0, by which every attention of transformers knows not to look across.
+    """
+
+    context_length: int
+    bos_token_id: int
+    separator_id: int | None = None
+
+    def make(self, ids: np.ndarray, starts: Sequence[int], length: int | None = None) -> Batch:
+        """A row for each window of `ids` that begins at one of `starts`, of `length` (one context by default)."""
+        length = length or self.context_length
+        targets = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
+        inputs = np.empty_like(targets)
+        inputs[:, 0] = self.bos_token_id
+        inputs[:, 1:] = targets[:, :-1]
+        if self.separator_id is None:
+            return Batch({"input_ids": torch.from_numpy(inputs)}, torch.from_numpy(targets))
+        begins = np.zeros_like(inputs, dtype=bool)
+        begins[:, 1:] = targets[:, :-1] == self.separator_id
+        inputs[begins] = self.bos_token_id
+        positions = np.broadcast_to(np.arange(length), inputs.shape)
+        positions = positions - np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
+        tensors = {"input_ids": torch.from_numpy(inputs), "position_ids": torch.from_numpy(positions)}
+        return Batch(tensors, torch.from_numpy(targets))
+
+
 class TrainingBatches:
     """
     Args:
         ids: training token ids, `(tokens,)`.
-        context_length: targets per row.
+        rows: how windows become rows.
         batch_size: rows of a global batch.
-        bos_token_id: the first input of every row. A window begins as a prompt does, so each of its tokens is
-            predicted, and the model has learned to read what follows `<|bos|>`.
 
     Raises:
         ValueError: if there are fewer ids than one context.
     """
 
-    def __init__(self, ids: np.ndarray, context_length: int, batch_size: int, bos_token_id: int, seed: int) -> None:
+    def __init__(self, ids: np.ndarray | ShardedIds, rows: RowMaker, batch_size: int, seed: int) -> None:
+        context_length = rows.context_length
         if len(ids) < context_length:
             raise ValueError(
                 f"The training text has {len(ids)} tokens, less than one context of {context_length}: "
                 f"use more text or a smaller --max_position_embeddings."
             )
         self.ids = ids
+        self.rows = rows
         self.context_length = context_length
         self.batch_size = batch_size
-        self.bos_token_id = bos_token_id
         self.seed = seed
         # One window fewer than would fit leaves room to shift the cuts by up to a context.
         self.windows_per_epoch = max(1, len(ids) // context_length - 1)
@@ -101,17 +155,14 @@ class TrainingBatches:
 
     def micro_batches(
         self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The share of one process in the batch of a step, in `parts`: inputs and targets `(rows, context_length)`."""
-        rows = self.starts(step).reshape(parts, num_processes, -1)[:, process_index]
-        for starts in rows:
-            yield make_rows(self.ids, starts, self.context_length, self.bos_token_id)
+    ) -> Iterator[Batch]:
+        """The share of one process in the batch of a step, in `parts`."""
+        for starts in self.starts(step).reshape(parts, num_processes, -1)[:, process_index]:
+            yield self.rows.make(self.ids, starts)
 
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Nothing: the batch of a step is a function of the step."""
+        return {}
 
-def make_rows(ids: np.ndarray, starts: np.ndarray, length: int, bos_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, both `(rows, length)` int64: the targets are windows of `ids`, the inputs lag by one."""
-    targets = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
-    inputs = np.empty_like(targets)
-    inputs[:, 0] = bos_token_id
-    inputs[:, 1:] = targets[:, :-1]
-    return torch.from_numpy(inputs), torch.from_numpy(targets)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""

@@ -1,67 +1,255 @@
-"""What a run leaves behind: states to resume from, and self-contained checkpoint folders to use and share."""
+"""
+States to resume from: `checkpoints/step_N`, written beside, flushed, renamed, and checked when they are read.
 
+Weights and optimizer are saved by torch.distributed.checkpoint, each process its own part, so that a state fits any
+number of processes, sharded or not.
+"""
+
+import hashlib
 import json
+import os
+import re
 import shutil
-from dataclasses import asdict, dataclass
+import warnings
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import PreTrainedConfig
 
-from .arguments import Arguments
-from .evaluation import Evaluation
-from .files import replace_folder, writing
+from .averaging import WeightAverage
+from .files import replace_folder
+from .parallel import Parallel
+
+CHECKSUMS = "checksums.json"
+STATE = "trainer_state.json"
 
 
 @dataclass
 class TrainerState:
     """
-    What a run knows beyond the model, the optimizer, the schedule and the random number generators.
+    What a run knows beyond the weights and the optimizer. The learning rate, the order of the data and the random
+    numbers are functions of the step.
 
     Attributes:
+        corpus: what decides the token ids, so that a run is never resumed on other data.
+        architecture: the shape of the model, for the same reason.
         step: optimizer steps done.
         best_loss: the lowest validation loss so far, in nats per token.
         best_step: where it was reached.
-        corpus: the cache key of the corpus, so that a run is never resumed on other data.
-        architecture: the shape of the model, for the same reason.
+        evaluated_step: where the last evaluation was.
+        evaluations_since_best: how many evaluations since then were no better.
+        skipped_steps: steps whose gradients were not finite.
+        skipped_since: the step at which the row of such steps that goes on now began, or `None`.
+        tracker_id: the name under which trackers know the run.
+        stream: the position in the stream of a dataset.
     """
 
-    corpus: str
+    corpus: dict[str, Any]
     architecture: dict[str, Any]
     step: int = 0
     best_loss: float = float("inf")
     best_step: int = 0
+    evaluated_step: int = 0
+    evaluations_since_best: int = 0
+    skipped_steps: int = 0
+    skipped_since: int | None = None
+    tracker_id: str = ""
+    stream: dict[str, Any] = field(default_factory=dict)
 
 
-def save_state(accelerator: Accelerator, run_folder: Path, state: TrainerState, keep: int) -> Path:
+@dataclass
+class Weights:
+    """What a state holds in tensors."""
+
+    parallel: Parallel
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    average: WeightAverage | None
+
+    def save(self, folder: Path) -> None:
+        if self.parallel.is_deepspeed:
+            self.parallel.accelerator.save_state(str(folder))
+        else:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.save(self._tensors(), checkpoint_id=folder)
+
+    def load(self, folder: Path) -> None:
+        """Loads all but the settings of the optimizers, which are those of this leg of the run."""
+        if self.parallel.is_deepspeed:
+            self.parallel.accelerator.load_state(str(folder))
+            return
+        settings = [
+            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+            for optimizer in self.optimizers
+        ]
+        tensors = self._tensors()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, checkpoint_id=folder)
+        set_state_dict(
+            self.model,
+            self.optimizers,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )
+        for optimizer, groups in zip(self.optimizers, settings, strict=True):
+            for group, values in zip(optimizer.param_groups, groups, strict=True):
+                group.update(values)
+
+    def _tensors(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizers)
+        tensors = {"model": model, "optimizer": optimizer}
+        if self.average is not None:
+            tensors["average"] = self.average.averages
+        return tensors
+
+
+def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_last: int, keep_every: int) -> None:
     """
-    Writes `checkpoints/step_N`, all that resuming needs, and removes all but the newest `keep`. Every process calls it.
+    Writes `checkpoints/step_N`, and removes all older ones but the newest `keep_last` and those whose step `keep_every`
+    divides. Every process calls it; they need one file system.
+
+    Raises:
+        OSError: on every process, if any could not write its part; the older states are still there.
     """
-    checkpoints = run_folder / "checkpoints"
-    target = checkpoints / f"step_{state.step}"
-    partial = checkpoints / f".{target.name}.partial"
-    with writing(target):
-        if accelerator.is_main_process:
+    parallel = weights.parallel
+    is_main = parallel.accelerator.is_main_process
+    target = run_folder / "checkpoints" / f"step_{state.step}"
+    partial = target.with_name(f".{target.name}.partial")
+
+    def begin() -> None:
+        if is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            (partial / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+    def write() -> None:
+        weights.save(partial)
+        if is_main:
+            (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+    def add_checksums() -> None:
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        accelerator = parallel.accelerator
+        mine = files[accelerator.process_index :: accelerator.num_processes]
+        sums = gather_object([{path.relative_to(partial).as_posix(): sha256(path) for path in mine}])
+        if is_main:
+            (partial / CHECKSUMS).write_text(json.dumps({k: v for part in sums for k, v in part.items()}, indent=2))
+
+    def finish() -> None:
+        if is_main:
             replace_folder(partial, target)
-            for old in complete_states(run_folder)[:-keep]:
-                shutil.rmtree(old)
-        accelerator.wait_for_everyone()
-    return target
+            for old in states_of(run_folder)[:-keep_last]:
+                if not keep_every or step_of(old) % keep_every:
+                    shutil.rmtree(old)
+
+    for action in (begin, write, add_checksums, finish):
+        reason = ""
+        try:
+            action()
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            reason = reason_of(error)
+        reasons = [reason for reason in gather_object([reason]) if reason]
+        if reasons:
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+            raise OSError(f"{target} could not be written ({reasons[0]}); what was complete before is still there.")
 
 
-def complete_states(run_folder: Path) -> list[Path]:
+def reason_of(error: BaseException) -> str:
+    """The cause of a failed write, dug out of what torch and safetensors wrap around it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def states_of(run_folder: Path) -> list[Path]:
     """The states of a run, oldest first. A folder gets its name only when it is complete."""
-    folders = [path.parent for path in run_folder.glob("checkpoints/step_*/trainer_state.json")]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
+    folders = [path for path in run_folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with a state, or an empty string."""
+    try:
+        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if sha256(folder / name) != expected:
+                return f"{name} does not match its checksum"
+        TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, TypeError, AttributeError):
+        return f"{CHECKSUMS} or {STATE} cannot be read"
+    return ""
+
+
+def read_state(folder: Path) -> TrainerState:
+    return TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+def find_state(run_folder: Path) -> tuple[Path, list[str]]:
+    """
+    The newest state that is whole, and a sentence for each newer one that is not; those are set aside as
+    `step_N.damaged`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    problems = []
+    for folder in reversed(states_of(run_folder)):
+        damage = damage_of(folder)
+        if not damage:
+            return folder, problems
+        problems.append(f"{folder} is damaged ({damage}); going back to the checkpoint before it.")
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    if problems:
+        raise ValueError(f"Every checkpoint in {str(run_folder)!r} is damaged; start it anew with --overwrite.")
+    raise ValueError(f"{str(run_folder)!r} has no checkpoint to resume from; start it anew with --overwrite.")
+
+
+def check_state(run_folder: Path, state: TrainerState, corpus: dict[str, Any], architecture: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: if the state belongs to another corpus or another model, naming what differs. Names that are missing
+            in `corpus` or `architecture` are not compared.
+    """
+    different = [
+        f"{name} (was {state.corpus.get(name)}, now {value})"
+        for name, value in corpus.items()
+        if state.corpus.get(name) != value
+    ]
+    if different:
+        raise ValueError(
+            f"The run in {str(run_folder)!r} was trained on another corpus, by its {', '.join(different)}; give the new "
+            f"data a run of its own with --output_dir."
+        )
+    changed = [
+        f"{name} (was {state.architecture.get(name)}, now {value})"
+        for name, value in architecture.items()
+        if state.architecture.get(name) != value
+    ]
+    if changed:
+        raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {', '.join(changed)}.")
 
 
 def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
@@ -72,84 +260,3 @@ def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
         for name, value in json.loads(config.to_json_string(use_diff=False)).items()
         if name not in names_and_versions and not name.endswith("_dropout")
     }
-
-
-def load_state(accelerator: Accelerator, run_folder: Path, expected: TrainerState) -> TrainerState:
-    """
-    Loads the newest state of a run into the prepared objects. Every process calls it.
-
-    Raises:
-        ValueError: if there is no state, or it belongs to another corpus or another model.
-    """
-    states = complete_states(run_folder)
-    if not states:
-        raise ValueError(f"{str(run_folder)!r} has no checkpoint to resume from; start it anew with --overwrite.")
-    state = TrainerState(**json.loads((states[-1] / "trainer_state.json").read_text(encoding="utf-8")))
-    if state.corpus != expected.corpus:
-        raise ValueError(
-            f"The run in {str(run_folder)!r} was trained on another corpus: its --dataset, its --tokenizer or the "
-            f"files themselves have changed since; give the new data a run of its own with --output_dir."
-        )
-    changed = [
-        f"{name} (was {state.architecture.get(name)}, now {value})"
-        for name, value in expected.architecture.items()
-        if state.architecture.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {', '.join(changed)}.")
-    accelerator.load_state(str(states[-1]))
-    return state
-
-
-def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Writes a folder that `from_pretrained` and the Hub take: weights, configurations, code, tokenizer and card."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    with writing(folder):
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        replace_folder(partial, folder)
-
-
-def model_card(
-    model: PreTrainedModel,
-    arguments: Arguments,
-    state: TrainerState,
-    evaluation: Evaluation,
-    compressors: dict[str, float],
-) -> str:
-    """The card of a checkpoint, from facts of the run alone."""
-    config = model.config
-    dataset = arguments.data.dataset
-    run = arguments.run
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["mini"])
-    heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
-    layers = f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
-    baselines = ", ".join(f"{name} -9 needs {bits:.3f}" for name, bits in compressors.items())
-    content = f"""---
-{data.to_yaml()}
----
-
-# Mini, {model.num_parameters() / 1e6:.1f}M parameters
-
-A small decoder-only language model, trained from scratch on `{Path(dataset).name or dataset}`.
-
-```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="PATH_OR_REPOSITORY", trust_remote_code=True)
-print(generator("The", max_new_tokens=100)[0]["generated_text"])
-```
-
-| | |
-|---|---|
-| architecture | {layers}, {heads}, SwiGLU {config.intermediate_size} |
-| context | {config.max_position_embeddings} tokens |
-| vocabulary | {config.vocab_size} ({arguments.data.tokenizer} tokenizer) |
-| training | {state.step} steps of {run.train_batch_size} x {config.max_position_embeddings} tokens, AdamW, \
-peak learning rate {run.learning_rate:g}, seed {run.seed} |
-| validation loss | {evaluation.loss:.4f} nats per token |
-| bits per byte | {evaluation.bits_per_byte:.4f} ({baselines}, on the same held-out bytes) |
-"""
-    return str(ModelCard(content))

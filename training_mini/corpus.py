@@ -1,18 +1,21 @@
 """
-A corpus: documents, split into train and validation, as two memory-mapped files of token ids.
+A corpus: documents, split into train and validation, as memory-mapped files of token ids.
 
 Encoding happens once. The result lies in a cache folder whose name is a hash of the content, the tokenizer and the
 settings that matter, so a second run starts at once, and a changed file is a different corpus. Memory use does not
 depend on the size of the corpus.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -20,28 +23,39 @@ from tokenization import ByteTokenizer, CharTokenizer, MiniTokenizer, load_token
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
-from .documents import PIECE_SIZE, DocumentSource, open_source
+from .documents import PIECE_SIZE, DocumentSource, open_source, open_stream
 from .files import replace_folder, write_text
 from .monitoring import progress_bar
+from .shards import ShardedIds, ShardWriter, shard_name
+from .streaming import TokenStream
 
-FORMAT = 1  # raised when the files on disk, or the split, come to mean something else
+FACTS = "corpus.json"
+FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
+SHARD_TOKENS = 2**29  # 1 GiB of 16-bit ids
 
 
 @dataclass(frozen=True)
 class Corpus:
     """
     Attributes:
-        train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document.
+        train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document. Of a dataset that is
+            only streamed, `train` is the stream.
         tokenizer: what made them.
         bytes_per_token: bytes of text per id, `(vocabulary,)`: what turns nats per token into bits per byte.
+        settings: what decides the ids, by name: the content, the tokenizer, and how one was applied to the other.
     """
 
     name: str
-    train: np.ndarray
+    train: ShardedIds | TokenStream
     validation: np.ndarray
     tokenizer: PreTrainedTokenizerBase
     bytes_per_token: np.ndarray
-    folder: Path
+    settings: dict[str, Any]
+
+    @property
+    def train_size(self) -> str:
+        """How much there is to train on, for people."""
+        return "a stream" if isinstance(self.train, TokenStream) else f"{len(self.train):,} tokens"
 
     def text_of(self, ids: np.ndarray) -> bytes:
         """The bytes of text that a span of the corpus stands for."""
@@ -50,43 +64,99 @@ class Corpus:
         return self.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")
 
 
-def load_corpus(arguments: DataArguments, show_progress: bool = True) -> Corpus:
+def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progress: bool = True) -> Corpus:
     """
-    The corpus that the arguments name: from the cache, or encoded now.
+    The corpus that the arguments name: from the cache, encoded now, or the stream of a dataset.
 
     Several processes may call this together: one encodes, the others wait for it.
+
+    Args:
+        max_eval_tokens: tokens at the start of a stream that are held out.
 
     Raises:
         ValueError: for a dataset that does not exist, is empty, or holds bytes that its tokenizer cannot read.
     """
+    if arguments.streaming:
+        return stream_corpus(arguments, max_eval_tokens)
+    if (Path(arguments.dataset) / FACTS).is_file():
+        return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
     source = open_source(arguments)
     tokenizer = make_tokenizer(arguments)
     cache = Path(arguments.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    digest = content_digest(source, cache, show_progress)
-    tokenizer_key = tokenizer.backend_tokenizer.to_str() if tokenizer is not None else arguments.tokenizer
-    settings = [FORMAT, digest, tokenizer_key, arguments.validation_ratio, arguments.errors, arguments.text_column]
-    folder = cache / "corpora" / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
+    settings = {
+        "format": FORMAT,
+        "content": content_digest(source, cache, show_progress),
+        "tokenizer": tokenizer_key(tokenizer),
+        "validation_ratio": arguments.validation_ratio,
+        "errors": arguments.errors,
+        "text_column": arguments.text_column,
+    }
+    folder = cache / "corpora" / short_hash(json.dumps(settings))
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / "corpus.json").is_file():
+        if not (folder / FACTS).is_file():
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
             partial.mkdir()
-            encode_corpus(source, tokenizer, arguments, partial, show_progress)
+            encode_corpus(source, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
     return open_corpus(source.name, folder)
 
 
 def open_corpus(name: str, folder: Path) -> Corpus:
-    """Opens an encoded corpus."""
-    facts = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    """
+    Opens an encoded corpus.
+
+    Raises:
+        ValueError: if a file of it is missing or cut short.
+    """
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(folder / "tokenizer")
-    train, validation = (
-        np.memmap(folder / f"{split}.bin", dtype=facts["dtype"], mode="r", shape=(facts[f"{split}_tokens"],))
-        for split in ("train", "validation")
-    )
-    return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), folder)
+    train = ShardedIds(folder, "train", facts["dtype"], facts["train_shards"])
+    validation = ShardedIds(folder, "validation", facts["dtype"], [facts["validation_tokens"]])[:]
+    return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"])
+
+
+def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> Corpus:
+    """
+    A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
+
+    Raises:
+        ValueError: for characters as tokens, which would need the whole text, and without `max_eval_tokens`.
+    """
+    tokenizer = make_tokenizer(arguments)
+    if tokenizer is None:
+        raise ValueError("--tokenizer char needs to read the whole text first, so it cannot go with --streaming.")
+    if not max_eval_tokens:
+        raise ValueError("--streaming holds out the first max_eval_tokens tokens, so --max_eval_tokens cannot be 0.")
+
+    def encode(name: str, pieces: Iterator[bytes]) -> np.ndarray:
+        ids = [*encode_pieces(tokenizer, name, pieces, arguments.errors), np.array([tokenizer.eos_token_id])]
+        return np.concatenate(ids)
+
+    def open_records() -> "datasets.IterableDataset":  # noqa: F821
+        return open_stream(arguments)
+
+    stream = TokenStream(open_records, arguments.dataset, arguments.text_column, encode)
+    validation = stream.hold_out(max_eval_tokens)
+    settings = {
+        "dataset": [arguments.dataset, arguments.dataset_config, arguments.dataset_split],
+        "content": hashlib.sha256(validation.tobytes()).hexdigest()[:20],
+        "tokenizer": tokenizer_key(tokenizer),
+        "errors": arguments.errors,
+        "text_column": arguments.text_column,
+    }
+    return Corpus(arguments.dataset, stream, validation, tokenizer, bytes_per_token(tokenizer), settings)
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A hash of all that decides the ids that a tokenizer gives."""
+    return short_hash(tokenizer.backend_tokenizer.to_str() if tokenizer is not None else "char")
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
@@ -124,11 +194,12 @@ def encode_corpus(
     source: DocumentSource,
     tokenizer: PreTrainedTokenizerBase | None,
     arguments: DataArguments,
+    settings: dict[str, Any],
     folder: Path,
     show_progress: bool,
 ) -> None:
     """
-    Writes `train.bin`, `validation.bin`, `corpus.json` and the tokenizer into `folder`.
+    Writes the shards of `train` and of `validation` (always one), `corpus.json` and the tokenizer into `folder`.
 
     A document goes to validation whenever that brings the share held out nearer to the ratio. Where whole documents
     cannot make the ratio (there is one, or a few long ones), the rest is taken from the end of the training ids, by
@@ -151,11 +222,13 @@ def encode_corpus(
             tokenizer = CharTokenizer.from_text(texts)
         id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         separator = np.array([tokenizer.eos_token_id], dtype=id_dtype)
-        tokens = {"train": 0, "validation": 0}
         read_bytes = {"train": 0, "validation": 0}
         number_of_documents = 0
-        with open(folder / "train.bin", "wb") as train_file, open(folder / "validation.bin", "wb") as validation_file:
-            files = {"train": train_file, "validation": validation_file}
+        writers = {
+            "train": ShardWriter(folder, "train", id_dtype, SHARD_TOKENS),
+            "validation": ShardWriter(folder, "validation", id_dtype, sys.maxsize),
+        }
+        with contextlib.closing(writers["train"]), contextlib.closing(writers["validation"]):
             for name, pieces in documents():
                 first = next(pieces, b"")
                 if not first:
@@ -166,14 +239,16 @@ def encode_corpus(
                 split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
                 all_pieces = counted(first, pieces, read_bytes, split)
                 for ids in encode_pieces(tokenizer, name, all_pieces, arguments.errors):
-                    files[split].write(ids.astype(id_dtype, copy=False).tobytes())
-                    tokens[split] += len(ids)
-                files[split].write(separator.tobytes())
-                tokens[split] += 1
+                    writers[split].write(ids)
+                writers[split].write(separator)
                 number_of_documents += 1
         if not number_of_documents:
             raise ValueError(f"There is no text in {source.name!r}.")
-    by_position = move_tail(folder, tokens, arguments.validation_ratio, id_dtype)
+    tokens = {split: sum(writer.lengths) for split, writer in writers.items()}
+    by_position = move_tail(
+        folder, writers["train"].lengths, tokens["validation"], arguments.validation_ratio, id_dtype
+    )
+    tokens = {"train": tokens["train"] - by_position, "validation": tokens["validation"] + by_position}
     if not tokens["train"] or not tokens["validation"]:
         total = sum(tokens.values())
         raise ValueError(f"{source.name!r} has {total} tokens, too few to train on some and hold some out.")
@@ -182,11 +257,13 @@ def encode_corpus(
         "dataset": source.name,
         "documents": number_of_documents,
         "train_tokens": tokens["train"],
+        "train_shards": writers["train"].lengths,
         "validation_tokens": tokens["validation"],
         "validation_tokens_by_position": by_position,
         "dtype": id_dtype.name,
+        "settings": settings,
     }
-    write_text(folder / "corpus.json", json.dumps(facts, indent=2) + "\n")
+    write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
 def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
@@ -196,19 +273,34 @@ def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: 
         yield piece
 
 
-def move_tail(folder: Path, tokens: dict[str, int], ratio: float, id_dtype: np.dtype) -> int:
-    """Moves the end of the training ids to validation where that has less than half its share; returns how many."""
-    target = int(sum(tokens.values()) * ratio)
-    missing = target - tokens["validation"]
+def move_tail(folder: Path, lengths: list[int], held_out: int, ratio: float, id_dtype: np.dtype) -> int:
+    """
+    Moves the end of the training ids to validation where that, with `held_out` ids, has less than half its share.
+    Shortens `lengths`, the ids in each training shard, by what it moved, and returns that.
+    """
+    target = int((sum(lengths) + held_out) * ratio)
+    missing = target - held_out
     if missing <= target / 2:
         return 0
-    with open(folder / "train.bin", "r+b") as train_file, open(folder / "validation.bin", "ab") as validation_file:
-        start = (tokens["train"] - missing) * id_dtype.itemsize
-        train_file.seek(start)
-        shutil.copyfileobj(train_file, validation_file)
-        train_file.truncate(start)
-    tokens["train"] -= missing
-    tokens["validation"] += missing
+    left = missing
+    moves = []  # from the last shard backwards: which, and where to cut it
+    for number in reversed(range(len(lengths))):
+        part = min(left, lengths[number])
+        lengths[number] -= part
+        moves.append((folder / shard_name("train", number), lengths[number] * id_dtype.itemsize))
+        left -= part
+        if not left:
+            break
+    with open(folder / shard_name("validation", 0), "ab") as validation_file:
+        for path, start in reversed(moves):
+            with open(path, "r+b") as file:
+                file.seek(start)
+                shutil.copyfileobj(file, validation_file)
+                file.truncate(start)
+            if not start:
+                path.unlink()
+    while lengths and not lengths[-1]:
+        lengths.pop()
     return missing
 
 

@@ -203,30 +203,53 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
 
 def hub_source(arguments: DataArguments) -> DocumentSource:
     """Documents of a dataset on the Hub, through `datasets`."""
+    dataset = load_hub_dataset(arguments, streaming=False)
+    key = dataset._fingerprint  # of its content
+    return DocumentSource(
+        name=arguments.dataset,
+        quick_key=f"{key} {arguments.text_column}",
+        digest=lambda advance: key,
+        read=lambda: record_documents(arguments.dataset, dataset, arguments.text_column),
+    )
+
+
+def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":  # noqa: F821
     import datasets
 
     name = arguments.dataset
     try:
-        dataset = datasets.load_dataset(
-            name, arguments.dataset_config, split=arguments.dataset_split, streaming=arguments.streaming
-        )
+        return datasets.load_dataset(name, arguments.dataset_config, split=arguments.dataset_split, streaming=streaming)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError, OSError) as error:
         hint = nearest_name(name, list(BUILT_IN)) or "."
         raise ValueError(
             f"--dataset {name!r} is no file, directory or glob, is not built in, and could not be loaded from the Hub "
             f"({' '.join(str(error).split())[:200]}){hint}"
         ) from None
-    # A downloaded dataset has a fingerprint of its content; a stream has only what identifies its files.
-    if arguments.streaming:
-        key = json.dumps(
-            [name, arguments.dataset_config, arguments.dataset_split, str(dataset.info.download_checksums)]
+
+
+def open_stream(arguments: DataArguments) -> "datasets.IterableDataset":  # noqa: F821
+    """
+    The records of a dataset as a stream that knows its position: of the Hub, or of local files of records.
+
+    Raises:
+        ValueError: for text files, which are no dataset and need no stream: they are encoded once and never in memory.
+    """
+    import datasets
+
+    name = arguments.dataset
+    path = Path(name)
+    candidates = sorted(path.rglob("*")) if path.is_dir() else [Path(file) for file in sorted(glob.glob(name))]
+    files = [file for file in candidates if file.is_file() and base_suffix(file) in RECORD_SUFFIXES]
+    if files:
+        builders = {RECORD_SUFFIXES[base_suffix(file)] for file in files}
+        if len(builders) > 1:
+            raise ValueError(f"--streaming reads records of one kind, and {name!r} has {', '.join(sorted(builders))}.")
+        return datasets.load_dataset(
+            builders.pop(), data_files=[str(file) for file in files], split="train", streaming=True
         )
-        key = hashlib.sha256(f"{key}{dataset.info.version}{dataset.info.dataset_size}".encode()).hexdigest()
-    else:
-        key = dataset._fingerprint
-    return DocumentSource(
-        name=name,
-        quick_key=f"{key} {arguments.text_column}",
-        digest=lambda advance: key,
-        read=lambda: record_documents(name, dataset, arguments.text_column),
-    )
+    if candidates or name in BUILT_IN or path.suffix in all_suffixes():
+        raise ValueError(
+            f"--streaming reads datasets of the Hub and files of records ({', '.join(RECORD_SUFFIXES)}), and {name!r} "
+            f"is neither; leave --streaming out: other text is encoded once and never held in memory."
+        )
+    return load_hub_dataset(arguments, streaming=True)

@@ -3,6 +3,7 @@
 import gzip
 import lzma
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .batches import make_rows
+from .batches import RowMaker
 
 
 @dataclass(frozen=True)
@@ -34,33 +35,50 @@ def evaluate(
     model: nn.Module,
     ids: np.ndarray,
     bytes_per_token: np.ndarray,
-    context_length: int,
+    rows: RowMaker,
     batch_size: int,
-    bos_token_id: int,
     accelerator: Accelerator,
-) -> Evaluation:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """
     Predicts every token of `ids` once, in windows of one context that do not overlap, shared out over all processes.
 
     Nats and bytes are summed, never averaged over batches, so the figure is the same for any batch size and any number
     of processes.
+
+    Args:
+        batch_size: windows at a time, over all processes.
+        should_stop: asked between batches, by all processes together; if it says yes, the result is `None`.
     """
-    starts = np.arange(0, len(ids), context_length)
+    length = rows.context_length
+    starts = np.arange(0, len(ids), length)
     mine = starts[accelerator.process_index :: accelerator.num_processes]
     # The last window may be shorter; it goes alone.
-    full = [start for start in mine if start + context_length <= len(ids)]
-    groups = [(full[i : i + batch_size], context_length) for i in range(0, len(full), batch_size)]
-    groups += [([start], len(ids) - start) for start in mine if start + context_length > len(ids)]
+    full = [start for start in mine if start + length <= len(ids)]
+    share = max(1, batch_size // accelerator.num_processes)
+    groups = [(full[i : i + share], length) for i in range(0, len(full), share)]
+    groups += [([start], len(ids) - start) for start in mine if start + length > len(ids)]
+    # All processes take as many turns, with nothing to do in the last ones of some: they ask `should_stop`, and a
+    # sharded model gathers its weights, together.
+    turns = math.ceil(math.ceil(len(starts) / accelerator.num_processes) / share) + 1
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        for group, length in groups:
-            inputs, targets = (t.to(accelerator.device) for t in make_rows(ids, group, length, bos_token_id))
-            with accelerator.autocast():
-                logits = model(input_ids=inputs, use_cache=False).logits
-            nats += nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
-    model.train(was_training)
+    try:
+        with torch.no_grad():
+            for turn in range(turns):
+                if should_stop():
+                    return None
+                group, group_length = groups[turn] if turn < len(groups) else ([0], 1)
+                batch = rows.make(ids, group, group_length).to(accelerator.device)
+                with accelerator.autocast():
+                    logits = model(**batch.inputs, use_cache=False).logits
+                if turn < len(groups):
+                    nats += nn.functional.cross_entropy(
+                        logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum"
+                    )
+    finally:
+        model.train(was_training)
     total_nats = accelerator.reduce(nats, reduction="sum").item()
     total_bytes = max(1, int(bytes_per_token[ids].sum()))
     return Evaluation(loss=total_nats / len(ids), bits_per_byte=total_nats / math.log(2) / total_bytes)

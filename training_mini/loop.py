@@ -1,44 +1,63 @@
 """The training loop: from settings to a trained, evaluated, saved model."""
 
 import contextlib
+import json
 import logging
 import math
-import os
-import shutil
-import signal
 import time
-from collections.abc import Iterator
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from modeling_mini.analysis.cost import ModelCost
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments
-from .batches import TrainingBatches
-from .checkpoints import TrainerState, architecture_of, load_state, model_card, save_checkpoint_folder, save_state
-from .corpus import Corpus, load_corpus
+from .averaging import WeightAverage
+from .batches import Batch, key_of
+from .checkpoints import (
+    TrainerState,
+    Weights,
+    architecture_of,
+    check_state,
+    find_state,
+    read_state,
+    save_state,
+    states_of,
+    step_of,
+)
+from .corpus import load_corpus
 from .evaluation import Evaluation, compressor_bits_per_byte, evaluate
+from .internals import inner_metrics, update_metrics
+from .model_folders import model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
-from .optimization import make_optimizer, make_scheduler
+from .optimization import make_optimizers, make_schedulers
+from .parallel import Parallel, blocks_of
+from .preparation import check_settings, claim_folder, empty, make_batches, make_model
+from .regularization import dropout_at, regularized_loss, set_dropout
+from .signals import StopRequest
+from .utilization import memory_bytes, peak_flops
+
+INNER_WINDOWS = 4  # held-out windows on which the model is looked into
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run has come to, for the report of the entry point; without evaluation and sample if interrupted."""
+    """What a run has come to, for the report of the entry point; without evaluation and samples if it was stopped."""
 
     folder: Path
     state: TrainerState
-    interrupted: bool
+    stopped_by: int | None
     seconds: float
     evaluation: Evaluation | None
     compressors: dict[str, float]
     evaluated_bytes: int
-    sample: str
+    samples: list[str]
     is_main_process: bool
 
 
@@ -49,10 +68,9 @@ def train(arguments: Arguments) -> TrainingResult:
     Raises:
         ValueError: for input that cannot work, before anything that exists is changed.
     """
-    # Both would break into the live display at every save: a bar for one file, and a note that the tied head is saved
-    # once (it is tied again when the state is loaded).
+    # It would break into the live display at every save: a bar for one file.
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     return Trainer(arguments).train()
 
 
@@ -62,80 +80,147 @@ class Trainer:
     def __init__(self, arguments: Arguments) -> None:
         self.started = time.monotonic()
         self.arguments, self.run = arguments, arguments.run
-        self.accelerator = make_accelerator(arguments)
+        self.optimization, self.monitoring = arguments.optimization, arguments.monitoring
+        self.parallel = Parallel(arguments)
+        self.accelerator = self.parallel.accelerator
+        check_settings(arguments, self.accelerator)
         self.folder = claim_folder(arguments, self.accelerator)
         try:
-            check_batch(arguments, self.accelerator)
-            self.corpus = load_corpus(arguments.data, show_progress=self.accelerator.is_local_main_process)
+            show_progress = self.accelerator.is_local_main_process
+            self.corpus = load_corpus(arguments.data, self.monitoring.max_eval_tokens, show_progress)
             set_seed(self.run.seed)
             model = make_model(arguments, self.corpus)
             self.config = model.config
-            self.batches = TrainingBatches(
-                self.corpus.train,
-                self.config.max_position_embeddings,
-                self.run.train_batch_size,
-                self.config.bos_token_id,
-                self.run.seed,
-            )
+            self.batches = make_batches(arguments, self.corpus, self.config)
         except BaseException:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # only if it is empty: this run has not begun
             raise
-        optimizer = make_optimizer(model, self.run)
-        self.scheduler = make_scheduler(optimizer, self.run)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # Not through `prepare`, which would step the schedule once for each process.
-        self.accelerator.register_for_checkpointing(self.scheduler)
-        self.state = TrainerState(corpus=self.corpus.folder.name, architecture=architecture_of(self.config))
-        self.tokens_per_step = self.run.train_batch_size * self.config.max_position_embeddings
+        self.state = TrainerState(
+            corpus=self.corpus.settings, architecture=architecture_of(self.config), tracker_id=uuid.uuid4().hex[:8]
+        )
+        self.blocks = blocks_of(model)
+        self.model: nn.Module = self.parallel.spread(model)
+        self.optimizers = make_optimizers(model, self.optimization)
+        if self.parallel.is_deepspeed:
+            self.model, *self.optimizers = self.accelerator.prepare(model, *self.optimizers)
+        self.average = WeightAverage(self.unwrapped_model, self.optimization.ema_decay) if self.has_average else None
+        self.weights = Weights(self.parallel, self.model, self.optimizers, self.average)
+        self.tokens_per_step = self.optimization.train_batch_size * self.config.max_position_embeddings
+        self.parts = self.optimization.gradient_accumulation_steps
 
-        self.held_out = self.corpus.validation[: self.run.max_eval_tokens]
+        self.held_out = self.corpus.validation[: self.monitoring.max_eval_tokens or None]
         held_out_text = self.corpus.text_of(self.held_out)
         self.held_out_bytes = len(held_out_text)
         self.compressors = compressor_bits_per_byte(held_out_text)
         self.tokens_per_byte = len(self.held_out) / max(1, int(self.corpus.bytes_per_token[self.held_out].sum()))
 
+    @property
+    def has_average(self) -> bool:
+        return self.optimization.ema_decay > 0
+
+    @property
+    def unwrapped_model(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.model)
+
     def train(self) -> TrainingResult:
         """The loop: steps, and what is due between them."""
-        self.begin()
-        evaluation: Evaluation | None = None
-        with delayed_interrupt() as interrupt, contextlib.closing(self.monitor):
-            while self.state.step < self.run.max_steps and not anyone(interrupt.requested, self.accelerator):
-                self.training_step()
-                is_last = self.state.step == self.run.max_steps
-                if self.state.step % self.run.logging_steps == 0 or is_last:
-                    self.log()
-                pause = time.monotonic()
-                if self.state.step % self.run.eval_steps == 0 or is_last:
-                    evaluation = self.evaluate()
-                if self.state.step % self.run.save_steps == 0 or is_last:
-                    self.save()
-                self.logged_at += time.monotonic() - pause  # tokens per second are those of training
-            if self.state.step < self.run.max_steps:
-                self.save()
-                return self.result(interrupted=True)
-            evaluation = evaluation or self.evaluate()  # a run that was resumed at its end has none yet
-        return self.finish(evaluation)
+        with StopRequest(self.accelerator) as self.stop:
+            self.begin()
+            with contextlib.closing(self.monitor):
+                evaluation = self.loop()
+                if self.stop.signal is not None and evaluation is None:
+                    return self.result()
+                # A run that was resumed at its end has none yet.
+                evaluation = evaluation or self.evaluate()
+            if evaluation is None:
+                return self.result()
+            return self.finish(evaluation)
 
     def begin(self) -> None:
         """Loads the state to go on from, or takes possession of the folder."""
+        warnings: list[str] = []
         if self.run.resume:
-            self.state = load_state(self.accelerator, self.folder, self.state)
-        else:
-            set_seed(self.run.seed + self.accelerator.process_index)  # dropout differs between processes
+            warnings = self.resume()
+        self.saved_step = self.state.step if self.run.resume else -1
         if self.accelerator.is_main_process:
             if self.run.overwrite:
                 empty(self.folder)
             self.arguments.save(self.folder / "config.yaml")
         self.accelerator.wait_for_everyone()
-        if self.run.torch_compile:
-            self.model.compile()
+        self.schedulers = make_schedulers(self.optimizers, self.optimization, self.state.step)
+        if self.optimization.find_batch_size:
+            self.find_batch_size()
+        self.compile()
         self.model.train()
-        enabled = self.accelerator.is_main_process
-        self.monitor = Monitor(self.folder, self.state.step, self.run.max_steps, enabled)
+        trackers = self.monitoring.report_to
+        self.monitor = Monitor(self.folder, self.state.step, self.optimization.max_steps, self.accelerator)
+        self.monitor.start_trackers(trackers, self.folder.name, self.state.tracker_id, self.arguments.as_dict())
+        for warning in warnings:
+            self.monitor.warn(warning)
+        dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
+        self.peak_flops = peak_flops(self.accelerator.device, dtype, self.monitoring.peak_tflops)
+        self.flops_per_token = None
+        if self.peak_flops is not None:
+            cost = ModelCost(self.config)
+            self.flops_per_token = cost.training_flops_per_token(self.config.max_position_embeddings)
         self.monitor.say(self.description())
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
+        self.counted_steps = self.clipped_steps = 0
+        self.grad_norm = math.nan
+        self.inner_metrics: dict[str, float] = {}
         self.logged_step, self.logged_at = self.state.step, time.monotonic()
+
+    def resume(self) -> list[str]:
+        """Loads the newest state that is whole; gives a warning for each that is not."""
+        found, error, warnings = None, "", []
+        if self.accelerator.is_main_process:
+            try:
+                found, warnings = find_state(self.folder)
+            except ValueError as problem:
+                error = str(problem)
+        found, error = self.parallel.from_main((found, error))
+        if error:
+            raise ValueError(error)
+        state = read_state(found)
+        check_state(self.folder, state, self.state.corpus, self.state.architecture)
+        self.weights.load(found)
+        self.batches.load_state_dict(state.stream)
+        self.state = state
+        return warnings
+
+    def find_batch_size(self) -> None:
+        """Doubles the parts of a batch until the forward and backward pass of one fits into memory."""
+        share = self.optimization.train_batch_size // self.accelerator.num_processes
+        while True:
+            rows = share // self.parts
+            ids = torch.zeros(rows, self.config.max_position_embeddings, dtype=torch.long).to(self.accelerator.device)
+            fits = True
+            try:
+                with self.parallel.without_reduction(self.model):
+                    self.accelerator.backward(self.loss(Batch({"input_ids": ids}, ids))[0])
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                fits = False
+            self.model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            if not self.parallel.anyone(not fits):
+                return
+            if rows == 1 or share % (2 * self.parts):
+                raise ValueError(
+                    f"A part of {rows} sequences does not fit into memory, and cannot be halved; use a smaller --size, "
+                    f"a shorter --max_position_embeddings or --gradient_checkpointing."
+                )
+            self.parts *= 2
+
+    def compile(self) -> None:
+        """Compiles the model in place, whole or by one of its equal blocks."""
+        if self.run.compile_regions:
+            for block in self.blocks:
+                block.compile()
+        elif self.run.torch_compile:
+            self.model.compile()
 
     def description(self) -> str:
         """One line of what is about to happen."""
@@ -143,83 +228,197 @@ class Trainer:
         beginning = f"Resuming at step {self.state.step}" if self.state.step else "Training"
         precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
         threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+        spread = f" ({self.parallel.name})" if self.parallel.name else ""
+        parts = f", batches in {self.parts} parts" if self.parts > 1 else ""
+        peak = f", MFU of {self.peak_flops / 1e12:g} TFLOP/s each" if self.peak_flops else ""
         parameters = f"{self.unwrapped_model.num_parameters() / 1e6:.2f}M parameters"
         return (
-            f"{beginning}: {parameters} on {len(corpus.train):,} tokens of {corpus.name} "
+            f"{beginning}: {parameters} on {corpus.train_size} of {corpus.name} "
             f"({len(corpus.validation):,} held out), "
-            f"{accelerator.num_processes} x {accelerator.device.type}{threads}, {precision}."
+            f"{accelerator.num_processes} x {accelerator.device.type}{threads}{spread}, {precision}{parts}{peak}."
         )
 
-    @property
-    def unwrapped_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
+    def loop(self) -> Evaluation | None:
+        """Trains until the run is done, or asked to stop; gives the evaluation of the last step, if there was one."""
+        evaluation: Evaluation | None = None
+        while True:
+            pause = time.monotonic()
+            done = self.is_done()
+            if (done or self.is_due(self.monitoring.eval_steps)) and self.state.evaluated_step < self.state.step:
+                evaluation = self.evaluate()
+                done = self.is_done()
+            if self.is_due(self.monitoring.sample_steps) and not done:
+                self.sample()
+            stop = self.stop.agreed()
+            if (done or stop or self.is_due(self.run.save_steps)) and self.saved_step != self.state.step:
+                self.save(must_succeed=stop)
+            self.logged_at += time.monotonic() - pause  # tokens per second are those of training
+            if done or stop:
+                return evaluation if done else None
+            evaluation = None
+            self.training_step()
+            if self.is_due(self.monitoring.logging_steps) or self.state.step == self.optimization.max_steps:
+                self.log()
+            if self.is_due(self.monitoring.internals_steps):
+                self.log_internals()
+
+    def is_due(self, every: int, step: int | None = None) -> bool:
+        step = self.state.step if step is None else step
+        return every > 0 and step > 0 and step % every == 0
+
+    def is_done(self) -> bool:
+        patience = self.optimization.early_stopping_patience
+        ended_early = 0 < patience <= self.state.evaluations_since_best
+        return ended_early or self.state.step >= self.optimization.max_steps
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The loss to minimise and the cross-entropy to report: this process's share of the mean over the tokens of the
+        whole global batch, in parts that the averaging of gradients over processes adds up again.
+        """
+        tokens = self.tokens_per_step // self.accelerator.num_processes
+        if not (self.optimization.label_smoothing or self.optimization.z_loss):
+            targets = batch.targets
+            loss = self.model(
+                **batch.inputs, labels=targets, shift_labels=targets, num_items_in_batch=tokens, use_cache=False
+            ).loss
+            return loss, loss.detach()
+        logits = self.model(**batch.inputs, use_cache=False).logits
+        loss, cross_entropy = regularized_loss(
+            logits, batch.targets, self.optimization.label_smoothing, self.optimization.z_loss
+        )
+        return loss / tokens, cross_entropy / tokens
 
     def training_step(self) -> None:
         """One optimizer step on this process's share of the global batch."""
-        accelerator = self.accelerator
-        parts = self.run.gradient_accumulation_steps
+        accelerator, step = self.accelerator, self.state.step
+        # Dropout is a function of the step too, so there is no state of a random number generator to save.
+        torch.manual_seed(int(key_of(self.run.seed, step, accelerator.process_index)))
+        self.dropout = dropout_at(step, self.optimization)
+        if self.dropout is not None:
+            set_dropout(self.unwrapped_model, self.dropout)
+        cross_entropy = torch.zeros((), device=accelerator.device)
         micro_batches = self.batches.micro_batches(
-            self.state.step, accelerator.process_index, accelerator.num_processes, parts
+            step, accelerator.process_index, accelerator.num_processes, self.parts
         )
-        for number, (inputs, targets) in enumerate(micro_batches, start=1):
-            inputs, targets = inputs.to(accelerator.device), targets.to(accelerator.device)
-            with contextlib.nullcontext() if number == parts else accelerator.no_sync(self.model):
-                # The sum over the tokens of the whole batch, in shares that gradient averaging adds up again.
-                loss = self.model(
-                    input_ids=inputs,
-                    labels=targets,
-                    shift_labels=targets,
-                    num_items_in_batch=self.tokens_per_step // accelerator.num_processes,
-                    use_cache=False,
-                ).loss
-                accelerator.backward(loss)
-            self.loss_sum += loss.detach()
+        for number, batch in enumerate(micro_batches, start=1):
+            is_last = number == self.parts
+            with contextlib.nullcontext() if is_last else self.parallel.without_reduction(self.model):
+                loss, part = self.loss(batch.to(accelerator.device))
+                # DeepSpeed divides by the number of parts, which the loss already is.
+                accelerator.backward(loss * self.parts if self.parallel.is_deepspeed else loss)
+            cross_entropy += part
         # A limit of infinity clips nothing and still measures the norm.
-        self.grad_norm = accelerator.clip_grad_norm_(self.model.parameters(), self.run.max_grad_norm or math.inf)
-        self.learning_rate = self.scheduler.get_last_lr()[0]
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
+        max_norm = self.optimization.max_grad_norm or math.inf
+        self.grad_norm = self.parallel.clip_gradients(self.model, max_norm)
+        self.learning_rate = self.schedulers[0].get_last_lr()[0]
+        if math.isfinite(self.grad_norm):
+            is_due = self.is_due(self.monitoring.internals_steps, step + 1)
+            with update_metrics(self.unwrapped_model, is_due, self.inner_metrics):
+                for optimizer in self.optimizers:
+                    optimizer.step()
+            self.loss_sum += cross_entropy
+            self.counted_steps += 1
+            self.clipped_steps += self.grad_norm > max_norm
+            self.state.skipped_since = None
+        else:
+            self.skip()
+        for scheduler in self.schedulers:
+            scheduler.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         self.state.step += 1
+        if self.average is not None:
+            self.average.update(self.state.step)
+
+    def skip(self) -> None:
+        """Leaves the weights as they are; one bad batch is no reason to end a run, a row of them is."""
+        step, state = self.state.step + 1, self.state
+        state.skipped_steps += 1
+        if state.skipped_since is None:
+            state.skipped_since = step
+            self.monitor.warn(f"Step {step} is skipped: its gradients are not finite.")
+        in_a_row = step - state.skipped_since + 1
+        if in_a_row >= self.optimization.max_skipped_steps:
+            sound = [step_of(folder) for folder in states_of(self.folder) if step_of(folder) < state.skipped_since]
+            advice = (
+                f"the checkpoint of step {sound[-1]} is sound: go on from it with --resume and a lower --learning_rate"
+                if sound
+                else "there is no checkpoint from before; start anew with --overwrite and a lower --learning_rate"
+            )
+            raise ValueError(
+                f"The gradients of {in_a_row} steps in a row, from step {state.skipped_since} on, are not finite; "
+                f"{advice}."
+            )
 
     def log(self) -> None:
-        """Records what happened since the last time; the only place where training waits for the device."""
+        """Records what happened since the last time."""
         step, steps = self.state.step, self.state.step - self.logged_step
-        loss = self.accelerator.reduce(self.loss_sum, reduction="mean").item() / steps
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss} at step {step}: go on from the last checkpoint with --resume and a lower "
-                f"--learning_rate."
-            )
-        metrics = {
-            "loss": loss,
+        loss = self.accelerator.reduce(self.loss_sum, reduction="mean").item() / max(1, self.counted_steps)
+        tokens_per_second = steps * self.tokens_per_step / (time.monotonic() - self.logged_at)
+        metrics: dict[str, float] = {}
+        if self.counted_steps:  # else there is no loss to speak of
+            metrics["loss"] = loss
+            metrics["perplexity"] = math.exp(min(loss, 700.0))
+            metrics["bits_per_byte"] = loss / math.log(2) * self.tokens_per_byte
+            metrics["clipped_share"] = self.clipped_steps / self.counted_steps
+        if math.isfinite(self.grad_norm):
+            metrics["grad_norm"] = self.grad_norm
+        metrics |= {
             "learning_rate": self.learning_rate,
-            "grad_norm": float(self.grad_norm),
-            "tokens_per_second": steps * self.tokens_per_step / (time.monotonic() - self.logged_at),
+            "tokens_per_second": tokens_per_second,
+            "memory_bytes": memory_bytes(self.accelerator.device),
             "tokens": step * self.tokens_per_step,
             "epoch": self.batches.epoch_of(step),
         }
-        self.monitor.training_step(step, metrics, bits_per_byte=loss / math.log(2) * self.tokens_per_byte)
+        if self.flops_per_token is not None:
+            available = self.peak_flops * self.accelerator.num_processes
+            metrics["mfu"] = self.flops_per_token * tokens_per_second / available
+        if self.dropout is not None:
+            metrics["dropout"] = self.dropout
+        if self.state.skipped_steps:
+            metrics["skipped_steps"] = self.state.skipped_steps
+        self.monitor.training_step(step, metrics)
         self.loss_sum.zero_()
+        self.counted_steps = self.clipped_steps = 0
         self.logged_step, self.logged_at = step, time.monotonic()
 
-    def evaluate(self) -> Evaluation:
-        """Validates, keeps the model if it is the best so far, and draws the curves."""
-        evaluation = evaluate(
-            self.model,
-            self.held_out,
-            self.corpus.bytes_per_token,
-            self.config.max_position_embeddings,
-            self.run.train_batch_size,
-            self.config.bos_token_id,
-            self.accelerator,
-        )
+    def log_internals(self) -> None:
+        """Records the model from within, on held-out text."""
+        if self.accelerator.is_main_process:
+            rows = self.batches.rows
+            length = min(rows.context_length, len(self.held_out))
+            starts = range(0, len(self.held_out) - length + 1, length)[:INNER_WINDOWS]
+            windows = rows.make(self.held_out, starts, length).inputs["input_ids"]
+            self.inner_metrics |= inner_metrics(self.unwrapped_model, windows)
+        self.monitor.record(self.state.step, self.inner_metrics)
+        self.inner_metrics = {}
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """The weights that count: their moving average, where there is one."""
+        return self.average.in_place() if self.average is not None else contextlib.nullcontext()
+
+    def evaluate(self) -> Evaluation | None:
+        """Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop."""
+        with self.averaged():
+            evaluation = evaluate(
+                self.model,
+                self.held_out,
+                self.corpus.bytes_per_token,
+                self.batches.rows,
+                self.optimization.train_batch_size // self.parts,
+                self.accelerator,
+                self.stop.agreed,
+            )
+        if evaluation is None:
+            return None
         metrics = {
             "eval_loss": evaluation.loss,
             "eval_perplexity": evaluation.perplexity,
             "eval_bits_per_byte": evaluation.bits_per_byte,
         }
         self.monitor.record(self.state.step, metrics)
+        self.state.evaluated_step = self.state.step
         is_best = evaluation.loss < self.state.best_loss
         self.monitor.say(
             f"step {self.state.step}: validation loss {evaluation.loss:.4f}, perplexity {evaluation.perplexity:.2f}, "
@@ -227,154 +426,80 @@ class Trainer:
             f"({', '.join(f'{name} -9: {bits:.4f}' for name, bits in self.compressors.items())})"
             f"{' - best so far' if is_best else ''}"
         )
+        self.state.evaluations_since_best = 0 if is_best else self.state.evaluations_since_best + 1
         if is_best:
             self.state.best_loss, self.state.best_step = evaluation.loss, self.state.step
             self.save_model("best", evaluation)
         if self.accelerator.is_main_process:
             title = f"{self.folder.name}: {self.corpus.name}"
-            draw_curves(self.folder, title, self.tokens_per_byte, self.compressors)
+            draw_curves(self.folder, title, self.compressors)
         return evaluation
 
-    def save(self) -> None:
+    def save(self, must_succeed: bool = False) -> None:
         """Writes a state to resume from."""
-        save_state(self.accelerator, self.folder, self.state, self.run.save_total_limit)
+        self.state.stream = self.batches.state_dict(self.state.step)
+        try:
+            save_state(self.folder, self.state, self.weights, self.run.keep_last, self.run.keep_every)
+        except OSError as error:
+            if must_succeed or self.run.on_save_error == "stop":
+                raise
+            self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")
+        else:
+            self.saved_step = self.state.step
 
     def save_model(self, name: str, evaluation: Evaluation) -> None:
         """Writes a checkpoint folder to use and share."""
-        if self.accelerator.is_main_process:
-            card = model_card(self.unwrapped_model, self.arguments, self.state, evaluation, self.compressors)
-            save_checkpoint_folder(self.unwrapped_model, self.corpus.tokenizer, self.folder / name, card)
+        with self.averaged():
+            model = self.parallel.whole_model(self.model)
+            if model is not None:
+                card = model_card(model, self.arguments, self.state, evaluation, self.compressors)
+                save_checkpoint_folder(model, self.corpus.tokenizer, self.folder / name, card)
+        self.accelerator.wait_for_everyone()
 
     def finish(self, evaluation: Evaluation) -> TrainingResult:
         """Writes the last model, and lets it write."""
         self.save_model("final", evaluation)
-        sample = self.write_sample() if self.accelerator.is_main_process else ""
+        samples = self.sample()
         self.accelerator.end_training()
-        return self.result(interrupted=False, evaluation=evaluation, sample=sample)
+        return self.result(evaluation, samples)
 
-    def write_sample(self) -> str:
-        """What the model makes of a prompt, as far as its context goes."""
-        prompt = self.run.sample_prompt or ("def " if self.corpus.name == "python-stdlib" else "\n")
-        set_seed(self.run.seed)
-        model, tokenizer = self.unwrapped_model.eval(), self.corpus.tokenizer
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-        length = self.config.max_position_embeddings
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_length=length, min_new_tokens=length // 2)
-        return tokenizer.decode(output[0], skip_special_tokens=True)
+    def sample(self) -> list[str]:
+        """What the model makes of the prompts, as far as its context goes; also in `samples.jsonl`."""
+        default = "def " if self.corpus.name == "python-stdlib" else "\n"
+        tokenizer, length = self.corpus.tokenizer, self.config.max_position_embeddings
+        texts = []
+        # Prompts have other shapes than batches, and would be compiled one by one.
+        with self.averaged(), torch.compiler.set_stance("force_eager"):
+            model = self.parallel.whole_model(self.model)
+            if model is None:
+                return []
+            was_training = model.training
+            model.eval()
+            for prompt in self.monitoring.sample_prompts or [default]:
+                set_seed(self.run.seed)
+                ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : length - 1].to(model.device)
+                output = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_length=length,
+                    min_new_tokens=(length - ids.shape[1]) // 2,
+                )
+                texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
+                with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                    line = {"step": self.state.step, "prompt": prompt, "text": texts[-1]}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            model.train(was_training)
+        return texts
 
-    def result(self, interrupted: bool, evaluation: Evaluation | None = None, sample: str = "") -> TrainingResult:
+    def result(self, evaluation: Evaluation | None = None, samples: list[str] | None = None) -> TrainingResult:
         return TrainingResult(
             folder=self.folder,
             state=self.state,
-            interrupted=interrupted,
+            stopped_by=self.stop.signal if evaluation is None else None,
             seconds=time.monotonic() - self.started,
             evaluation=evaluation,
             compressors=self.compressors,
             evaluated_bytes=self.held_out_bytes,
-            sample=sample,
+            samples=samples or [],
             is_main_process=self.accelerator.is_main_process,
         )
-
-
-def make_accelerator(arguments: Arguments) -> Accelerator:
-    """The accelerator, with bfloat16 where a GPU has it unless the user decided."""
-    bf16 = arguments.run.bf16
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not autocast
-        bf16 = torch.cuda.is_bf16_supported() if bf16 is None else bf16
-    accelerator = Accelerator(mixed_precision="bf16" if bf16 else "no")
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if accelerator.device.type == "cpu" and launched and torch.get_num_threads() == 1:
-        # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise: half the speed on two cores.
-        cores = psutil.cpu_count(logical=False) or 1
-        torch.set_num_threads(max(1, cores // accelerator.num_processes))
-    return accelerator
-
-
-def check_batch(arguments: Arguments, accelerator: Accelerator) -> None:
-    run = arguments.run
-    shares = accelerator.num_processes * run.gradient_accumulation_steps
-    if run.train_batch_size % shares:
-        raise ValueError(
-            f"train_batch_size ({run.train_batch_size}) must be divisible by the number of processes "
-            f"({accelerator.num_processes}) times gradient_accumulation_steps ({run.gradient_accumulation_steps})."
-        )
-
-
-def claim_folder(arguments: Arguments, accelerator: Accelerator) -> Path:
-    """
-    Makes sure that the run can write to its folder, and that nobody's work is in it.
-
-    Raises:
-        ValueError: if a run, or anything else, is there already.
-    """
-    folder, run = arguments.output_dir, arguments.run
-    is_run = (folder / "config.yaml").is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not run.resume:
-        if not is_run:
-            raise ValueError(f"{str(folder)!r} holds files that are not a run of Mini; choose another --output_dir.")
-        if not run.overwrite:
-            raise ValueError(
-                f"There is a run in {str(folder)!r} already: go on with it by --resume, replace it by --overwrite, "
-                f"or choose another --output_dir."
-            )
-    accelerator.wait_for_everyone()  # nobody makes the folder before all have looked
-    folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    return folder
-
-
-def empty(folder: Path) -> None:
-    """Removes what a run has written."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
-    """A new model of the right vocabulary, with sampling settings that suit small models."""
-    tokenizer = corpus.tokenizer
-    bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    token_ids = {
-        "bos_token_id": bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    }
-    config = arguments.model.model_config(vocab_size=len(tokenizer), **token_ids)
-    tokenizer.model_max_length = config.max_position_embeddings
-    model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8, top_p=0.95)
-    if arguments.run.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    return model
-
-
-@dataclass
-class InterruptRequest:
-    requested: bool = False
-
-
-@contextlib.contextmanager
-def delayed_interrupt() -> Iterator[InterruptRequest]:
-    """Lets the first Ctrl-C wait for the end of a step; the second one is immediate."""
-    request = InterruptRequest()
-
-    def handler(signum: int, frame: object) -> None:
-        if request.requested:
-            raise KeyboardInterrupt
-        request.requested = True
-
-    previous = signal.signal(signal.SIGINT, handler)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def anyone(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether the flag is set on any process: all must leave the loop at the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    return accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), reduction="sum").item() > 0

@@ -5,7 +5,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +24,7 @@ from .files import write_text
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
 
 console = Console()
+warnings_console = Console(stderr=True)
 
 
 @contextlib.contextmanager
@@ -39,23 +42,24 @@ def progress_bar(description: str, total: int | None, unit: str, show: bool = Tr
 
 class Monitor:
     """
-    Records metrics in `metrics.jsonl` and shows them: a live line on a terminal, plain lines elsewhere.
+    Records metrics in `metrics.jsonl` and with trackers, and shows them: a live line on a terminal, plain lines
+    elsewhere. All processes have one, and the main process's does it.
 
     Args:
         folder: the run folder.
         start_step: the step at which this process begins; later lines of an interrupted run are dropped.
-        enabled: false on all processes but one.
     """
 
-    def __init__(self, folder: Path, start_step: int, max_steps: int, enabled: bool) -> None:
+    def __init__(self, folder: Path, start_step: int, max_steps: int, accelerator: Accelerator) -> None:
         self.folder = folder
         self.max_steps = max_steps
-        self.enabled = enabled
+        self.accelerator = accelerator
+        self.enabled = accelerator.is_main_process
         self._progress: Progress | None = None
         self._last_line = 0.0
         self._started = time.monotonic()
         self._start_step = start_step
-        if not enabled:
+        if not self.enabled:
             return
         kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
         write_text(self.metrics_path, "".join(f"{json.dumps(line)}\n" for line in kept))
@@ -71,25 +75,40 @@ class Monitor:
             self._progress.start()
             self._task = self._progress.add_task("first step", total=max_steps, completed=start_step)
 
+    def start_trackers(self, names: list[str], run_name: str, run_id: str, settings: dict[str, Any]) -> None:
+        """Opens the trackers that the accelerator was made with; one that knows `run_id` goes on with that run."""
+        if not names:
+            return
+        name = f"{run_name}-{run_id}"
+        arguments = {
+            "wandb": {"id": run_id, "name": name, "resume": "allow", "dir": str(self.folder)},
+            "trackio": {"name": name, "resume": "allow"},
+        }
+        flat = {
+            key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
+        }
+        self.accelerator.init_trackers("mini", flat, {key: arguments[key] for key in names if key in arguments})
+
     @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a line to `metrics.jsonl`."""
+        """Adds a line to `metrics.jsonl`, and the same to the trackers."""
         if self.enabled:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self.accelerator.log(metrics, step=step)
 
-    def training_step(self, step: int, metrics: dict[str, float], bits_per_byte: float) -> None:
+    def training_step(self, step: int, metrics: dict[str, float]) -> None:
         """Records and shows the metrics of a training step."""
         self.record(step, metrics)
         if not self.enabled:
             return
-        description = (
-            f"loss {metrics['loss']:.3f}  bits/byte {bits_per_byte:.3f}  lr {metrics['learning_rate']:.1e}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s"
-        )
+        loss = f"loss {metrics['loss']:.3f}  bits/byte {metrics['bits_per_byte']:.3f}  " if "loss" in metrics else ""
+        description = f"{loss}lr {metrics['learning_rate']:.1e}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in metrics:
+            description += f"  MFU {metrics['mfu']:.0%}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=description)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self.max_steps:
@@ -104,6 +123,11 @@ class Monitor:
             (self._progress.console if self._progress is not None else console).print(
                 line, highlight=False, markup=False, soft_wrap=True
             )
+
+    def warn(self, line: str) -> None:
+        """Prints a line on stderr: something went wrong that the run survives."""
+        if self.enabled:
+            warnings_console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the live display."""
@@ -127,17 +151,15 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return lines
 
 
-def draw_curves(folder: Path, title: str, tokens_per_byte: float, compressors: dict[str, float]) -> None:
+def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None:
     """Draws `curves.png`: bits per byte of training and validation beside the compressors, and the learning rate."""
-    import math
-
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     metrics = read_metrics(folder)
-    train = [(m["step"], m["loss"] / math.log(2) * tokens_per_byte) for m in metrics if "loss" in m]
+    train = [(m["step"], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
     validation = [(m["step"], m["eval_bits_per_byte"]) for m in metrics if "eval_bits_per_byte" in m]
     rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
     if not train:

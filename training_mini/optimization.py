@@ -1,36 +1,93 @@
 """The optimizer and the learning rate."""
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import get_cosine_with_min_lr_schedule_with_warmup
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import (
+    PreTrainedModel,
+    get_constant_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+    get_wsd_schedule,
+)
 
-from .arguments import RunArguments
+from .arguments import OptimizationArguments
 
 
-def make_optimizer(model: nn.Module, arguments: RunArguments) -> torch.optim.Optimizer:
+def make_optimizers(model: PreTrainedModel, arguments: OptimizationArguments) -> list[torch.optim.Optimizer]:
     """
-    AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101). Only matrices decay: a norm or bias that is
-    pulled to zero changes what the layer computes, not how complex it is.
+    AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) for all parameters, or Muon (Jordan et al.
+    2024, https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks and AdamW for the rest. Only
+    matrices decay: a norm or bias that is pulled to zero changes what the layer computes, not how complex it is.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizers: list[torch.optim.Optimizer] = []
+    if arguments.optimizer == "muon":
+        matrices = block_matrices(model)
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                lr=arguments.learning_rate,
+                weight_decay=arguments.weight_decay,
+                momentum=arguments.muon_momentum,
+                # Updates as large as AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so that one learning
+                # rate serves both.
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+        taken = {id(matrix) for matrix in matrices}
+        parameters = [parameter for parameter in parameters if id(parameter) not in taken]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups,
-        lr=arguments.learning_rate,
-        betas=(arguments.adam_beta1, arguments.adam_beta2),
-        eps=arguments.adam_epsilon,
-        fused=True,  # one kernel for all parameters; a small model spends most of an unfused step on dispatch
+    optimizers.append(
+        torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+            fused=True,  # one kernel for all parameters; a small model spends most of an unfused step on dispatch
+        )
     )
+    return optimizers
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, arguments: RunArguments) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warmup, then a cosine down to `min_lr_rate` of the peak."""
-    return get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer,
-        num_warmup_steps=arguments.warmup_steps,
-        num_training_steps=arguments.max_steps,
-        min_lr_rate=arguments.min_lr_rate,
-    )
+def block_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The matrices of the hidden layers: not the embedding and the head, whose rows are tokens."""
+    token_matrices = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in token_matrices]
+
+
+def make_schedulers(
+    optimizers: list[torch.optim.Optimizer], arguments: OptimizationArguments, step: int
+) -> list[LRScheduler]:
+    """Schedules that stand after `step` steps; the rate is a function of the step, so there is nothing to save."""
+    warmup, total = arguments.warmup_steps, arguments.max_steps
+
+    def schedule_of(optimizer: torch.optim.Optimizer) -> LRScheduler:
+        settings: dict[str, Any] = {"optimizer": optimizer, "num_warmup_steps": warmup, "last_epoch": step - 1}
+        match arguments.lr_scheduler_type:
+            case "cosine":
+                return get_cosine_with_min_lr_schedule_with_warmup(
+                    **settings, num_training_steps=total, min_lr_rate=arguments.min_lr_rate
+                )
+            case "wsd":
+                return get_wsd_schedule(
+                    **settings,
+                    num_training_steps=total,
+                    num_decay_steps=arguments.decay_steps,
+                    decay_type="linear",
+                    min_lr_ratio=arguments.min_lr_rate,
+                )
+            case "linear":
+                return get_linear_schedule_with_warmup(**settings, num_training_steps=total)
+            case "constant":
+                return get_constant_schedule_with_warmup(**settings)
+
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = arguments.learning_rate
+    return [schedule_of(optimizer) for optimizer in optimizers]
