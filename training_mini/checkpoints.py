@@ -240,8 +240,8 @@ def check_state(run_folder: Path, state: TrainerState, corpus: dict[str, Any], a
     ]
     if different:
         raise ValueError(
-            f"The run in {str(run_folder)!r} was trained on another corpus, by its {', '.join(different)}; give the new "
-            f"data a run of its own with --output_dir."
+            f"The run in {str(run_folder)!r} was trained on another corpus, by its {', '.join(different)}; give "
+            f"the new data a run of its own with --output_dir."
         )
     changed = [
         f"{name} (was {state.architecture.get(name)}, now {value})"

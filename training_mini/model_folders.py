@@ -61,8 +61,8 @@ print(generator("The", max_new_tokens=100)[0]["generated_text"])
 | architecture | {layers}, {heads}, SwiGLU {config.intermediate_size} |
 | context | {config.max_position_embeddings} tokens |
 | vocabulary | {config.vocab_size} ({arguments.data.tokenizer} tokenizer) |
-| training | {state.step} steps of {optimization.train_batch_size} x {config.max_position_embeddings} tokens, {optimizer}, \
-peak learning rate {optimization.learning_rate:g}, seed {arguments.run.seed} |
+| training | {state.step} steps of {optimization.train_batch_size} x {config.max_position_embeddings} tokens, \
+{optimizer}, peak learning rate {optimization.learning_rate:g}, seed {arguments.run.seed} |
 | validation loss | {evaluation.loss:.4f} nats per token |
 | bits per byte | {evaluation.bits_per_byte:.4f} ({baselines}, on the same held-out bytes) |
 """

@@ -184,7 +184,8 @@ def check_launch() -> None:
     asked = asked_processes(psutil.Process().parent())
     if asked > 1 and "WORLD_SIZE" not in os.environ:
         raise ValueError(
-            f"accelerate was asked for {asked} processes and started 1, as it does on CPUs; type {ON_CPUS.format(asked)}"
+            f"accelerate was asked for {asked} processes and started 1, as it does on CPUs; "
+            f"type {ON_CPUS.format(asked)}"
         )
 
 
