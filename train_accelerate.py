@@ -1,5 +1,6 @@
 """Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help` for every setting."""
 
+import os
 import signal
 import sys
 
@@ -45,8 +46,15 @@ def main() -> None:
         result = train(arguments)
         if result.is_main_process:
             print(report(result, arguments))
+        code = 0
         if result.stopped_by is not None:
-            sys.exit(EXIT_INTERRUPTED if result.stopped_by == signal.SIGINT else EXIT_STOPPED)
+            code = EXIT_INTERRUPTED if result.stopped_by == signal.SIGINT else EXIT_STOPPED
+        if "WORLD_SIZE" in os.environ:
+            # All is written. One process in ten that had sharded a model over gloo aborts while Python takes itself
+            # down ("terminate called without an active exception"), and the launcher would report a failure.
+            sys.stdout.flush()
+            os._exit(code)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

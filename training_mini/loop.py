@@ -129,13 +129,13 @@ class Trainer:
             self.begin()
             with contextlib.closing(self.monitor):
                 evaluation = self.loop()
-                if self.stop.signal is not None and evaluation is None:
-                    return self.result()
-                # A run that was resumed at its end has none yet.
-                evaluation = evaluation or self.evaluate()
-            if evaluation is None:
-                return self.result()
-            return self.finish(evaluation)
+                if evaluation is None and self.is_done():
+                    evaluation = self.evaluate()  # a run that was resumed at its end has none yet
+            result = self.finish(evaluation) if evaluation is not None else self.result()
+        # Together: a process that takes its connections down while another is at work can bring that one down.
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return result
 
     def begin(self) -> None:
         """Loads the state to go on from, or takes possession of the folder."""
@@ -459,9 +459,7 @@ class Trainer:
     def finish(self, evaluation: Evaluation) -> TrainingResult:
         """Writes the last model, and lets it write."""
         self.save_model("final", evaluation)
-        samples = self.sample()
-        self.accelerator.end_training()
-        return self.result(evaluation, samples)
+        return self.result(evaluation, self.sample())
 
     def sample(self) -> list[str]:
         """What the model makes of the prompts, as far as its context goes; also in `samples.jsonl`."""
