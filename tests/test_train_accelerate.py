@@ -52,7 +52,7 @@ def one_sentence(result: subprocess.CompletedProcess) -> str:
 
 def test_what_a_run_leaves_behind(quick_run: Path) -> None:
     assert {path.name for path in quick_run.iterdir()} == {
-        "best", "checkpoints", "config.yaml", "curves.png", "final", "metrics.jsonl",
+        "best", "checkpoints", "config.yaml", "curves.png", "final", "metrics.jsonl", "samples.jsonl",
     }  # fmt: skip
     assert {path.name for path in (quick_run / "checkpoints").iterdir()} == {"step_20", "step_40"}
     for name in ("best", "final"):
@@ -67,7 +67,10 @@ def test_what_a_run_leaves_behind(quick_run: Path) -> None:
 def test_metrics(quick_run: Path) -> None:
     training = [line for line in metrics(quick_run) if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 41))
-    assert set(training[0]) == {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "tokens", "epoch"}
+    assert set(training[0]) == {
+        "step", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "clipped_share",
+        "tokens_per_second", "memory_bytes", "tokens", "epoch",
+    }  # fmt: skip
     assert training[0]["tokens"] == 8 * 64
     assert training[1]["learning_rate"] == pytest.approx(1e-3), "half way through two warmup steps"
     assert training[-1]["learning_rate"] == pytest.approx(2e-4, rel=0.02), "the cosine ends at a tenth"

@@ -192,9 +192,10 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
             hint = nearest_name(text_column, list(record)) or f"; its columns are {', '.join(record)}."
             raise ValueError(f"{name} has no column {text_column!r}{hint}")
         return text_column
-    for column in TEXT_COLUMNS:
-        if isinstance(record.get(column), str):
-            return column
+    for kind in (str, type(None)):  # the record at hand may be one without text
+        for column in TEXT_COLUMNS:
+            if column in record and isinstance(record[column], kind):
+                return column
     columns = [column for column, value in record.items() if isinstance(value, str)]
     if len(columns) != 1:
         raise ValueError(f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text.")

@@ -36,18 +36,20 @@ def test_small_configuration_is_the_full_default_run() -> None:
     config = arguments.model.model_config()
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (6, 256, 8)
     assert config.max_position_embeddings == 256
-    assert (arguments.run.train_batch_size, arguments.run.max_steps) == (32, 10_000)
+    assert (arguments.optimization.train_batch_size, arguments.optimization.max_steps) == (32, 10_000)
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text('learning_rate: 1e-3\nqk_norm: true\nsample_prompt: "x\\ny"\n')
+    (tmp_path / "a.yaml").write_text('learning_rate: 1e-3\nqk_norm: true\nsample_prompts: ["x\\ny", "z"]\n')
     arguments = parse_arguments(["--config", str(tmp_path / "a.yaml"), "--learning_rate", "5e-4"])
-    assert arguments.run.learning_rate == 5e-4 and arguments.model.qk_norm is True
-    assert arguments.run.sample_prompt == "x\ny"
+    assert arguments.optimization.learning_rate == 5e-4 and arguments.model.qk_norm is True
+    assert arguments.monitoring.sample_prompts == ["x\ny", "z"]
 
 
 def test_saved_settings_are_read_back(tmp_path: Path) -> None:
-    arguments = parse_arguments(["--size", "small", "--qk_norm", "--dataset", "päth:x.txt", "--bf16", "false"])
+    flags = ["--size", "small", "--qk_norm", "--dataset", "päth:x.txt", "--bf16", "false"]
+    flags += ["--sample_prompts", "one", "two words", "--report_to", "tensorboard"]
+    arguments = parse_arguments(flags)
     arguments.save(tmp_path / "config.yaml")
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == arguments
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training_mini.batches import TrainingBatches, key_of, make_rows, permute
+from training_mini.batches import RowMaker, TrainingBatches, key_of, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
@@ -22,7 +22,7 @@ def test_permute_mixes_and_depends_on_its_key() -> None:
 
 
 def make(tokens: int = 10_007, context: int = 16, batch: int = 8, seed: int = 3) -> TrainingBatches:
-    return TrainingBatches(np.arange(tokens, dtype=np.uint16), context, batch, bos_token_id=1, seed=seed)
+    return TrainingBatches(np.arange(tokens, dtype=np.uint16), RowMaker(context, 1), batch, seed=seed)
 
 
 def test_an_epoch_visits_every_window_once() -> None:
@@ -54,21 +54,31 @@ def test_any_step_is_found_without_those_before_it() -> None:
 @pytest.mark.parametrize(("processes", "parts"), [(1, 1), (2, 1), (1, 4), (2, 2), (8, 1), (4, 2)])
 def test_global_batch_does_not_depend_on_who_shares_it(processes: int, parts: int) -> None:
     batches = make()
-    whole = torch.cat([inputs for inputs, _ in batches.micro_batches(11)])
+    whole = torch.cat([batch.inputs["input_ids"] for batch in batches.micro_batches(11)])
     shared = [
-        rows
+        batch.inputs["input_ids"]
         for process in range(processes)
-        for rows, _ in batches.micro_batches(11, process_index=process, num_processes=processes, parts=parts)
+        for batch in batches.micro_batches(11, process_index=process, num_processes=processes, parts=parts)
     ]
     assert len(shared) == processes * parts
     assert sorted(torch.cat(shared).tolist()) == sorted(whole.tolist())
 
 
 def test_rows_begin_with_bos_and_lag_by_one() -> None:
-    inputs, targets = make_rows(np.arange(100, 200, dtype=np.uint16), np.array([0, 10]), 5, bos_token_id=1)
+    batch = RowMaker(5, bos_token_id=1).make(np.arange(100, 200, dtype=np.uint16), [0, 10])
+    inputs, targets = batch.inputs["input_ids"], batch.targets
+    assert list(batch.inputs) == ["input_ids"]
     assert targets.tolist() == [[100, 101, 102, 103, 104], [110, 111, 112, 113, 114]]
     assert inputs.tolist() == [[1, 100, 101, 102, 103], [1, 110, 111, 112, 113]]
     assert inputs.dtype == targets.dtype == torch.int64
+
+
+def test_documents_in_a_row_are_apart() -> None:
+    ids = np.array([7, 8, 2, 9, 10, 11, 2, 2, 12, 13], dtype=np.uint16)  # 2 ends a document; one is empty
+    batch = RowMaker(10, bos_token_id=1, separator_id=2).make(ids, [0])
+    assert batch.targets.tolist() == [ids.tolist()], "every token is predicted, also the first of a document"
+    assert batch.inputs["input_ids"].tolist() == [[1, 7, 8, 1, 9, 10, 11, 1, 1, 12]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0, 1]]
 
 
 @pytest.mark.parametrize("tokens", [16, 17, 31, 32, 33, 47])

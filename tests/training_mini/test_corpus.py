@@ -38,11 +38,11 @@ def load(cache: Path):
 
 
 def all_text(corpus: Corpus) -> bytes:
-    return corpus.text_of(corpus.train) + corpus.text_of(corpus.validation)
+    return corpus.text_of(corpus.train[:]) + corpus.text_of(corpus.validation)
 
 
 def documents_of(corpus: Corpus, split: str) -> list[bytes]:
-    ids = getattr(corpus, split)
+    ids = getattr(corpus, split)[:]
     ends = np.flatnonzero(ids == corpus.tokenizer.eos_token_id)
     return [corpus.text_of(part) for part in np.split(ids, ends + 1)[:-1]]
 
@@ -83,7 +83,7 @@ def test_ids_equal_the_tokenizer(load, tmp_path: Path) -> None:
     for name, tokenizer in (("byte", ByteTokenizer()), ("char", CharTokenizer.from_text(text))):
         corpus = load(tmp_path / "a.txt", tokenizer=name)
         expected = [*tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids, 2]
-        assert [*corpus.train.tolist(), *corpus.validation.tolist()] == expected
+        assert [*corpus.train[:].tolist(), *corpus.validation.tolist()] == expected
         assert type(corpus.tokenizer) is type(tokenizer)
 
 
@@ -158,11 +158,10 @@ def test_hub_dataset(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             "parquet", config, data_files=str(tmp_path / "train.parquet"), split=split, streaming=streaming
         ),
     )
-    for streaming in (False, True):
-        corpus = load("someone/poems", streaming=streaming)
-        assert sorted(documents_of(corpus, "train") + documents_of(corpus, "validation")) == sorted(
-            record["text"].encode() for record in RECORDS
-        )
+    corpus = load("someone/poems")
+    assert sorted(documents_of(corpus, "train") + documents_of(corpus, "validation")) == sorted(
+        record["text"].encode() for record in RECORDS
+    )
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_any_other_tokenizer(load, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(text)
     corpus = load(tmp_path / "a.txt", tokenizer=str(tmp_path / "bpe"))
     assert all_text(corpus).decode() == text
-    ids = np.concatenate([corpus.train, corpus.validation])
+    ids = np.concatenate([corpus.train[:], corpus.validation])
     assert len(ids) < len(text) / 2
     assert corpus.bytes_per_token[ids].sum() == len(text.encode())
 
@@ -255,29 +254,66 @@ def test_second_time_nothing_is_encoded_or_read(load, tmp_path: Path, monkeypatc
     monkeypatch.setattr(corpus_module, "encode_corpus", forbidden)
     monkeypatch.setattr(documents_module.hashlib, "file_digest", forbidden)
     second = load(tmp_path / "a.txt")
-    assert second.folder == first.folder
-    assert second.train.tolist() == first.train.tolist()
+    assert second.settings == first.settings
+    assert second.train[:].tolist() == first.train[:].tolist()
 
 
 def test_cache_is_keyed_by_content_tokenizer_and_split(load, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("some text " * 100)
     first = load(path)
-    assert load(path, tokenizer="char").folder != first.folder
-    assert load(path, validation_ratio=0.2).folder != first.folder
+    assert load(path, tokenizer="char").settings != first.settings
+    assert load(path, validation_ratio=0.2).settings != first.settings
     os.utime(path, ns=(1, 1))
-    assert load(path).folder == first.folder, "touched, with the same content"
+    assert load(path).settings == first.settings, "touched, with the same content"
     path.write_text("other text" * 100)
     changed = load(path)
-    assert changed.folder != first.folder
+    assert changed.settings != first.settings
     assert b"other" in all_text(changed)
 
 
 def test_memory_mapped(load, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text " * 100)
     corpus = load(tmp_path / "a.txt")
-    assert isinstance(corpus.train, np.memmap) and not corpus.train.flags.writeable
-    assert (corpus.folder / "train.bin").stat().st_size == 2 * len(corpus.train)
+    for ids in (corpus.train[10:20], corpus.validation):
+        assert isinstance(ids, np.memmap) and not ids.flags.writeable and ids.dtype == np.uint16
+
+
+def test_shards(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shards, also where the held-out tail reaches over several of them, hold the ids of one file."""
+    (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 40)
+    whole = load(tmp_path / "a.txt", validation_ratio=0.3)
+    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(corpus_module, "FORMAT", "sharded")  # another place in the cache
+    sharded = load(tmp_path / "a.txt", validation_ratio=0.3)
+    folder = next(path.parent for path in (tmp_path / "cache").glob("corpora/*/train-00007.bin"))
+    assert not (folder / "train-00008.bin").exists()
+    assert [(folder / f"train-0000{i}.bin").stat().st_size for i in (0, 6, 7)] == [
+        2000,
+        2000,
+        2 * len(sharded.train[7000:]),
+    ]
+    assert len(sharded.train) == len(whole.train) == 10241 - int(0.3 * 10241)
+    for window in (slice(None), slice(995, 1005), slice(0, 1000), slice(1500, 4500), slice(5, 5), slice(7000, 99999)):
+        assert sharded.train[window].tolist() == whole.train[window].tolist()
+    assert sharded.validation.tolist() == whole.validation.tolist()
+
+
+def test_encoded_folder_is_a_dataset_anywhere(load, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 1000)
+    first = load(tmp_path / "a.txt")
+    folder = next((tmp_path / "cache" / "corpora").glob("*/corpus.json")).parent
+    moved = folder.rename(tmp_path / "moved")
+    (tmp_path / "a.txt").unlink()
+    second = load(moved)
+    assert second.settings == first.settings and second.train[:].tolist() == first.train[:].tolist()
+    with open(moved / "train-00000.bin", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match=r"train-00000\.bin has 100 bytes; [\d,]+ bytes belong there"):
+        load(moved)
+    (moved / "train-00000.bin").unlink()
+    with pytest.raises(ValueError, match=r"train-00000\.bin is missing"):
+        load(moved)
 
 
 @pytest.mark.slow
@@ -313,7 +349,7 @@ def test_killed_while_encoding_starts_again_cleanly(load, cache: Path, tmp_path:
     program += f"; load_corpus(DataArguments(dataset={str(tmp_path / 'a.txt')!r}, cache_dir={str(cache)!r}))"
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not list(cache.glob("corpora/*.partial/train.bin")) and process.poll() is None:
+    while not list(cache.glob("corpora/*.partial/train-*.bin")) and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -1,6 +1,7 @@
 """What is recorded and shown."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -8,22 +9,27 @@ from rich.console import Console
 from training_mini import monitoring
 from training_mini.monitoring import Monitor, draw_curves, format_seconds, progress_bar, read_metrics
 
-METRICS = {"loss": 2.0, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
+METRICS = {"loss": 2.0, "bits_per_byte": 2.885, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
+
+
+def main_process() -> SimpleNamespace:
+    """What a monitor needs of an accelerator without trackers."""
+    return SimpleNamespace(is_main_process=True, log=lambda metrics, step: None)
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, 0, 10, enabled=True)
+    monitor = Monitor(tmp_path, 0, 10, main_process())
     for step in range(1, 8):
         monitor.record(step, METRICS)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # cut short by a crash
-    Monitor(tmp_path, 5, 10, enabled=True)
+    Monitor(tmp_path, 5, 10, main_process())
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor(tmp_path, 0, 10, enabled=False)
-    monitor.training_step(1, METRICS, 2.9)
+    monitor = Monitor(tmp_path, 0, 10, SimpleNamespace(is_main_process=False))
+    monitor.training_step(1, METRICS)
     monitor.say("hello")
     monitor.close()
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
@@ -33,9 +39,9 @@ def test_plain_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitoring, "console", Console(force_terminal=False, width=80))
-    monitor = Monitor(tmp_path, 0, 3, enabled=True)
+    monitor = Monitor(tmp_path, 0, 3, main_process())
     for step in (1, 2, 3):
-        monitor.training_step(step, METRICS, 2.885)
+        monitor.training_step(step, METRICS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 1/3  loss 2.000  bits/byte 2.885  lr 1.0e-03  1,234 tokens/s  0:00")
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"], "the first, and the last; not one for every step"
@@ -45,8 +51,8 @@ def test_live_line_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitoring, "console", Console(force_terminal=True, width=120))
-    monitor = Monitor(tmp_path, 0, 3, enabled=True)
-    monitor.training_step(2, METRICS, 2.885)
+    monitor = Monitor(tmp_path, 0, 3, main_process())
+    monitor.training_step(2, METRICS)
     monitor.say("a line above")
     monitor.close()
     output = capsys.readouterr().out
@@ -55,13 +61,13 @@ def test_live_line_on_a_terminal(
 
 
 def test_curves(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, 0, 100, enabled=True)
-    draw_curves(tmp_path, "nothing yet", 1.0, {})
+    monitor = Monitor(tmp_path, 0, 100, main_process())
+    draw_curves(tmp_path, "nothing yet", {})
     assert not (tmp_path / "curves.png").exists()
     for step in range(1, 101):
-        monitor.record(step, {"loss": 5 / step**0.3, "learning_rate": 1e-3 * (1 - step / 100)})
+        monitor.record(step, {"bits_per_byte": 7 / step**0.3, "learning_rate": 1e-3 * (1 - step / 100)})
     monitor.record(100, {"eval_bits_per_byte": 1.9})
-    draw_curves(tmp_path, "a run", 1.0, {"gzip": 2.2, "xz": 1.9})
+    draw_curves(tmp_path, "a run", {"gzip": 2.2, "xz": 1.9})
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 600 and len(image.convert("L").getcolors()) > 20
 

@@ -3,14 +3,16 @@
 import math
 
 import pytest
+import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
-from training_mini.arguments import RunArguments
-from training_mini.optimization import make_optimizer, make_scheduler
+from training_mini.arguments import OptimizationArguments
+from training_mini.optimization import make_optimizers, make_schedulers
 
 
 def test_only_matrices_decay() -> None:
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1, attention_bias=True, qk_norm=True))
-    optimizer = make_optimizer(model, RunArguments(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6))
+    arguments = OptimizationArguments(weight_decay=0.3, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6)
+    (optimizer,) = make_optimizers(model, arguments)
     decay = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in model.named_parameters():
         is_matrix = name.endswith("proj.weight") or "embed_tokens" in name
@@ -21,15 +23,47 @@ def test_only_matrices_decay() -> None:
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6
 
 
-def test_warmup_then_cosine_to_a_floor() -> None:
-    arguments = RunArguments(learning_rate=1.0, warmup_steps=10, max_steps=110, min_lr_rate=0.1)
-    optimizer = make_optimizer(MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1)), arguments)
-    scheduler = make_scheduler(optimizer, arguments)
+def rates_of(start: int = 0, **settings: object) -> list[float]:
+    """The learning rate of each step from `start` on."""
+    arguments = OptimizationArguments(learning_rate=1.0, warmup_steps=10, max_steps=110, **settings)
+    optimizers = make_optimizers(MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1)), arguments)
+    schedulers = make_schedulers(optimizers, arguments, start)
     rates = []
-    for _ in range(110):
-        rates.append(scheduler.get_last_lr()[0])
-        optimizer.step()
-        scheduler.step()
-    assert rates[:11] == pytest.approx([i / 10 for i in range(11)])
-    expected = [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 100)) for i in range(100)]
-    assert rates[10:] == pytest.approx(expected)
+    for _ in range(start, 110):
+        assert len({scheduler.get_last_lr()[0] for scheduler in schedulers}) == 1
+        rates.append(optimizers[-1].param_groups[0]["lr"])
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+    return rates
+
+
+SCHEDULES = {
+    "cosine": [0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * i / 100)) for i in range(100)],
+    "wsd": [1.0] * 78 + [1 - 0.9 * i / 22 for i in range(22)],
+    "linear": [1 - i / 100 for i in range(100)],
+    "constant": [1.0] * 100,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_schedules_warm_up_and_go_their_way(name: str, optimizer: str) -> None:
+    settings = {"lr_scheduler_type": name, "optimizer": optimizer, "min_lr_rate": 0.1}
+    rates = rates_of(**settings)
+    start = 0.1 if name == "wsd" else 0.0  # transformers' wsd rises from the floor
+    assert rates[:11] == pytest.approx([start + (1 - start) * i / 10 for i in range(11)])
+    assert rates[10:] == pytest.approx(SCHEDULES[name])
+    assert rates_of(start=90, **settings) == rates[90:], "a resumed run goes on with the same rates"
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else() -> None:
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2))
+    muon, adamw = make_optimizers(model, OptimizationArguments(optimizer="muon", muon_momentum=0.9))
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert muon.defaults["momentum"] == 0.9
+    taken = {id(p) for group in muon.param_groups for p in group["params"]}
+    left = {id(p) for group in adamw.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in taken) == name.endswith("proj.weight"), name
+        assert (id(parameter) in left) != (id(parameter) in taken), name
