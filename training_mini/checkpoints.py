@@ -168,6 +168,8 @@ def reason_of(error: BaseException) -> str:
     """The cause of a failed write, dug out of what torch and safetensors wrap around it."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if "unexpected pos" in str(error):  # all that torch's writer says when a write comes back short
+        return "a file was cut short: the disk is full, or a quota is reached"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
 
 

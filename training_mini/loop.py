@@ -6,6 +6,8 @@ import logging
 import math
 import time
 import uuid
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,8 @@ def train(arguments: Arguments) -> TrainingResult:
     # It would break into the live display at every save: a bar for one file.
     transformers_logging.disable_progress_bar()
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    # The first step of a run may be skipped, and the schedule goes on all the same.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     return Trainer(arguments).train()
 
 
@@ -139,9 +143,7 @@ class Trainer:
 
     def begin(self) -> None:
         """Loads the state to go on from, or takes possession of the folder."""
-        warnings: list[str] = []
-        if self.run.resume:
-            warnings = self.resume()
+        problems = self.resume() if self.run.resume else []
         self.saved_step = self.state.step if self.run.resume else -1
         if self.accelerator.is_main_process:
             if self.run.overwrite:
@@ -156,8 +158,8 @@ class Trainer:
         trackers = self.monitoring.report_to
         self.monitor = Monitor(self.folder, self.state.step, self.optimization.max_steps, self.accelerator)
         self.monitor.start_trackers(trackers, self.folder.name, self.state.tracker_id, self.arguments.as_dict())
-        for warning in warnings:
-            self.monitor.warn(warning)
+        for problem in problems:
+            self.monitor.warn(problem)
         dtype = torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32
         self.peak_flops = peak_flops(self.accelerator.device, dtype, self.monitoring.peak_tflops)
         self.flops_per_token = None
@@ -173,12 +175,12 @@ class Trainer:
 
     def resume(self) -> list[str]:
         """Loads the newest state that is whole; gives a warning for each that is not."""
-        found, error, warnings = None, "", []
+        found, error, problems = None, "", []
         if self.accelerator.is_main_process:
             try:
-                found, warnings = find_state(self.folder)
-            except ValueError as problem:
-                error = str(problem)
+                found, problems = find_state(self.folder)
+            except ValueError as nothing_found:
+                error = str(nothing_found)
         found, error = self.parallel.from_main((found, error))
         if error:
             raise ValueError(error)
@@ -187,7 +189,7 @@ class Trainer:
         self.weights.load(found)
         self.batches.load_state_dict(state.stream)
         self.state = state
-        return warnings
+        return problems
 
     def find_batch_size(self) -> None:
         """Doubles the parts of a batch until the forward and backward pass of one fits into memory."""
@@ -251,7 +253,7 @@ class Trainer:
                 self.sample()
             stop = self.stop.agreed()
             if (done or stop or self.is_due(self.run.save_steps)) and self.saved_step != self.state.step:
-                self.save(must_succeed=stop)
+                self.save()
             self.logged_at += time.monotonic() - pause  # tokens per second are those of training
             if done or stop:
                 return evaluation if done else None
@@ -410,8 +412,8 @@ class Trainer:
                 self.accelerator,
                 self.stop.agreed,
             )
-        if evaluation is None:
-            return None
+        if evaluation is None or self.state.evaluated_step == self.state.step:
+            return evaluation  # of a run that was resumed at its end, and has recorded it
         metrics = {
             "eval_loss": evaluation.loss,
             "eval_perplexity": evaluation.perplexity,
@@ -427,34 +429,45 @@ class Trainer:
             f"{' - best so far' if is_best else ''}"
         )
         self.state.evaluations_since_best = 0 if is_best else self.state.evaluations_since_best + 1
-        if is_best:
+        if is_best and self.written(lambda: self.save_model("best", evaluation)):
             self.state.best_loss, self.state.best_step = evaluation.loss, self.state.step
-            self.save_model("best", evaluation)
         if self.accelerator.is_main_process:
             title = f"{self.folder.name}: {self.corpus.name}"
             draw_curves(self.folder, title, self.compressors)
         return evaluation
 
-    def save(self, must_succeed: bool = False) -> None:
+    def save(self) -> None:
         """Writes a state to resume from."""
         self.state.stream = self.batches.state_dict(self.state.step)
-        try:
-            save_state(self.folder, self.state, self.weights, self.run.keep_last, self.run.keep_every)
-        except OSError as error:
-            if must_succeed or self.run.on_save_error == "stop":
-                raise
-            self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")
-        else:
+        keep = self.run.keep_last, self.run.keep_every
+        if self.written(lambda: save_state(self.folder, self.state, self.weights, *keep)):
             self.saved_step = self.state.step
 
+    def written(self, write: Callable[[], None]) -> bool:
+        """Whether a write that every process takes part in succeeded; if not, the run stops or only warns."""
+        try:
+            write()
+        except OSError as error:
+            if self.run.on_save_error == "stop" or self.stop.signal is not None:
+                raise
+            self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")
+            return False
+        return True
+
     def save_model(self, name: str, evaluation: Evaluation) -> None:
-        """Writes a checkpoint folder to use and share."""
+        """Writes a checkpoint folder to use and share; if it cannot be written, every process raises `OSError`."""
+        failure = ""
         with self.averaged():
             model = self.parallel.whole_model(self.model)
             if model is not None:
                 card = model_card(model, self.arguments, self.state, evaluation, self.compressors)
-                save_checkpoint_folder(model, self.corpus.tokenizer, self.folder / name, card)
-        self.accelerator.wait_for_everyone()
+                try:
+                    save_checkpoint_folder(model, self.corpus.tokenizer, self.folder / name, card)
+                except OSError as error:
+                    failure = str(error)
+        failure = self.parallel.from_main(failure)
+        if failure:
+            raise OSError(failure)
 
     def finish(self, evaluation: Evaluation) -> TrainingResult:
         """Writes the last model, and lets it write."""

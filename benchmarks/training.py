@@ -1,0 +1,511 @@
+"""
+Training speed and memory of Mini beside transformers' Llama of the same shape and, where a checkout of it is given,
+nanoGPT: in one run and in turns, eager and compiled.
+
+    python benchmarks/training.py [--size small] [--batch_size 8] [--context 256] [--nanogpt FOLDER]
+
+A step is forward, backward, clipping of the gradient and fused AdamW, on random tokens. Medians over the rounds; the
+last line is JSON.
+"""
+
+import contextlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+import torch
+import transformers
+from configuration_mini import MiniConfig
+from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from modeling_mini.analysis import ModelCost
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+MODES = ("eager", "compiled")
+STEPS_FOR_MEMORY = 3
+# Side of the square matrices whose product stands for the peak of the device: about 0.1 s on two cores, 3 ms on a GPU.
+SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
+
+
+@dataclass
+class Settings:
+    """What is measured, and how often."""
+
+    size: str = option("small", "preset of MiniConfig whose shape all models take")
+    batch_size: int = option(8, "sequences in a batch")
+    context: int = option(256, "tokens in a sequence")
+    rounds: int = option(7, "how often each contender has its turn; the median counts")
+    steps: int = option(5, "training steps in a turn")
+    modes: list[str] = option(list(MODES), "eager, compiled or both", choices=MODES)
+    nanogpt: str | None = option(None, "folder of a nanoGPT checkout, whose model.py then takes part")
+    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
+    bf16: bool = option(False, "autocast to bfloat16, for all models and matrix products")
+    attn_implementation: str = option("sdpa", "attention of Mini and Llama, by its name in transformers")
+    output: str | None = option(None, "file to write the JSON to as well")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "context", "rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
+        if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").is_file():
+            raise ValueError(f"There is no model.py in {self.nanogpt!r}; nanogpt is the folder of a nanoGPT checkout.")
+        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
+            raise ValueError(f"There is no folder for the output {self.output!r}.")
+        self.modes = [mode for mode in MODES if mode in self.modes]
+
+    @property
+    def model_names(self) -> list[str]:
+        return ["Mini", "Llama", *(["nanoGPT"] if self.nanogpt is not None else [])]
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def mini_config(self) -> MiniConfig:
+        return MiniConfig.preset(self.size, max_position_embeddings=self.context)
+
+    @property
+    def llama_config(self) -> LlamaConfig:
+        """Llama in the shape of Mini; what is left to differ is Llama's: RMSNorm, and its own code."""
+        shape = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "tie_word_embeddings",
+            "bos_token_id",
+            "eos_token_id",
+            "pad_token_id",
+        )
+        return LlamaConfig(**{name: getattr(self.mini_config, name) for name in shape})
+
+
+def import_nanogpt(folder: str) -> ModuleType:
+    """
+    The module `model.py` of a nanoGPT checkout.
+
+    Raises:
+        ValueError: if it does not define GPT and GPTConfig.
+    """
+    specification = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # where a dataclass looks for the names in its annotations
+    specification.loader.exec_module(module)
+    for name in ("GPT", "GPTConfig"):
+        if not hasattr(module, name):
+            raise ValueError(f"model.py in {folder!r} defines no {name}; nanogpt is the folder of a nanoGPT checkout.")
+    return module
+
+
+def make_model(name: str, settings: Settings) -> nn.Module:
+    """A contender with random weights, on the device and in training mode."""
+    if name == "nanoGPT":
+        nanogpt, shape = import_nanogpt(settings.nanogpt), settings.mini_config
+        config = nanogpt.GPTConfig(
+            n_layer=shape.num_hidden_layers,
+            n_head=shape.num_attention_heads,
+            n_embd=shape.hidden_size,
+            block_size=settings.context,
+            vocab_size=shape.vocab_size,
+            dropout=0.0,
+            bias=False,
+        )
+        with contextlib.redirect_stdout(sys.stderr):  # its constructor prints
+            model = nanogpt.GPT(config)
+    else:
+        config = settings.mini_config if name == "Mini" else settings.llama_config
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attn_implementation)
+    return model.to(settings.device).train()
+
+
+def training_flops_per_token(name: str, model: nn.Module, settings: Settings) -> int:
+    """
+    Floating-point operations to train on one token, as `ModelCost` counts them: 6 for each parameter of a matrix, and
+    12 L H Q T for attention, which counts in full.
+    """
+    if name == "nanoGPT":
+        matrix_parameters = sum(module.weight.numel() for module in linear_layers(model))
+        shape = settings.mini_config
+        return 6 * matrix_parameters + 12 * shape.num_hidden_layers * shape.hidden_size * settings.context
+    config: PreTrainedConfig = model.config
+    return ModelCost(config).training_flops_per_token(settings.context)
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Every matrix that each token is multiplied with; a tied head is among them."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def synchronize(settings: Settings) -> None:
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Contender:
+    """
+    A model in training.
+
+    Args:
+        name: one of `Settings.model_names`.
+        mode: one of `MODES`.
+    """
+
+    def __init__(self, name: str, mode: str, settings: Settings) -> None:
+        torch.manual_seed(0)
+        self.name, self.mode, self.settings = name, mode, settings
+        self.model = make_model(name, settings)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.flops_per_token = training_flops_per_token(name, self.model, settings)
+        self.products = Counter((layer.in_features, layer.out_features) for layer in linear_layers(self.model))
+        groups = [
+            {"params": [p for p in self.model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+            {"params": [p for p in self.model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+        if mode == "compiled":
+            self.model.compile()
+        # The same tokens for all. One more than the context, so that nanoGPT has its targets.
+        shape = settings.steps, settings.batch_size, settings.context + 1
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(settings.mini_config.vocab_size, shape, generator=generator)
+        self.batches = list(tokens.to(settings.device))
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        input_ids = batch[:, :-1].contiguous()
+        with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16):
+            if self.name == "nanoGPT":
+                return self.model(input_ids, batch[:, 1:].contiguous())[1]
+            # A cache would be of no use, and is on by default.
+            return self.model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
+
+    def step(self, batch: torch.Tensor) -> None:
+        self.loss(batch).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def seconds_of_first_step(self) -> float:
+        """When compiled, nearly all of it is the compiler."""
+        start = time.perf_counter()
+        self.step(self.batches[0])
+        synchronize(self.settings)
+        return time.perf_counter() - start
+
+    def turn(self) -> float:
+        """Seconds for each of the steps of a turn."""
+        synchronize(self.settings)
+        start = time.perf_counter()
+        for batch in self.batches:
+            self.step(batch)
+        synchronize(self.settings)
+        return (time.perf_counter() - start) / len(self.batches)
+
+
+class MatrixProducts:
+    """
+    Matrix products alone, as many floating-point operations in a second as the device does of them.
+
+    Args:
+        shapes: rows, inner and columns of each product, and how often it occurs.
+    """
+
+    def __init__(self, shapes: dict[tuple[int, int, int], int], settings: Settings) -> None:
+        self.settings = settings
+        self.flops = sum(2 * rows * inner * columns * count for (rows, inner, columns), count in shapes.items())
+        self.operands = []
+        for (rows, inner, columns), count in shapes.items():
+            left, right = (
+                torch.rand(shape, dtype=settings.dtype, device=settings.device)
+                for shape in ((rows, inner), (inner, columns))
+            )
+            # Into memory that is there already: the product alone is measured.
+            result = torch.empty(rows, columns, dtype=settings.dtype, device=settings.device)
+            self.operands.append((left, right, result, count))
+
+    @classmethod
+    def square(cls, settings: Settings) -> "MatrixProducts":
+        side = SQUARE_SIDE[settings.device]
+        return cls({(side, side, side): 1}, settings)
+
+    @classmethod
+    def of_model(cls, contender: Contender) -> "MatrixProducts":
+        """
+        Those of all linear layers in a training step: the outputs, and in the backward pass the gradients of inputs and
+        of weights. The two products inside attention are left out, because a fused kernel does not do them as such.
+        """
+        tokens = contender.settings.tokens_per_step
+        shapes: Counter[tuple[int, int, int]] = Counter()
+        for (inputs, outputs), count in contender.products.items():
+            shapes[tokens, inputs, outputs] += count
+            shapes[tokens, outputs, inputs] += count
+            shapes[outputs, tokens, inputs] += count
+        return cls(shapes, contender.settings)
+
+    def turn(self) -> float:
+        """Seconds for all products once."""
+        synchronize(self.settings)
+        start = time.perf_counter()
+        for left, right, result, count in self.operands:
+            for _ in range(count):
+                torch.mm(left, right, out=result)
+        synchronize(self.settings)
+        return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def empty_compiler_cache() -> Iterator[None]:
+    """
+    Compiled kernels of earlier runs out of reach, so that compile times are those of a first run, while the child
+    processes that measure memory find the kernels of this one.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="mini-benchmark-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            os.environ.pop(name) if before is None else os.environ.update({name: before})
+
+
+def compile_something(settings: Settings) -> None:
+    """What the compiler does once in a process and once on a machine: not for the first contender alone to pay."""
+    layer = nn.Linear(64, 64, device=settings.device)
+    layer.compile()
+    layer(torch.ones(64, 64, device=settings.device)).relu().sum().backward()
+
+
+def peak_resident_memory(reset: bool = False) -> int | None:
+    """
+    The peak of the memory of this process in bytes, `None` where the system has no /proc.
+
+    `getrusage` will not do: on Linux a process inherits the ru_maxrss of the one that started it.
+    """
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): resets the peak
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+def memory_of(name: str | None, mode: str, settings: Settings) -> int | None:
+    """
+    The peak in bytes of this process while a contender trains, without its first step, where the compiler works: on a
+    GPU what its tensors hold, on a CPU what the process holds. Run in a process of its own; without a name, it is what
+    such a process holds when it has imported everything (and used the compiler).
+    """
+    if name is None:
+        if mode == "compiled":
+            compile_something(settings)
+        return peak_resident_memory(reset=True)
+    contender = Contender(name, mode, settings)
+    contender.seconds_of_first_step()
+    if settings.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        peak_resident_memory(reset=True)
+    for step in range(STEPS_FOR_MEMORY):
+        contender.step(contender.batches[step % len(contender.batches)])
+    return torch.cuda.max_memory_allocated() if settings.device == "cuda" else peak_resident_memory()
+
+
+def memory_in_child(name: str | None, mode: str, settings: Settings) -> int | None:
+    # Spawned, not forked: nothing of what this process holds counts.
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(memory_of, name, mode, settings).result()
+
+
+def measure_memory(settings: Settings) -> dict[tuple[str, str], int | None]:
+    """Peak memory in bytes of each model and mode."""
+    peaks = {}
+    for mode in settings.modes:
+        baseline = 0 if settings.device == "cuda" else memory_in_child(None, mode, settings)
+        for name in settings.model_names:
+            peak = memory_in_child(name, mode, settings) if baseline is not None else None
+            peaks[name, mode] = peak - baseline if peak is not None else None
+    return peaks
+
+
+@dataclass
+class Figures:
+    """What was measured of one model in one mode."""
+
+    model: str
+    mode: str
+    parameters: int
+    training_flops_per_token: int
+    tokens_per_second: float
+    model_flops_per_second: float
+    mfu_of_square_product: float
+    mfu_of_model_products: float
+    seconds_to_first_step: float
+    peak_memory_bytes: int | None
+    seconds_per_step: list[float] = field(repr=False)  # of each round
+
+
+def processor_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine(settings: Settings) -> dict[str, Any]:
+    return {
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else processor_name(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def in_turns(turns: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
+    """Seconds of each, round by round: whatever slows the machine for a while slows all of them."""
+    seconds: dict[Any, list[float]] = {key: [] for key in turns}
+    for round_number in range(rounds + 1):
+        for key, turn in turns.items():
+            measured = turn()
+            if round_number:  # the first round warms up
+                seconds[key].append(measured)
+    return seconds
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """All figures, as they go into the JSON."""
+    contenders = {
+        (name, mode): Contender(name, mode, settings) for mode in settings.modes for name in settings.model_names
+    }
+    if "compiled" in settings.modes:
+        compile_something(settings)
+    first_steps = {key: contender.seconds_of_first_step() for key, contender in contenders.items()}
+    products = {"square": MatrixProducts.square(settings)}
+    products |= {name: MatrixProducts.of_model(contenders[name, settings.modes[0]]) for name in settings.model_names}
+    turns = {key: part.turn for key, part in (contenders | products).items()}
+    seconds = in_turns(turns, settings.rounds)
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    flops_per_second = {name: product.flops / medians[name] for name, product in products.items()}
+    peaks = measure_memory(settings)
+    figures = []
+    for key, contender in contenders.items():
+        tokens_per_second = settings.tokens_per_step / medians[key]
+        model_flops_per_second = contender.flops_per_token * tokens_per_second
+        figures.append(
+            Figures(
+                model=contender.name,
+                mode=contender.mode,
+                parameters=contender.parameters,
+                training_flops_per_token=contender.flops_per_token,
+                tokens_per_second=tokens_per_second,
+                model_flops_per_second=model_flops_per_second,
+                mfu_of_square_product=model_flops_per_second / flops_per_second["square"],
+                mfu_of_model_products=model_flops_per_second / flops_per_second[contender.name],
+                seconds_to_first_step=first_steps[key],
+                peak_memory_bytes=peaks[key],
+                seconds_per_step=seconds[key],
+            )
+        )
+    speeds = {(each.model, each.mode): each.tokens_per_second for each in figures}
+    return {
+        "benchmark": "training",
+        "machine": machine(settings),
+        "settings": asdict(settings),
+        "product_flops_per_second": flops_per_second,
+        "contenders": [asdict(each) for each in figures],
+        "mini_tokens_per_second_ratio": {
+            mode: {name: speeds["Mini", mode] / speeds[name, mode] for name in settings.model_names[1:]}
+            for mode in settings.modes
+        },
+    }
+
+
+def show(results: dict[str, Any], settings: Settings) -> None:
+    console = Console()
+    on = f"{results['machine']['device']}, {results['machine']['threads']} threads, {settings.dtype}".replace(
+        "torch.", ""
+    )
+    table = Table(title=f"Training {settings.size}, batch {settings.batch_size} x {settings.context}: {on}")
+    table.add_column("")
+    headings = ["parameters", "tokens/s", "Mini is", "GFLOP/s", "MFU, square", "MFU, shapes", "peak MB", "first step s"]
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in results["contenders"]:
+        ratio = results["mini_tokens_per_second_ratio"][row["mode"]].get(row["model"])
+        peak = row["peak_memory_bytes"]
+        table.add_row(
+            f"{row['model']}, {row['mode']}",
+            f"{row['parameters'] / 1e6:.2f}M",
+            f"{row['tokens_per_second']:,.0f}",
+            "" if ratio is None else f"{ratio:.2f}x",
+            f"{row['model_flops_per_second'] / 1e9:,.1f}",
+            f"{row['mfu_of_square_product']:.1%}",
+            f"{row['mfu_of_model_products']:.1%}",
+            "" if peak is None else f"{peak / 1e6:,.0f}",
+            f"{row['seconds_to_first_step']:.1f}",
+        )
+    console.print(table)
+    square, *of_models = (f"{speed / 1e9:,.1f} ({name})" for name, speed in results["product_flops_per_second"].items())
+    console.print(
+        f"Matrix products, GFLOP/s: {square.replace('square', f'square, side {SQUARE_SIDE[settings.device]}')}; "
+        f"in the shapes of the linear layers, forward and backward: {', '.join(of_models)}. "
+        "MFU is model FLOPs over each of the two.",
+        highlight=False,
+    )
+    if settings.nanogpt is not None:
+        console.print(
+            "nanoGPT has the same width, depth and heads, but an MLP of 4 times the width, as many key/value heads as "
+            "heads, and learned positions: it does more for each token, so compare GFLOP/s beside tokens/s.",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    with one_sentence_errors():
+        parser = ArgumentParser(Settings, description=__doc__.strip().split("\n\n")[0])
+        (settings,) = parser.parse(sys.argv[1:])
+        with empty_compiler_cache():
+            results = measure(settings)
+        show(results, settings)
+        line = json.dumps(results)
+        if settings.output is not None:
+            Path(settings.output).write_text(line + "\n", encoding="utf-8")
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

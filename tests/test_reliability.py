@@ -1,0 +1,254 @@
+"""What a run survives: kills, signals, damaged checkpoints, full disks, and gradients that are not finite."""
+
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import QUICK, ROOT, run_program
+from safetensors.torch import load_file
+from test_train_accelerate import losses, metrics, one_sentence, train, wait_for_steps, weights
+from training_mini.arguments import parse_arguments
+from training_mini.checkpoints import damage_of, states_of
+from training_mini.loop import Trainer, TrainingResult
+
+# Forks a child for each line of arguments on stdin, so that a trainer starts in milliseconds, not in the seconds that
+# importing torch takes: the instants of a kill then fall into training and saving, not into the start.
+NURSERY = """
+import os, sys
+import train_accelerate, training_mini.loop
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["train_accelerate.py", *line.split()]
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        train_accelerate.main()
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), flush=True)
+"""
+
+
+class Nursery:
+    """Starts trainers, kills them, and says how they ended."""
+
+    def __init__(self, cwd: Path) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], cwd=cwd, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self.process.stdout.readline() == "ready\n"
+
+    def run(self, arguments: list[object], kill_after: float | None = None) -> int:
+        """The exit code of a trainer; minus the number of the signal if one ended it."""
+        self.process.stdin.write(" ".join(map(str, arguments)) + "\n")
+        self.process.stdin.flush()
+        child = int(self.process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        return int(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_fifty_kills(tmp_path: Path) -> None:
+    """`kill -9` at 50 random instants of a run that saves at every step: it ends as an unbroken one, bit by bit."""
+    settings = [*QUICK, "--max_steps", 400, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
+    nursery = Nursery(tmp_path)
+    began = time.monotonic()
+    assert nursery.run([*settings, "--output_dir", "whole"]) == 0
+    whole_seconds = time.monotonic() - began
+    generator = random.Random(0)
+    run, kills, while_saving, steps = tmp_path / "parts", 0, 0, []
+    while kills < 50:
+        has_state = bool(states_of(run))
+        how = ["--resume"] if has_state else [*settings, "--overwrite"]
+        code = nursery.run([*how, "--output_dir", "parts"], kill_after=generator.uniform(0.0, whole_seconds / 15))
+        if code == 0:  # done before 50 kills: once more from the beginning, with other instants
+            check_equal(run, tmp_path / "whole")
+            shutil.rmtree(run)
+            continue
+        assert code == -signal.SIGKILL
+        kills += 1
+        states = states_of(run)
+        assert [damage_of(state) for state in states] == [""] * len(states), "what has its name is complete"
+        while_saving += bool(list(run.glob("checkpoints/.*"))) + bool(list(run.glob(".best.*")))
+        steps.append(json.loads((states[-1] / "trainer_state.json").read_text())["step"] if states else 0)
+        for folder in (run / "best", run / ".best.previous"):
+            if folder.is_dir():
+                load_file(folder / "model.safetensors")
+                break
+    assert nursery.run(["--resume", "--output_dir", "parts"]) == 0
+    nursery.close()
+    check_equal(run, tmp_path / "whole")
+    print(f"\n50 kills, {while_saving} while saving; checkpoints found at steps {steps}")
+    assert while_saving >= 3 and len(set(steps)) >= 10, "the kills fell where they can hurt"
+
+
+def check_equal(run: Path, whole: Path) -> None:
+    for name in ("final", "best"):
+        expected = weights(whole, name)
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in weights(run, name).items())
+    assert [(line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(run)] == [
+        (line["step"], line.get("loss"), line.get("eval_loss")) for line in metrics(whole)
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "100000", "--output_dir", "run"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_steps(tmp_path / "run", 5, process)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75 and errors == "", errors
+    step = int(output.split("Stopped at step ")[1].split(";")[0])
+    assert [state.name for state in states_of(tmp_path / "run")] == [f"step_{step}"]
+
+
+def test_signal_inside_evaluation(tmp_path: Path) -> None:
+    """It does not wait for the end of an evaluation, which the resumed run makes up for."""
+    # One step, then an evaluation of a hundred thousand windows, which would take minutes.
+    (tmp_path / "text.txt").write_text("0123456789 abcdef " * 400_000)
+    arguments = [value if value != "sample" else "text.txt" for value in QUICK]
+    arguments += "--validation_ratio 0.9 --eval_steps 3 --max_eval_tokens 0 --output_dir run --max_steps 6".split()
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_accelerate.py"), *arguments],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    wait_for_steps(tmp_path / "run", 3, process)
+    time.sleep(1)
+    asked = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 75 and "Stopped at step 3;" in output, errors
+    assert time.monotonic() - asked < 20
+    assert not any("eval_loss" in line for line in metrics(tmp_path / "run"))
+    result = run_program(
+        "train_accelerate.py", "--resume", "--output_dir", "run", "--max_eval_tokens", 5000, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval_loss" in line] == [3, 6]
+
+
+def copy_of(quick_run: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(quick_run, tmp_path / "run"))
+
+
+def damage(path: Path) -> None:
+    """One bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "trainer_state.json", "checksums.json"])
+@pytest.mark.parametrize("how", ["changed", "missing"])
+def test_damaged_checkpoint_is_recognised(name: str, how: str, quick_run: Path, tmp_path: Path) -> None:
+    state = copy_of(quick_run, tmp_path) / "checkpoints" / "step_40"
+    assert damage_of(state) == ""
+    damage(state / name) if how == "changed" else (state / name).unlink()
+    assert damage_of(state)
+
+
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(quick_run: Path, tmp_path: Path) -> None:
+    run = copy_of(quick_run, tmp_path)
+    damage(run / "checkpoints" / "step_40" / "__0_0.distcp")
+    result = run_program("train_accelerate.py", "--resume", "--output_dir", "run", cwd=tmp_path)
+    assert result.returncode == 0 and "Resuming at step 20" in result.stdout
+    warning = "checkpoints/step_40 is damaged (__0_0.distcp does not match its checksum); going back to the checkpoint"
+    assert result.stderr.count("warning: ") == 1 and warning in result.stderr
+    assert all(torch.equal(tensor, weights(quick_run)[name]) for name, tensor in weights(run).items())
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"step_20", "step_40", "step_40.damaged"}
+
+
+def test_nothing_but_damaged_checkpoints_is_a_sentence(quick_run: Path, tmp_path: Path) -> None:
+    run = copy_of(quick_run, tmp_path)
+    for step in (20, 40):
+        damage(run / "checkpoints" / f"step_{step}" / "__0_0.distcp")
+    result = run_program("train_accelerate.py", "--resume", "--output_dir", "run", cwd=tmp_path)
+    assert "Every checkpoint in 'run' is damaged" in one_sentence(result)
+
+
+def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
+    settings = "--max_steps 11 --save_steps 1 --keep_last 3 --keep_every 4 --output_dir run".split()
+    assert train(tmp_path, *settings).returncode == 0
+    assert [state.name for state in states_of(tmp_path / "run")] == [f"step_{n}" for n in (4, 8, 9, 10, 11)]
+
+
+def test_full_disk_can_be_survived(tmp_path: Path) -> None:
+    assert train(tmp_path, "--max_steps", 4, "--save_steps", 4, "--output_dir", "run").returncode == 0
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--resume", "--output_dir", "run"]
+    command += "--max_steps 12 --save_steps 2 --eval_steps 100 --on_save_error continue".split()
+    result = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_file_size, check=False, timeout=120
+    )
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 5, result.stderr  # steps 6, 8, 10, the best model, and step 12
+    assert "step_6 could not be written (a file was cut short: the disk is full" in warnings[0]
+    assert "best could not be written" in warnings[3] and "Training goes on" in warnings[3]
+    assert len(losses(tmp_path / "run")) == 12, "it trained to the end"
+    assert "final could not be written" in one_sentence(result), "the model itself must be"
+    assert [state.name for state in states_of(tmp_path / "run")] == ["step_4"]
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written fills the disk"
+
+
+def train_here(folder: Path, *arguments: object, bad_steps: range = range(0)) -> tuple[Trainer, TrainingResult]:
+    """A run in this process, in which the gradients of some steps are not finite."""
+    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(folder), *map(str, arguments)]))
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if trainer.state.step + 1 in bad_steps else gradient
+
+    trainer.unwrapped_model.model.norm.weight.register_hook(spoil)
+    return trainer, trainer.train()
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, result = train_here(tmp_path / "run", "--max_steps", 12, "--logging_steps", 2, bad_steps=range(3, 7))
+    assert result.evaluation is not None and math.isfinite(result.evaluation.loss)
+    assert result.state.skipped_steps == 4 and result.state.skipped_since is None
+    lines = {line["step"]: line for line in metrics(tmp_path / "run") if "eval_loss" not in line}
+    assert "skipped_steps" not in lines[2] and lines[4]["skipped_steps"] == 2 and lines[12]["skipped_steps"] == 4
+    assert "loss" not in lines[4] and "loss" not in lines[6] and math.isfinite(lines[8]["loss"])
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    assert capsys.readouterr().err.count("warning: Step 3 is skipped") == 1
+
+
+def test_many_such_steps_in_a_row_stop_the_run_and_say_what_is_sound(tmp_path: Path) -> None:
+    settings = ("--max_steps", 40, "--save_steps", 4, "--max_skipped_steps", 5)
+    with pytest.raises(ValueError) as error:
+        train_here(tmp_path / "run", *settings, bad_steps=range(7, 100))
+    assert "The gradients of 5 steps in a row, from step 7 on, are not finite" in str(error.value)
+    assert "the checkpoint of step 4 is sound" in str(error.value)
+    with pytest.raises(ValueError, match="there is no checkpoint from before; start anew"):
+        train_here(tmp_path / "early", *settings, bad_steps=range(2, 100))
+
+
+def test_skipped_steps_are_remembered_over_a_resume(tmp_path: Path) -> None:
+    settings = ("--save_steps", 4, "--max_skipped_steps", 5)
+    train_here(tmp_path / "run", "--max_steps", 8, *settings, bad_steps=range(7, 100))
+    with pytest.raises(ValueError, match="of 5 steps in a row, from step 7 on"):
+        train_here(tmp_path / "run", "--resume", "--max_steps", 40, *settings, bad_steps=range(7, 100))
