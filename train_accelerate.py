@@ -50,8 +50,7 @@ def main() -> None:
         if result.stopped_by is not None:
             code = EXIT_INTERRUPTED if result.stopped_by == signal.SIGINT else EXIT_STOPPED
         if "WORLD_SIZE" in os.environ:
-            # All is written. One process in ten that had sharded a model over gloo aborts while Python takes itself
-            # down ("terminate called without an active exception"), and the launcher would report a failure.
+            # All is written, and taking down a process group over gloo hangs or aborts now and then.
             sys.stdout.flush()
             os._exit(code)
         sys.exit(code)

@@ -205,7 +205,7 @@ def test_full_disk_can_be_survived(tmp_path: Path) -> None:
     result = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_file_size, check=False, timeout=120
     )
-    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
+    warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: run/")]
     assert len(warnings) == 5, result.stderr  # steps 6, 8, 10, the best model, and step 12
     assert "step_6 could not be written (a file was cut short: the disk is full" in warnings[0]
     assert "best could not be written" in warnings[3] and "Training goes on" in warnings[3]

@@ -136,9 +136,10 @@ class Trainer:
                 if evaluation is None and self.is_done():
                     evaluation = self.evaluate()  # a run that was resumed at its end has none yet
             result = self.finish(evaluation) if evaluation is not None else self.result()
-        # Together: a process that takes its connections down while another is at work can bring that one down.
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        # Not `end_training`, which also destroys the process group: over gloo, that hangs or aborts now and then.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return result
 
     def begin(self) -> None:
@@ -433,7 +434,10 @@ class Trainer:
             self.state.best_loss, self.state.best_step = evaluation.loss, self.state.step
         if self.accelerator.is_main_process:
             title = f"{self.folder.name}: {self.corpus.name}"
-            draw_curves(self.folder, title, self.compressors)
+            try:
+                draw_curves(self.folder, title, self.compressors)
+            except OSError as error:  # a picture is no reason to stop
+                self.monitor.warn(f"curves.png could not be drawn ({error.strerror or error}).")
         return evaluation
 
     def save(self) -> None:

@@ -95,10 +95,14 @@ class Monitor:
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
         """Adds a line to `metrics.jsonl`, and the same to the trackers."""
-        if self.enabled:
+        if not self.enabled:
+            return
+        try:
             with open(self.metrics_path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
-            self.accelerator.log(metrics, step=step)
+        except OSError as error:  # whether a full disk stops the run is decided where its weights are written
+            self.warn(f"the metrics of step {step} could not be recorded ({error.strerror}).")
+        self.accelerator.log(metrics, step=step)
 
     def training_step(self, step: int, metrics: dict[str, float]) -> None:
         """Records and shows the metrics of a training step."""

@@ -1,0 +1,184 @@
+"""Several processes, on CPUs over gloo: they train as one does, and a launch that silently is another is refused."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from conftest import QUICK, ROOT, run_program
+from test_train_accelerate import losses, metrics, train, wait_for_steps, weights
+from training_mini.checkpoints import states_of
+
+CONFIGS = ROOT / "configs" / "accelerate"
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6".split()
+
+
+def command(config: str, *arguments: object, flags: tuple[str, ...] = ()) -> list[str]:
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+    launch += ["--config_file", str(CONFIGS / config), "--main_process_port", "0", *flags]
+    return [*launch, str(ROOT / "train_accelerate.py"), *map(str, arguments)]
+
+
+def launch(config: str, cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with one of the configurations, on two CPU processes with a thread each."""
+    return subprocess.run(
+        command(config, *arguments), cwd=cwd, env={**os.environ, **ON_CPU, **environment},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def evaluations(run: Path) -> list[float]:
+    return [line["eval_loss"] for line in metrics(run) if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process that the others are compared with."""
+    cwd = tmp_path_factory.mktemp("one")
+    assert train(cwd, *SETTINGS, "--output_dir", "run", OMP_NUM_THREADS="1").returncode == 0
+    return cwd / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "name"), [("cpu.yaml", "DDP"), ("cpu_fsdp2.yaml", "FSDP2")])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_two_processes_equal_one(config: str, name: str, parts: int, one: Path, tmp_path: Path) -> None:
+    flags = ("--gradient_accumulation_steps", parts, "--output_dir", "run")
+    result = launch(config, tmp_path, *QUICK, *SETTINGS, *flags)
+    assert result.returncode == 0, result.stderr
+    assert f"2 x cpu with 1 threads ({name})" in result.stdout
+    assert result.stdout.count("Trained 12 steps") == 1
+    run = tmp_path / "run"
+    assert losses(run) == pytest.approx(losses(one), abs=1e-5)
+    assert evaluations(run) == pytest.approx(evaluations(one), abs=1e-5)
+    rates = [[line["learning_rate"] for line in metrics(folder) if "loss" in line] for folder in (run, one)]
+    assert rates[0] == rates[1]
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-4)
+    assert (states_of(run)[-1] / "__1_0.distcp").is_file() == (config == "cpu_fsdp2.yaml"), "each writes its shard"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["cpu.yaml", "cpu_fsdp2.yaml", None], ids=str)
+@pytest.mark.parametrize("second", ["cpu.yaml", "cpu_fsdp2.yaml", None], ids=str)
+def test_resumed_on_another_number_or_layout(first: str | None, second: str | None, tmp_path: Path, one: Path) -> None:
+    """Saved on one process, two, or two with shards, a run goes on on any of them, with the same batches."""
+    if first == second:
+        pytest.skip("the same layout is what every other test resumes")
+    for config, arguments in (
+        (first, [*QUICK, *SETTINGS, "--max_steps", 6]),
+        (second, ["--resume", "--max_steps", 12]),
+    ):
+        arguments = [*arguments, "--output_dir", "run"]
+        if config is None:
+            result = run_program("train_accelerate.py", *arguments, cwd=tmp_path, OMP_NUM_THREADS="1")
+        else:
+            result = launch(config, tmp_path, *arguments)
+        assert result.returncode == 0, result.stderr
+    assert "Resuming at step 6" in result.stdout
+    half = tmp_path / "half"
+    # The cosine of the first half was that of a run of six steps: compare with one process that did the same.
+    for arguments in ([*QUICK, *SETTINGS, "--max_steps", 6], ["--resume", "--max_steps", 12]):
+        again = run_program(
+            "train_accelerate.py", *arguments, "--output_dir", "half", cwd=tmp_path, OMP_NUM_THREADS="1"
+        )
+        assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(half), abs=1e-5)
+    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(half), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_machines(one: Path, tmp_path: Path) -> None:
+    """Two machine ranks on loopback, as two_nodes.yaml has them, on CPUs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        flags = ("--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port))
+        arguments = command(
+            "two_nodes.yaml", *QUICK, *SETTINGS, "--output_dir", "run", flags=("--num_processes", "2", *flags)
+        )
+        environment = {**os.environ, **ON_CPU}
+        processes.append(
+            subprocess.Popen(
+                arguments, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert "2 x cpu" in outputs[0][0] and outputs[1][0] == ""
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), abs=1e-5)
+    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(one), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command("cpu.yaml", *QUICK, "--max_steps", 100000, "--output_dir", "run"),
+        cwd=tmp_path, env={**os.environ, **ON_CPU}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    wait_for_steps(tmp_path / "run", 5, process)
+    workers = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "LOCAL_RANK" in child.environ()
+    ]
+    second = next(child for child in workers if child.environ()["LOCAL_RANK"] == "1")
+    second.send_signal(signal.SIGUSR1)
+    output, errors = process.communicate(timeout=100)
+    step = int(output.split("Stopped at step ")[1].split(";")[0])
+    assert process.returncode != 0
+    assert set(re.findall(r"exitcode\s*: (\d+) \(pid: (\d+)\)", errors)) == {("75", str(w.pid)) for w in workers}, (
+        errors
+    )
+    result = launch("cpu.yaml", tmp_path, "--resume", "--output_dir", "run", "--max_steps", step + 2)
+    assert result.returncode == 0 and f"Resuming at step {step}" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "environment", "message"),
+    [
+        ("--cpu --num_processes 2", {}, "accelerate was asked for 2 processes and started 1"),
+        ("--multi_gpu --num_processes 2", {}, "2 processes were started and each would train alone"),
+        ("--mixed_precision fp16", {}, "accelerate was told mixed_precision fp16, and Mini trains in bf16 or no"),
+        ("", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed needs a GPU"),
+        ("", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "Mini shards by FSDP2 only"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="these launches are right where there are GPUs")
+def test_launches_that_would_silently_be_others(
+    flags: str, environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    base = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_machines", "1"]
+    base += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    result = subprocess.run(
+        [*base, *flags.split(), str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "3"],
+        cwd=tmp_path, env={**os.environ, **environment}, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    sentences = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
+    assert result.returncode != 0 and len(sentences) == 1 and message in sentences.pop(), result.stderr
+    if "processes" in message:
+        assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in result.stderr
+    assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_configurations_hold_what_accelerate_knows(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    values = yaml.safe_load(path.read_text())
+    config = load_config_from_file(str(path))
+    assert config.num_processes == values["num_processes"]
+    for line in path.read_text().splitlines():
+        assert len(line) <= 120
+    first = path.read_text().splitlines()[0]
+    assert first.startswith("# ") and "accelerate launch" in path.read_text()
