@@ -14,6 +14,7 @@ import torch
 import yaml
 from conftest import QUICK, ROOT, run_program
 from test_train_accelerate import losses, metrics, train, wait_for_steps, weights
+from torch.distributed.checkpoint import FileSystemReader
 from training_mini.checkpoints import states_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -63,7 +64,9 @@ def test_two_processes_equal_one(config: str, name: str, parts: int, one: Path, 
     assert rates[0] == rates[1]
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-4)
-    assert (states_of(run)[-1] / "__1_0.distcp").is_file() == (config == "cpu_fsdp2.yaml"), "each writes its shard"
+    saved = FileSystemReader(states_of(run)[-1]).read_metadata().state_dict_metadata
+    chunks = len(saved["model.model.layers.0.mlp.up_proj.weight"].chunks)
+    assert chunks == (2 if config == "cpu_fsdp2.yaml" else 1), "a sharded matrix is saved in its parts"
 
 
 @pytest.mark.slow
@@ -182,3 +185,28 @@ def test_configurations_hold_what_accelerate_knows(path: Path) -> None:
         assert len(line) <= 120
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and "accelerate launch" in path.read_text()
+
+
+def check_launch(config: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "training_mini.check_launch",
+        str(CONFIGS / config),
+        "--",
+        "--main_process_port",
+        "0",
+    ]
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_one_command_checks_a_configuration(tmp_path: Path) -> None:
+    result = check_launch("cpu_fsdp2.yaml", tmp_path, **ON_CPU)
+    assert result.returncode == 0, result.stderr
+    assert "2 x cpu with 1 threads (FSDP2), float32" in result.stdout and "The configuration works" in result.stdout
+    result = check_launch("deepspeed_zero2.yaml", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("error: ") == 1 and "DeepSpeed" in result.stderr

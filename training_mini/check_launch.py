@@ -1,0 +1,67 @@
+"""
+Does a launch configuration work on this machine? `python -m training_mini.check_launch configs/accelerate/fsdp2.yaml`
+
+Trains a small model on one process and by the configuration, goes on with the second run from its checkpoint, and
+compares the losses. What cannot be tested on a machine without several GPUs is tested by this on one that has them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from entry_points_mini import one_sentence_errors
+
+PROGRAM = Path(__file__).parent.parent / "train_accelerate.py"
+STEPS = 20
+# Float32 on both sides: bfloat16 would round differently in each layout.
+RUN = f"""--dataset sample --size tiny --max_position_embeddings 128 --train_batch_size 64 --warmup_steps 5
+--max_steps {STEPS} --eval_steps {STEPS // 2} --save_steps {STEPS // 2} --logging_steps 1 --bf16 false
+--lr_scheduler_type constant""".split()
+TOLERANCE = 2e-3  # nats; TF32 and another order of sums stay below it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("config_file", help="a configuration of accelerate, as those in configs/accelerate")
+    parser.add_argument("launch_flags", nargs="*", help="more flags for accelerate launch, after --")
+    arguments = parser.parse_args()
+    with one_sentence_errors(), tempfile.TemporaryDirectory() as folder:
+        if not Path(arguments.config_file).is_file():
+            raise ValueError(f"There is no configuration file {arguments.config_file!r}.")
+        one, many = Path(folder) / "one", Path(folder) / "many"
+        launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+        launch += ["--config_file", arguments.config_file, "--mixed_precision", "no", *arguments.launch_flags]
+        run([sys.executable, str(PROGRAM), *RUN, "--output_dir", str(one)])
+        first = run([*launch, str(PROGRAM), *RUN, "--max_steps", str(STEPS // 2), "--output_dir", str(many)])
+        run([*launch, str(PROGRAM), "--resume", "--output_dir", str(many), "--max_steps", str(STEPS)])
+        layout = next(line for line in first.splitlines() if line.startswith("Training: "))
+        print(layout)
+        differences = [abs(a - b) for a, b in zip(losses(one), losses(many), strict=True)]
+        print(f"largest difference of {len(differences)} losses from those of one process: {max(differences):.2e} nats")
+        if max(differences) > TOLERANCE:
+            step = next(i for i, difference in enumerate(differences, start=1) if difference > TOLERANCE)
+            raise ValueError(f"The losses part at step {step}: this configuration does not train as one process does.")
+        print("The configuration works: it trains as one process does, and goes on from its checkpoint.")
+
+
+def run(command: list[str]) -> str:
+    """The output of a program that must succeed."""
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        sentences = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+        raise ValueError(
+            (sentences or result.stderr.strip().splitlines() or ["no message"])[-1].removeprefix("error: ")
+        )
+    return result.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+if __name__ == "__main__":
+    main()
