@@ -172,7 +172,7 @@ def test_compiled_training_is_the_same(flags: list[str], tmp_path: Path) -> None
 def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path: Path) -> None:
     train_here(tmp_path / "plain", "--max_steps", 6)
     trainer, _ = train_here(tmp_path / "checkpointed", "--max_steps", 6, "--gradient_checkpointing")
-    assert trainer.unwrapped_model.is_gradient_checkpointing
+    assert trainer.unwrapped_model.is_activation_checkpointing
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
