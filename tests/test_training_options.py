@@ -1,7 +1,9 @@
 """Options of the trainer, each by what it changes in a run."""
 
+import contextlib
 import json
 import math
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -233,3 +235,19 @@ def test_settings_that_cannot_work(flags: list[str], message: str) -> None:
 def test_precision_that_the_device_lacks(tmp_path: Path) -> None:
     sentence = one_sentence(train(tmp_path, "--tf32", "--dataset", "missing.txt"))
     assert sentence.startswith("--tf32 needs an NVIDIA GPU"), "before any data is looked at"
+
+
+def test_trackio_knows_a_resumed_run_by_its_id(tmp_path: Path) -> None:
+    for flags in ([*QUICK, "--report_to", "trackio", "--max_steps", 4], ["--resume", "--max_steps", 8]):
+        result = run_program(
+            "train_accelerate.py", *flags, "--output_dir", "run", cwd=tmp_path, TRACKIO_DIR=str(tmp_path / "trackio")
+        )
+        assert result.returncode == 0, result.stderr
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "mini.db")) as database:
+        rows = database.execute("select run_name, metrics from metrics order by step").fetchall()
+    identity = json.loads((tmp_path / "run" / "checkpoints" / "step_8" / "trainer_state.json").read_text())[
+        "tracker_id"
+    ]
+    assert {name for name, _ in rows} == {f"run-{identity}"}
+    logged = [line["loss"] for line in map(json.loads, (line for _, line in rows)) if "loss" in line]
+    assert logged == pytest.approx(losses(tmp_path / "run")) and len(logged) == 8

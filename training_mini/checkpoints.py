@@ -128,7 +128,8 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
 
     def begin() -> None:
         if is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for left_over in partial.parent.glob(".step_*"):  # of a process that was killed
+                shutil.rmtree(left_over)
             partial.mkdir(parents=True)
 
     def write() -> None:
@@ -149,7 +150,8 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
             replace_folder(partial, target)
             for old in states_of(run_folder)[:-keep_last]:
                 if not keep_every or step_of(old) % keep_every:
-                    shutil.rmtree(old)
+                    # Renamed first: what has its name is complete, also if this process dies while it removes.
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
 
     for action in (begin, write, add_checksums, finish):
         reason = ""
