@@ -34,6 +34,7 @@ import transformers
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, one_sentence_errors, option
 from modeling_mini.analysis import ModelCost
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -234,7 +235,8 @@ class Contender:
 
 class MatrixProducts:
     """
-    Matrix products alone, as many floating-point operations in a second as the device does of them.
+    Matrix products alone, by `torch.mm`, as the linear layers of all contenders do them. It is the ceiling of this
+    kernel, not of the silicon: a processor may do more through another library.
 
     Args:
         shapes: rows, inner and columns of each product, and how often it occurs.
@@ -456,12 +458,22 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def show(results: dict[str, Any], settings: Settings) -> None:
     console = Console()
-    on = f"{results['machine']['device']}, {results['machine']['threads']} threads, {settings.dtype}".replace(
-        "torch.", ""
+    place = f"{results['machine']['device']}, {results['machine']['threads']} threads"
+    dtype = str(settings.dtype).removeprefix("torch.")
+    title = f"Training {settings.size}, batch {settings.batch_size} x {settings.context}: {place}, {dtype}"
+    # Narrow enough for 80 columns.
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    table.add_column("", no_wrap=True)
+    headings = (
+        "para-\nmeters",
+        "tokens/s",
+        "Mini\nis",
+        "GFLOP/s",
+        "MFU\nsquare",
+        "MFU\nshapes",
+        "peak\nMB",
+        "first\nstep s",
     )
-    table = Table(title=f"Training {settings.size}, batch {settings.batch_size} x {settings.context}: {on}")
-    table.add_column("")
-    headings = ["parameters", "tokens/s", "Mini is", "GFLOP/s", "MFU, square", "MFU, shapes", "peak MB", "first step s"]
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in results["contenders"]:

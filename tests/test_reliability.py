@@ -1,5 +1,6 @@
 """What a run survives: kills, signals, damaged checkpoints, full disks, and gradients that are not finite."""
 
+import contextlib
 import json
 import math
 import os
@@ -57,7 +58,8 @@ class Nursery:
         child = int(self.process.stdout.readline())
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may be done already
+                os.kill(child, signal.SIGKILL)
         return int(self.process.stdout.readline())
 
     def close(self) -> None:
