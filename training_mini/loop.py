@@ -34,6 +34,7 @@ from .checkpoints import (
     step_of,
 )
 from .corpus import load_corpus
+from .cpu_kernels import onednn_is_faster, use_onednn
 from .evaluation import Evaluation, compressor_bits_per_byte, evaluate
 from .internals import inner_metrics, update_metrics
 from .model_folders import model_card, save_checkpoint_folder
@@ -103,6 +104,9 @@ class Trainer:
         self.state = TrainerState(
             corpus=self.corpus.settings, architecture=architecture_of(self.config), tracker_id=uuid.uuid4().hex[:8]
         )
+        on_cpu_in_float32 = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "no"
+        if on_cpu_in_float32 and not self.run.torch_compile and onednn_is_faster():
+            use_onednn(model)
         self.blocks = blocks_of(model)
         self.model: nn.Module = self.parallel.spread(model)
         self.optimizers = make_optimizers(model, self.optimization)
