@@ -38,6 +38,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from training_mini.cpu_kernels import linear_product, onednn_is_faster, use_onednn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 MODES = ("eager", "compiled")
@@ -57,6 +58,8 @@ class Settings:
     steps: int = option(5, "training steps in a turn")
     modes: list[str] = option(list(MODES), "eager, compiled or both", choices=MODES)
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, whose model.py then takes part")
+    nanogpt_width: int | None = option(None, "width of nanoGPT; default: the preset's, with twice its parameters")
+    nanogpt_heads: int | None = option(None, "heads of nanoGPT; default: the preset's")
     device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
     bf16: bool = option(False, "autocast to bfloat16, for all models and matrix products")
     attn_implementation: str = option("sdpa", "attention of Mini and Llama, by its name in transformers")
@@ -135,8 +138,8 @@ def make_model(name: str, settings: Settings) -> nn.Module:
         nanogpt, shape = import_nanogpt(settings.nanogpt), settings.mini_config
         config = nanogpt.GPTConfig(
             n_layer=shape.num_hidden_layers,
-            n_head=shape.num_attention_heads,
-            n_embd=shape.hidden_size,
+            n_head=settings.nanogpt_heads or shape.num_attention_heads,
+            n_embd=settings.nanogpt_width or shape.hidden_size,
             block_size=settings.context,
             vocab_size=shape.vocab_size,
             dropout=0.0,
@@ -147,7 +150,14 @@ def make_model(name: str, settings: Settings) -> nn.Module:
     else:
         config = settings.mini_config if name == "Mini" else settings.llama_config
         model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attn_implementation)
+        if name == "Mini" and uses_onednn(settings):
+            use_onednn(model)  # as Mini's trainer does
     return model.to(settings.device).train()
+
+
+def uses_onednn(settings: Settings) -> bool:
+    """Whether Mini's trainer would multiply by oneDNN here."""
+    return settings.device == "cpu" and not settings.bf16 and onednn_is_faster()
 
 
 def training_flops_per_token(name: str, model: nn.Module, settings: Settings) -> int:
@@ -158,7 +168,8 @@ def training_flops_per_token(name: str, model: nn.Module, settings: Settings) ->
     if name == "nanoGPT":
         matrix_parameters = sum(module.weight.numel() for module in linear_layers(model))
         shape = settings.mini_config
-        return 6 * matrix_parameters + 12 * shape.num_hidden_layers * shape.hidden_size * settings.context
+        width = settings.nanogpt_width or shape.hidden_size
+        return 6 * matrix_parameters + 12 * shape.num_hidden_layers * width * settings.context
     config: PreTrainedConfig = model.config
     return ModelCost(config).training_flops_per_token(settings.context)
 
@@ -235,8 +246,7 @@ class Contender:
 
 class MatrixProducts:
     """
-    Matrix products alone, by `torch.mm`, as the linear layers of all contenders do them. It is the ceiling of this
-    kernel, not of the silicon: a processor may do more through another library.
+    Matrix products alone, by the fastest kernel that any contender has: `torch.mm`, or oneDNN where Mini takes that.
 
     Args:
         shapes: rows, inner and columns of each product, and how often it occurs.
@@ -244,6 +254,7 @@ class MatrixProducts:
 
     def __init__(self, shapes: dict[tuple[int, int, int], int], settings: Settings) -> None:
         self.settings = settings
+        self.by_onednn = uses_onednn(settings)
         self.flops = sum(2 * rows * inner * columns * count for (rows, inner, columns), count in shapes.items())
         self.operands = []
         for (rows, inner, columns), count in shapes.items():
@@ -280,7 +291,10 @@ class MatrixProducts:
         start = time.perf_counter()
         for left, right, result, count in self.operands:
             for _ in range(count):
-                torch.mm(left, right, out=result)
+                if self.by_onednn:
+                    linear_product(left, right.t())
+                else:
+                    torch.mm(left, right, out=result)
         synchronize(self.settings)
         return time.perf_counter() - start
 
@@ -500,8 +514,8 @@ def show(results: dict[str, Any], settings: Settings) -> None:
     )
     if settings.nanogpt is not None:
         console.print(
-            "nanoGPT has the same width, depth and heads, but an MLP of 4 times the width, as many key/value heads as "
-            "heads, and learned positions: it does more for each token, so compare GFLOP/s beside tokens/s.",
+            "nanoGPT has the same depth (and width, unless told another), but an MLP of 4 times the width, as many "
+            "key/value heads as heads, and learned positions: compare GFLOP/s beside tokens/s.",
             highlight=False,
         )
 

@@ -13,9 +13,15 @@ import torch
 from torch import nn
 
 
+@torch.library.custom_op("mini::linear_product", mutates_args=())  # so that torch.compile takes it as it is
 def linear_product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`inputs` (..., k) times the transpose of `weight` (n, k), plus `bias` (n,): oneDNN's, without a gradient."""
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+
+
+@linear_product.register_fake
+def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
 
 
 class OneDnnLinear(torch.autograd.Function):

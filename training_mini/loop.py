@@ -105,7 +105,7 @@ class Trainer:
             corpus=self.corpus.settings, architecture=architecture_of(self.config), tracker_id=uuid.uuid4().hex[:8]
         )
         on_cpu_in_float32 = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "no"
-        if on_cpu_in_float32 and not self.run.torch_compile and onednn_is_faster():
+        if on_cpu_in_float32 and onednn_is_faster():
             use_onednn(model)
         self.blocks = blocks_of(model)
         self.model: nn.Module = self.parallel.spread(model)
