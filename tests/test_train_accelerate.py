@@ -364,7 +364,12 @@ def test_resume_on_another_corpus_is_refused(tmp_path: Path) -> None:
     assert run_program("train_accelerate.py", *arguments, "--max_steps", 3, cwd=tmp_path).returncode == 0
     (tmp_path / "text.txt").write_text("other text " * 500)
     result = run_program("train_accelerate.py", "--resume", "--max_steps", 5, cwd=tmp_path)
-    assert "was trained on another corpus" in one_sentence(result)
+    assert "was trained on another corpus: another content;" in one_sentence(result)
+    # Another tokenizer is known before any data is looked at.
+    result = run_program(
+        "train_accelerate.py", "--resume", "--tokenizer", "char", "--dataset", "gone.txt", cwd=tmp_path
+    )
+    assert "was trained on another corpus: another tokenizer;" in one_sentence(result)
 
 
 def test_resume_with_another_shape_is_refused(quick_run: Path, tmp_path: Path) -> None:

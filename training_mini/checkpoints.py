@@ -237,15 +237,11 @@ def check_state(run_folder: Path, state: TrainerState, corpus: dict[str, Any], a
         ValueError: if the state belongs to another corpus or another model, naming what differs. Names that are missing
             in `corpus` or `architecture` are not compared.
     """
-    different = [
-        f"{name} (was {state.corpus.get(name)}, now {value})"
-        for name, value in corpus.items()
-        if state.corpus.get(name) != value
-    ]
+    different = [name for name, value in corpus.items() if state.corpus.get(name) != value]
     if different:
         raise ValueError(
-            f"The run in {str(run_folder)!r} was trained on another corpus, by its {', '.join(different)}; give "
-            f"the new data a run of its own with --output_dir."
+            f"The run in {str(run_folder)!r} was trained on another corpus: another {' and another '.join(different)}; "
+            f"give the new data a run of its own with --output_dir."
         )
     changed = [
         f"{name} (was {state.architecture.get(name)}, now {value})"

@@ -78,7 +78,7 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
     """
     if arguments.streaming:
         return stream_corpus(arguments, max_eval_tokens)
-    if (Path(arguments.dataset) / FACTS).is_file():
+    if is_encoded(arguments):
         return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
     source = open_source(arguments)
     tokenizer = make_tokenizer(arguments)
@@ -102,6 +102,11 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
             encode_corpus(source, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
     return open_corpus(source.name, folder)
+
+
+def is_encoded(arguments: DataArguments) -> bool:
+    """Whether the dataset is a folder of ids that were encoded before."""
+    return (Path(arguments.dataset) / FACTS).is_file()
 
 
 def open_corpus(name: str, folder: Path) -> Corpus:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from .arguments import Arguments
 from .batches import RowMaker, TrainingBatches
 from .checkpoints import architecture_of, check_state, read_state, states_of
-from .corpus import Corpus
+from .corpus import Corpus, is_encoded, make_tokenizer, tokenizer_key
 from .streaming import StreamBatches, TokenStream
 
 
@@ -35,7 +35,10 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         from_tokenizer = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
         architecture = architecture_of(arguments.model.model_config())
         known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
-        check_state(arguments.output_dir, state, {}, known)
+        corpus = {}
+        if not is_encoded(arguments.data):  # else it has its own tokenizer
+            corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
+        check_state(arguments.output_dir, state, corpus, known)
 
 
 def claim_folder(arguments: Arguments, accelerator: Accelerator) -> Path:
