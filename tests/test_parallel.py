@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ import yaml
 from conftest import QUICK, ROOT, run_program
 from test_train_accelerate import losses, metrics, train, wait_for_steps, weights
 from torch.distributed.checkpoint import FileSystemReader
+from training_mini import parallel
 from training_mini.checkpoints import states_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -172,6 +174,27 @@ def test_launches_that_would_silently_be_others(
     if "processes" in message:
         assert "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2" in result.stderr
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        ("python /env/bin/accelerate launch --cpu --num_processes 2 train_accelerate.py --seed 1", 2),
+        ("python -m accelerate.commands.launch --num-processes=3 train_accelerate.py", 3),
+        ("python /env/bin/accelerate launch --config_file two.yaml train_accelerate.py", 2),
+        ("python /env/bin/accelerate launch --config_file gone.yaml train_accelerate.py", 1),
+        ("python /env/bin/accelerate launch train_accelerate.py --num_processes 9", 4),  # by the default file
+        ("bash", 1),
+    ],
+)
+def test_how_many_processes_were_asked_for(
+    command: str, asked: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two.yaml").write_text("num_processes: 2\n")
+    (tmp_path / "default.yaml").write_text("num_processes: 4\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(parallel, "default_config_file", str(tmp_path / "default.yaml"))
+    assert parallel.asked_processes(SimpleNamespace(cmdline=command.split)) == asked
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

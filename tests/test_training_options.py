@@ -77,7 +77,7 @@ def test_early_stopping(tmp_path: Path) -> None:
 
 
 def test_samples_of_fixed_prompts(tmp_path: Path) -> None:
-    train_here(tmp_path / "run", "--max_steps", 6, "--sample_steps", 2, "--sample_prompts", "the cat", "A ")
+    train_here(tmp_path / "run", "--max_steps", 6, "--sample_every", 2, "--sample_prompts", "the cat", "A ")
     train_here(tmp_path / "plain", "--max_steps", 6)
     lines = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt"]) for line in lines] == [(n, p) for n in (2, 4, 6) for p in ("the cat", "A ")]
@@ -160,7 +160,7 @@ def test_one_sequence_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--torch_compile"], ["--torch_compile", "--compile_regions"]], ids=" ".join)
 def test_compiled_training_is_the_same(flags: list[str], tmp_path: Path) -> None:
-    settings = ["--max_steps", 6, "--sample_steps", 3, "--internals_steps", 3]
+    settings = ["--max_steps", 6, "--sample_every", 3, "--internals_steps", 3]
     train_here(tmp_path / "eager", *settings)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

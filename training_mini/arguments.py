@@ -141,7 +141,7 @@ class MonitoringArguments:
     internals_steps: int = option(
         0, "log attention entropy, activations, gradient norms and update ratios every so many steps; 0: never"
     )
-    sample_steps: int = option(0, "write what the model says to sample_prompts every so many steps; 0: at the end only")
+    sample_every: int = option(0, "write what the model says to sample_prompts every so many steps; 0: at the end only")
     sample_prompts: list[str] = option(
         [], "what the model continues (default: 'def ' for python-stdlib, else a new line)"
     )
@@ -150,7 +150,7 @@ class MonitoringArguments:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "logging_steps", "eval_steps")
-        check_least(self, 0, "max_eval_tokens", "internals_steps", "sample_steps")
+        check_least(self, 0, "max_eval_tokens", "internals_steps", "sample_every")
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"peak_tflops must be positive, got {self.peak_tflops}.")
         for name in self.report_to:

@@ -254,7 +254,7 @@ class Trainer:
             if (done or self.is_due(self.monitoring.eval_steps)) and self.state.evaluated_step < self.state.step:
                 evaluation = self.evaluate()
                 done = self.is_done()
-            if self.is_due(self.monitoring.sample_steps) and not done:
+            if self.is_due(self.monitoring.sample_every) and not done:
                 self.sample()
             stop = self.stop.agreed()
             if (done or stop or self.is_due(self.run.save_steps)) and self.saved_step != self.state.step:

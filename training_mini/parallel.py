@@ -16,6 +16,7 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.commands.config.config_args import default_config_file
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -190,7 +191,7 @@ def check_launch() -> None:
 
 
 def asked_processes(launcher: psutil.Process | None) -> int:
-    """The `--num_processes` of the `accelerate launch` that started this process, 1 if it did not say or is no such."""
+    """How many processes the `accelerate launch` that started this one was asked for, by flag or file; else 1."""
     try:
         command = " ".join(launcher.cmdline()) if launcher is not None else ""
     except psutil.Error:
@@ -201,9 +202,10 @@ def asked_processes(launcher: psutil.Process | None) -> int:
         return 1
     if match := re.search(r"--num[_-]processes[= ](\d+)", command):
         return int(match[1])
-    if match := re.search(r"--config[_-]file[= ](\S+)", command):
-        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
-            return int(yaml.safe_load(Path(match[1]).read_text(encoding="utf-8")).get("num_processes", 1))
+    match = re.search(r"--config[_-]file[= ](\S+)", command)
+    config_file = Path(match[1] if match else default_config_file)
+    with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
+        return int(yaml.safe_load(config_file.read_text(encoding="utf-8")).get("num_processes", 1))
     return 1
 
 
