@@ -17,6 +17,7 @@ from conftest import QUICK, ROOT, run_program
 from test_train_accelerate import losses, metrics, train, wait_for_steps, weights
 from torch.distributed.checkpoint import FileSystemReader
 from training_mini import parallel
+from training_mini.arguments import OptimizationArguments
 from training_mini.checkpoints import states_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -195,6 +196,13 @@ def test_how_many_processes_were_asked_for(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(parallel, "default_config_file", str(tmp_path / "default.yaml"))
     assert parallel.asked_processes(SimpleNamespace(cmdline=command.split)) == asked
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"ema_decay": 0.9}, {"find_batch_size": True}], ids=str)
+def test_what_deepspeed_cannot_do(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="does not work with DeepSpeed; leave it out, or shard by fsdp2.yaml"):
+        parallel.check_deepspeed(OptimizationArguments(**settings))
+    parallel.check_deepspeed(OptimizationArguments())
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .arguments import Arguments
+from .arguments import Arguments, OptimizationArguments
 
 ON_CPUS = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {} train_accelerate.py ..."
 
@@ -54,6 +54,7 @@ class Parallel:
         if self.is_deepspeed:
             plugin = self.accelerator.state.deepspeed_plugin
             optimization = arguments.optimization
+            check_deepspeed(optimization)
             micro_batch = optimization.train_batch_size // self.accelerator.num_processes
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max(
                 1, micro_batch // optimization.gradient_accumulation_steps
@@ -173,6 +174,18 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
         cores = psutil.cpu_count(logical=False) or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))))
     return accelerator
+
+
+def check_deepspeed(optimization: OptimizationArguments) -> None:
+    """Raises `ValueError` for settings that need the optimizer step, which DeepSpeed keeps to itself."""
+    settings = {
+        "--optimizer muon": optimization.optimizer == "muon",
+        "--ema_decay": optimization.ema_decay > 0,
+        "--find_batch_size": optimization.find_batch_size,
+    }
+    for setting, is_given in settings.items():
+        if is_given:
+            raise ValueError(f"{setting} does not work with DeepSpeed; leave it out, or shard by fsdp2.yaml.")
 
 
 def check_launch() -> None:
