@@ -200,7 +200,7 @@ def test_how_many_processes_were_asked_for(
 
 @pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"ema_decay": 0.9}, {"find_batch_size": True}], ids=str)
 def test_what_deepspeed_cannot_do(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="does not work with DeepSpeed; leave it out, or shard by fsdp2.yaml"):
+    with pytest.raises(ValueError, match=r"does not work with DeepSpeed; leave it out, or shard by fsdp2\.yaml"):
         parallel.check_deepspeed(OptimizationArguments(**settings))
     parallel.check_deepspeed(OptimizationArguments())
 
