@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shutil
 import sqlite3
 import sys
 from pathlib import Path
@@ -158,6 +159,7 @@ def test_one_sequence_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("flags", [["--torch_compile"], ["--torch_compile", "--compile_regions"]], ids=" ".join)
 def test_compiled_training_is_the_same(flags: list[str], tmp_path: Path) -> None:
     settings = ["--max_steps", 6, "--sample_every", 3, "--internals_steps", 3]
