@@ -38,7 +38,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from training_mini.arguments import OptimizationArguments
 from training_mini.cpu_kernels import linear_product, onednn_is_faster, use_onednn
+from training_mini.optimization import make_optimizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 MODES = ("eager", "compiled")
@@ -200,11 +202,7 @@ class Contender:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.flops_per_token = training_flops_per_token(name, self.model, settings)
         self.products = Counter((layer.in_features, layer.out_features) for layer in linear_layers(self.model))
-        groups = [
-            {"params": [p for p in self.model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for p in self.model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
+        (self.optimizer,) = make_optimizers(self.model, OptimizationArguments())
         if mode == "compiled":
             self.model.compile()
         # The same tokens for all. One more than the context, so that nanoGPT has its targets.

@@ -185,6 +185,7 @@ def test_launches_that_would_silently_be_others(
         ("python /env/bin/accelerate launch --config_file two.yaml train_accelerate.py", 2),
         ("python /env/bin/accelerate launch --config_file gone.yaml train_accelerate.py", 1),
         ("python /env/bin/accelerate launch train_accelerate.py --num_processes 9", 4),  # by the default file
+        ("python /env/bin/accelerate launch --cpu train_accelerate.py", 1),  # which does not read that file
         ("bash", 1),
     ],
 )

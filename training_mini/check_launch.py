@@ -6,13 +6,14 @@ compares the losses. What cannot be tested on a machine without several GPUs is 
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from entry_points_mini import one_sentence_errors
+
+from .monitoring import read_metrics
 
 PROGRAM = Path(__file__).parent.parent / "train_accelerate.py"
 STEPS = 20
@@ -59,8 +60,7 @@ def run(command: list[str]) -> str:
 
 
 def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
 
 
 if __name__ == "__main__":

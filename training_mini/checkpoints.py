@@ -5,12 +5,14 @@ Weights and optimizer are saved by torch.distributed.checkpoint, each process it
 number of processes, sharded or not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object
-from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import PreTrainedConfig
 
+from .arguments import OptimizationArguments
 from .averaging import WeightAverage
-from .files import replace_folder
+from .files import WRITE_ERRORS, not_written, reason_of, replace_folder
 from .parallel import Parallel
 
 CHECKSUMS = "checksums.json"
@@ -41,6 +42,7 @@ class TrainerState:
     Attributes:
         corpus: what decides the token ids, so that a run is never resumed on other data.
         architecture: the shape of the model, for the same reason.
+        methods: what decides which tensors there are besides the weights, for the same reason.
         step: optimizer steps done.
         best_loss: the lowest validation loss so far, in nats per token.
         best_step: where it was reached.
@@ -54,6 +56,7 @@ class TrainerState:
 
     corpus: dict[str, Any]
     architecture: dict[str, Any]
+    methods: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     best_loss: float = float("inf")
     best_step: int = 0
@@ -78,8 +81,7 @@ class Weights:
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.save_state(str(folder))
         else:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            with may_be_alone():
                 dcp.save(self._tensors(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
@@ -92,8 +94,7 @@ class Weights:
             for optimizer in self.optimizers
         ]
         tensors = self._tensors()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with may_be_alone():
             dcp.load(tensors, checkpoint_id=folder)
         set_state_dict(
             self.model,
@@ -111,6 +112,14 @@ class Weights:
         if self.average is not None:
             tensors["average"] = self.average.averages
         return tensors
+
+
+@contextlib.contextmanager
+def may_be_alone() -> Iterator[None]:
+    """Without torch's warning, at each save, that there is one process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_last: int, keep_every: int) -> None:
@@ -157,22 +166,13 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
         reason = ""
         try:
             action()
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        except WRITE_ERRORS as error:
             reason = reason_of(error)
         reasons = [reason for reason in gather_object([reason]) if reason]
         if reasons:
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-            raise OSError(f"{target} could not be written ({reasons[0]}); what was complete before is still there.")
-
-
-def reason_of(error: BaseException) -> str:
-    """The cause of a failed write, dug out of what torch and safetensors wrap around it."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    if "unexpected pos" in str(error):  # all that torch's writer says when a write comes back short
-        return "a file was cut short: the disk is full, or a quota is reached"
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+            raise not_written(target, reasons[0])
 
 
 def sha256(path: Path) -> str:
@@ -197,7 +197,7 @@ def damage_of(folder: Path) -> str:
         for name, expected in sums.items():
             if sha256(folder / name) != expected:
                 return f"{name} does not match its checksum"
-        TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        read_state(folder)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, TypeError, AttributeError):
@@ -231,11 +231,17 @@ def find_state(run_folder: Path) -> tuple[Path, list[str]]:
     raise ValueError(f"{str(run_folder)!r} has no checkpoint to resume from; start it anew with --overwrite.")
 
 
-def check_state(run_folder: Path, state: TrainerState, corpus: dict[str, Any], architecture: dict[str, Any]) -> None:
+def check_state(
+    run_folder: Path,
+    state: TrainerState,
+    corpus: dict[str, Any],
+    architecture: dict[str, Any],
+    methods: dict[str, Any],
+) -> None:
     """
     Raises:
-        ValueError: if the state belongs to another corpus or another model, naming what differs. Names that are missing
-            in `corpus` or `architecture` are not compared.
+        ValueError: if the state belongs to another corpus, another model or other methods, naming what differs. Names
+            that are missing in `corpus`, `architecture` or `methods` are not compared.
     """
     different = [name for name, value in corpus.items() if state.corpus.get(name) != value]
     if different:
@@ -243,13 +249,25 @@ def check_state(run_folder: Path, state: TrainerState, corpus: dict[str, Any], a
             f"The run in {str(run_folder)!r} was trained on another corpus: another {' and another '.join(different)}; "
             f"give the new data a run of its own with --output_dir."
         )
-    changed = [
-        f"{name} (was {state.architecture.get(name)}, now {value})"
-        for name, value in architecture.items()
-        if state.architecture.get(name) != value
-    ]
-    if changed:
-        raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {', '.join(changed)}.")
+    if changed := changes(state.architecture, architecture):
+        raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {changed}.")
+    if changed := changes(state.methods, methods):
+        raise ValueError(
+            f"The run in {str(run_folder)!r} cannot go on with other methods than it began with, for its checkpoint "
+            f"has no state of them: {changed}."
+        )
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs, for people."""
+    return ", ".join(
+        f"{name} (was {before.get(name)}, now {value})" for name, value in now.items() if before.get(name) != value
+    )
+
+
+def methods_of(arguments: OptimizationArguments) -> dict[str, Any]:
+    """The optimizer, and whether there is an average of the weights."""
+    return {"optimizer": arguments.optimizer, "average of the weights": arguments.ema_decay > 0}
 
 
 def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -28,7 +28,12 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # e^709 is the largest double
+        return perplexity_of(self.loss)
+
+
+def perplexity_of(loss: float) -> float:
+    """The perplexity of a mean cross-entropy in nats."""
+    return math.exp(min(loss, 700.0))  # e^709 is the largest double
 
 
 def evaluate(
@@ -51,16 +56,20 @@ def evaluate(
         should_stop: asked between batches, by all processes together; if it says yes, the result is `None`.
     """
     length = rows.context_length
-    starts = np.arange(0, len(ids), length)
-    mine = starts[accelerator.process_index :: accelerator.num_processes]
-    # The last window may be shorter; it goes alone.
-    full = [start for start in mine if start + length <= len(ids)]
     share = max(1, batch_size // accelerator.num_processes)
-    groups = [(full[i : i + share], length) for i in range(0, len(full), share)]
-    groups += [([start], len(ids) - start) for start in mine if start + length > len(ids)]
-    # All processes take as many turns, with nothing to do in the last ones of some: they ask `should_stop`, and a
-    # sharded model gathers its weights, together.
-    turns = math.ceil(math.ceil(len(starts) / accelerator.num_processes) / share) + 1
+
+    def groups_of(process: int) -> list[tuple[list[int], int]]:
+        """Where the windows of each of its turns start, and how long they are."""
+        starts = range(process * length, len(ids), accelerator.num_processes * length)
+        full = [start for start in starts if start + length <= len(ids)]
+        groups = [(full[i : i + share], length) for i in range(0, len(full), share)]
+        # The last window may be shorter; it goes alone.
+        return groups + [([start], len(ids) - start) for start in starts[len(full) :]]
+
+    groups = groups_of(accelerator.process_index)
+    # All processes take as many turns, some with nothing to add in the last: they ask `should_stop`, and a sharded
+    # model gathers its weights, together.
+    turns = max(len(groups_of(process)) for process in range(accelerator.num_processes))
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     was_training = model.training
     model.eval()
@@ -69,7 +78,7 @@ def evaluate(
             for turn in range(turns):
                 if should_stop():
                     return None
-                group, group_length = groups[turn] if turn < len(groups) else ([0], 1)
+                group, group_length = groups[turn] if turn < len(groups) else ([0], min(length, len(ids)))
                 batch = rows.make(ids, group, group_length).to(accelerator.device)
                 with accelerator.autocast():
                     logits = model(**batch.inputs, use_cache=False).logits

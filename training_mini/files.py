@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+
+# What the libraries raise when they cannot write; the last is no Exception.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,6 +64,18 @@ def writing(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise OSError(f"{target} could not be written ({reason}); what was complete before is still there.") from error
+    except WRITE_ERRORS as error:
+        raise not_written(target, reason_of(error)) from error
+
+
+def not_written(target: Path, reason: str) -> OSError:
+    return OSError(f"{target} could not be written ({reason}); what was complete before is still there.")
+
+
+def reason_of(error: BaseException) -> str:
+    """The cause of a failed write, dug out of what torch and safetensors wrap around it."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if "unexpected pos" in str(error):  # all that torch's writer says when a write comes back short
+        return "a file was cut short: the disk is full, or a quota is reached"
+    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,6 @@
 """The training loop: from settings to a trained, evaluated, saved model."""
 
 import contextlib
-import json
 import logging
 import math
 import time
@@ -28,6 +27,7 @@ from .checkpoints import (
     architecture_of,
     check_state,
     find_state,
+    methods_of,
     read_state,
     save_state,
     states_of,
@@ -35,7 +35,7 @@ from .checkpoints import (
 )
 from .corpus import load_corpus
 from .cpu_kernels import onednn_is_faster, use_onednn
-from .evaluation import Evaluation, compressor_bits_per_byte, evaluate
+from .evaluation import Evaluation, compressor_bits_per_byte, evaluate, perplexity_of
 from .internals import inner_metrics, update_metrics
 from .model_folders import model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
@@ -102,7 +102,10 @@ class Trainer:
                 self.folder.rmdir()  # only if it is empty: this run has not begun
             raise
         self.state = TrainerState(
-            corpus=self.corpus.settings, architecture=architecture_of(self.config), tracker_id=uuid.uuid4().hex[:8]
+            corpus=self.corpus.settings,
+            architecture=architecture_of(self.config),
+            methods=methods_of(self.optimization),
+            tracker_id=uuid.uuid4().hex[:8],
         )
         on_cpu_in_float32 = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "no"
         if on_cpu_in_float32 and onednn_is_faster():
@@ -112,7 +115,9 @@ class Trainer:
         self.optimizers = make_optimizers(model, self.optimization)
         if self.parallel.is_deepspeed:
             self.model, *self.optimizers = self.accelerator.prepare(model, *self.optimizers)
-        self.average = WeightAverage(self.unwrapped_model, self.optimization.ema_decay) if self.has_average else None
+        self.unwrapped_model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        decay = self.optimization.ema_decay
+        self.average = WeightAverage(self.unwrapped_model, decay) if decay else None
         self.weights = Weights(self.parallel, self.model, self.optimizers, self.average)
         self.tokens_per_step = self.optimization.train_batch_size * self.config.max_position_embeddings
         self.parts = self.optimization.gradient_accumulation_steps
@@ -122,14 +127,6 @@ class Trainer:
         self.held_out_bytes = len(held_out_text)
         self.compressors = compressor_bits_per_byte(held_out_text)
         self.tokens_per_byte = len(self.held_out) / max(1, int(self.corpus.bytes_per_token[self.held_out].sum()))
-
-    @property
-    def has_average(self) -> bool:
-        return self.optimization.ema_decay > 0
-
-    @property
-    def unwrapped_model(self) -> PreTrainedModel:
-        return self.accelerator.unwrap_model(self.model)
 
     def train(self) -> TrainingResult:
         """The loop: steps, and what is due between them."""
@@ -190,7 +187,7 @@ class Trainer:
         if error:
             raise ValueError(error)
         state = read_state(found)
-        check_state(self.folder, state, self.state.corpus, self.state.architecture)
+        check_state(self.folder, state, self.state.corpus, self.state.architecture, self.state.methods)
         self.weights.load(found)
         self.batches.load_state_dict(state.stream)
         self.state = state
@@ -254,9 +251,9 @@ class Trainer:
             if (done or self.is_due(self.monitoring.eval_steps)) and self.state.evaluated_step < self.state.step:
                 evaluation = self.evaluate()
                 done = self.is_done()
-            if self.is_due(self.monitoring.sample_every) and not done:
-                self.sample()
             stop = self.stop.agreed()
+            if self.is_due(self.monitoring.sample_every) and not (done or stop):
+                self.sample()
             if (done or stop or self.is_due(self.run.save_steps)) and self.saved_step != self.state.step:
                 self.save()
             self.logged_at += time.monotonic() - pause  # tokens per second are those of training
@@ -366,7 +363,7 @@ class Trainer:
         metrics: dict[str, float] = {}
         if self.counted_steps:  # else there is no loss to speak of
             metrics["loss"] = loss
-            metrics["perplexity"] = math.exp(min(loss, 700.0))
+            metrics["perplexity"] = perplexity_of(loss)
             metrics["bits_per_byte"] = loss / math.log(2) * self.tokens_per_byte
             metrics["clipped_share"] = self.clipped_steps / self.counted_steps
         if math.isfinite(self.grad_norm):
@@ -438,10 +435,8 @@ class Trainer:
             self.state.best_loss, self.state.best_step = evaluation.loss, self.state.step
         if self.accelerator.is_main_process:
             title = f"{self.folder.name}: {self.corpus.name}"
-            try:
+            with self.monitor.warning_of_errors("curves.png"):
                 draw_curves(self.folder, title, self.compressors)
-            except OSError as error:  # a picture is no reason to stop
-                self.monitor.warn(f"curves.png could not be drawn ({error.strerror or error}).")
         return evaluation
 
     def save(self) -> None:
@@ -486,7 +481,7 @@ class Trainer:
         """What the model makes of the prompts, as far as its context goes; also in `samples.jsonl`."""
         default = "def " if self.corpus.name == "python-stdlib" else "\n"
         tokenizer, length = self.corpus.tokenizer, self.config.max_position_embeddings
-        texts = []
+        samples = []
         # Prompts have other shapes than batches, and would be compiled one by one.
         with self.averaged(), torch.compiler.set_stance("force_eager"):
             model = self.parallel.whole_model(self.model)
@@ -503,12 +498,10 @@ class Trainer:
                     max_length=length,
                     min_new_tokens=(length - ids.shape[1]) // 2,
                 )
-                texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
-                with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                    line = {"step": self.state.step, "prompt": prompt, "text": texts[-1]}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                samples.append({"prompt": prompt, "text": tokenizer.decode(output[0], skip_special_tokens=True)})
             model.train(was_training)
-        return texts
+        self.monitor.record_samples(self.state.step, samples)
+        return [sample["text"] for sample in samples]
 
     def result(self, evaluation: Evaluation | None = None, samples: list[str] | None = None) -> TrainingResult:
         return TrainingResult(

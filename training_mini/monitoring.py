@@ -97,12 +97,25 @@ class Monitor:
         """Adds a line to `metrics.jsonl`, and the same to the trackers."""
         if not self.enabled:
             return
-        try:
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as error:  # whether a full disk stops the run is decided where its weights are written
-            self.warn(f"the metrics of step {step} could not be recorded ({error.strerror}).")
+        with self.warning_of_errors(f"the metrics of step {step}"), open(self.metrics_path, "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
         self.accelerator.log(metrics, step=step)
+
+    def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
+        """Adds lines to `samples.jsonl`, in place of those that an interrupted run wrote after this step or later."""
+        path = self.folder / "samples.jsonl"
+        lines = [line for line in read_json_lines(path) if line["step"] < step]
+        lines += [{"step": step, **sample} for sample in samples]
+        with self.warning_of_errors(f"the samples of step {step}"):
+            write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+
+    @contextlib.contextmanager
+    def warning_of_errors(self, what: str) -> Iterator[None]:
+        """A warning for what could not be written: a full disk stops a run, or not, where its weights are written."""
+        try:
+            yield
+        except OSError as error:
+            self.warn(f"{what} could not be written ({error.strerror or error}).")
 
     def training_step(self, step: int, metrics: dict[str, float]) -> None:
         """Records and shows the metrics of a training step."""
@@ -147,7 +160,11 @@ def format_seconds(seconds: float) -> str:
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of `metrics.jsonl`; one that a crash cut short is left out."""
-    path = folder / "metrics.jsonl"
+    return read_json_lines(folder / "metrics.jsonl")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON, without one that was cut short; none where there is no file."""
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):

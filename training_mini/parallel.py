@@ -216,6 +216,8 @@ def asked_processes(launcher: psutil.Process | None) -> int:
     if match := re.search(r"--num[_-]processes[= ](\d+)", command):
         return int(match[1])
     match = re.search(r"--config[_-]file[= ](\S+)", command)
+    if match is None and "--cpu" in command.split():
+        return 1  # then accelerate does not look at its default file
     config_file = Path(match[1] if match else default_config_file)
     with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, TypeError, ValueError):
         return int(yaml.safe_load(config_file.read_text(encoding="utf-8")).get("num_processes", 1))

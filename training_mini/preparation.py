@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from .arguments import Arguments
 from .batches import RowMaker, TrainingBatches
-from .checkpoints import architecture_of, check_state, read_state, states_of
+from .checkpoints import architecture_of, check_state, methods_of, read_state, states_of
 from .corpus import Corpus, is_encoded, make_tokenizer, tokenizer_key
 from .streaming import StreamBatches, TokenStream
 
@@ -38,7 +38,7 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         corpus = {}
         if not is_encoded(arguments.data):  # else it has its own tokenizer
             corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
-        check_state(arguments.output_dir, state, corpus, known)
+        check_state(arguments.output_dir, state, corpus, known, methods_of(arguments.optimization))
 
 
 def claim_folder(arguments: Arguments, accelerator: Accelerator) -> Path:

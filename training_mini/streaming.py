@@ -144,10 +144,7 @@ class StreamBatches:
             strict=True,
         )
         for part_blocks, part_offsets in shares:
-            windows = [
-                self._blocks[int(block)][permute(np.array([offset]), BLOCK_WINDOWS, key_of(self.seed, int(block)))[0]]
-                for block, offset in zip(part_blocks, part_offsets, strict=True)
-            ]
+            windows = [self._blocks[block][offset] for block, offset in zip(part_blocks, part_offsets, strict=True)]
             ids = np.concatenate(windows)
             yield self.rows.make(ids, range(0, len(ids), length))
 
@@ -156,7 +153,9 @@ class StreamBatches:
         length = self.rows.context_length
         while self._next_block <= last:
             self._positions[self._next_block] = self.stream.state_dict()
-            self._blocks[self._next_block] = self.stream.read(BLOCK_WINDOWS * length).reshape(BLOCK_WINDOWS, length)
+            windows = self.stream.read(BLOCK_WINDOWS * length).reshape(BLOCK_WINDOWS, length)
+            key = key_of(self.seed, self._next_block)
+            self._blocks[self._next_block] = windows[permute(np.arange(BLOCK_WINDOWS), BLOCK_WINDOWS, key)]
             self._next_block += 1
         for block in [block for block in self._blocks if block < first]:
             del self._blocks[block], self._positions[block]

@@ -1,9 +1,11 @@
 """How much of the machine a run uses: MFU and memory."""
 
+import re
+
 import psutil
 import torch
 
-# Dense bfloat16 TFLOP/s of the data sheets, without sparsity. The first name that a device's name contains counts.
+# Dense bfloat16 TFLOP/s of the data sheets, without sparsity. The first whose words a device's name contains counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -25,7 +27,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | N
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+    # By whole words: an L40 is no L4.
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:
