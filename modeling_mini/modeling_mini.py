@@ -17,9 +17,16 @@ import torch
 from configuration_mini import MiniConfig
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -36,6 +43,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .decoding import decode, decoding_step, obstacle
 from .remote_code import AUTO_MAP, write_remote_code
 
 
@@ -408,6 +416,7 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.init_scale = math.sqrt(64 / config.hidden_size)
+        self.decoding_step: Callable = decoding_step
         self.post_init()
 
     @can_return_tuple
@@ -453,6 +462,49 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _prepare_generation_config(
+        self, generation_config: GenerationConfig | None, fast_decoding: bool | None = None, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict]:
+        """Lets `generate` take `fast_decoding=False`, which generation configs know only as an entry of their own."""
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if fast_decoding is not None:
+            generation_config.fast_decoding = fast_decoding
+        return generation_config, model_kwargs
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
+        """Where `generate` comes to for greedy decoding and sampling: the fast path wherever it gives the same."""
+        if obstacle(self, PLAIN_MODULES, generation_config, synced_gpus, model_kwargs) is None:
+            return decode(
+                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+            )
+        return super()._sample(
+            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
+        )
+
+
+# What decoding.py reproduces. Not subclasses: they may do anything.
+PLAIN_MODULES = frozenset(
+    {
+        MiniForCausalLM,
+        MiniModel,
+        MiniDecoderLayer,
+        MiniAttention,
+        MiniMLP,
+        MiniRotaryEmbedding,
+        *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.ModuleList),
+        *(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()),
+    }
+)
 
 
 class MiniForSequenceClassification(GenericForSequenceClassification, MiniPreTrainedModel):

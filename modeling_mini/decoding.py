@@ -1,0 +1,423 @@
+"""
+The fast path of `generate()`: the same tokens as transformers' loop, several times sooner.
+
+A step of a small model is little arithmetic under many calls: at 2.5 million parameters, 85 % of the time of
+transformers' loop is Python on its way through modules. Here one step is one function, `decoding_step`, that does what
+`MiniForCausalLM.forward` does for one new token of each sequence, as plain torch operations on a cache that is
+allocated once. Read it beside modeling_mini.py: each line has its twin there.
+
+When it runs: `obstacle` names what a request or a model has that this function does not reproduce; where there is none,
+`decode` runs in place of transformers' `_sample`. Everything around stays transformers': the checks of `generate`, the
+first forward over the prompt, logits processors, stopping criteria, streamers and the results.
+
+Why it is right: no weight is kept from one call to the next, so training, loading or `.to()` in between are seen; and
+each operation is the one that the module would call, on the same numbers in the same order. On a CPU the logits are
+equal bit by bit, which tests/modeling_mini/test_decoding.py holds on hundreds of random models. A compiled step
+(`compiled_step`) rounds differently in the last bit, no more.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# RoPE types whose frequencies depend on the length so far: there is no table to look up.
+CHANGING_ROPE_TYPES = ("dynamic", "longrope")
+# Above this many bytes the projections stay apart: a step then waits for memory, not for calls, and a fused copy would
+# only cost what it saves.
+FUSED_BYTES = 64 * 1024**2
+# The cache begins with room for this many more tokens, and doubles when it is full.
+FIRST_ROOM = 1024
+
+
+# When ----------------------------------------------------------------------------------------------------------------
+
+
+def obstacle(
+    model: PreTrainedModel,
+    plain_modules: frozenset[type],
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """
+    Why a request has to take transformers' loop; `None` if the fast path gives the same.
+
+    Args:
+        plain_modules: the classes whose forward `decoding_step` reproduces. Anything else in the model, be it an
+            adapter, a quantized layer or a block of an experiment, is an obstacle.
+    """
+    if not getattr(generation_config, "fast_decoding", True):
+        return "fast_decoding is off"
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        return "attentions or hidden states are asked for"
+    if generation_config.is_assistant or synced_gpus:
+        return "this is one part of a larger generation"
+    if unknown := {name for name, value in model_kwargs.items() if value is not None} - {
+        "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"
+    }:  # fmt: skip
+        return f"the model is given {', '.join(sorted(unknown))}"
+    cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+    if not model_kwargs.get("use_cache") or type(cache) is not DynamicCache:
+        return "there is no plain growing cache"
+    if any(type(layer) is not DynamicLayer for layer in cache.layers) or getattr(cache, "offloading", False):
+        return "there is no plain growing cache"
+    if mask is not None and mask.dim() != 2:
+        return "the attention mask is not one row for each sequence"
+    return obstacle_of_model(model, plain_modules)
+
+
+def obstacle_of_model(model: PreTrainedModel, plain_modules: frozenset[type]) -> str | None:
+    """Why a model cannot be decoded by `decoding_step`; `None` if it can."""
+    if model.training:
+        return "the model is in training mode"
+    if model.config._attn_implementation != "sdpa":
+        return "attention is not sdpa"
+    if nn.modules.module._has_any_global_hook():
+        return "there are hooks for all modules"
+    kinds = set()
+    for name, module in model.named_modules():
+        if type(module) not in plain_modules:
+            return f"{name or 'the model'} is a {type(module).__name__}"
+        # Where hooks, offloading and compilation put themselves.
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            return f"{name or 'the model'} has a hook, or a forward of its own"
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+                    return f"{name} has a {type(parameter).__name__}"
+                kinds.add((parameter.dtype, parameter.device))
+    if len(kinds) != 1:
+        return "the weights have several types or lie on several devices"
+    if not next(iter(kinds))[0].is_floating_point or torch.is_autocast_enabled(next(iter(kinds))[1].type):
+        return "the weights are computed with in another type"
+    return None
+
+
+# One step ------------------------------------------------------------------------------------------------------------
+
+
+class Linear(NamedTuple):
+    """A matrix (out, in), the rows of one or more projections under each other, and their bias (out,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def fused(cls, *projections: nn.Linear) -> "Linear":
+        if len(projections) == 1:
+            return cls(projections[0].weight, projections[0].bias)
+        weight = torch.cat([projection.weight for projection in projections])
+        has_bias = projections[0].bias is not None
+        return cls(weight, torch.cat([projection.bias for projection in projections]) if has_bias else None)
+
+
+class Norm(NamedTuple):
+    """The function of a normalisation and what it reads; without a function, nothing is normalised."""
+
+    function: Callable[..., torch.Tensor] | None
+    arguments: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Norm":
+        if type(module) is nn.LayerNorm:
+            return cls(F.layer_norm, (module.normalized_shape, module.weight, module.bias, module.eps))
+        if type(module) is nn.RMSNorm:
+            return cls(F.rms_norm, (module.normalized_shape, module.weight, module.eps))
+        return cls(None)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return self.function(states, *self.arguments)
+
+
+class Layer(NamedTuple):
+    """
+    The parts of one block. The projections that read the same input are one, or as many as there are where a fused
+    copy would be large.
+    """
+
+    input_layernorm: Norm
+    query_key_value: list[Linear]
+    q_norm: Norm
+    k_norm: Norm
+    o_proj: Linear
+    post_attention_layernorm: Norm
+    gate_up: list[Linear]
+    down_proj: Linear
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    scaling: float
+
+
+class Weights(NamedTuple):
+    """All that `decoding_step` reads of a model. Made for one call of `generate`, and forgotten with it."""
+
+    embedding: torch.Tensor
+    layers: list[Layer]
+    norm: Norm
+    head: Linear
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Weights":
+        config, body = model.config, model.model
+        modules = body.layers[: config.num_hidden_layers]
+        fused = [
+            getattr(part, name).weight
+            for layer in modules
+            for part, names in (
+                (layer.self_attn, ("q_proj", "k_proj", "v_proj")),
+                (layer.mlp, ("gate_proj", "up_proj")),
+            )
+            for name in names
+        ]
+        together = sum(weight.nbytes for weight in fused) <= FUSED_BYTES
+
+        def join(*projections: nn.Linear) -> list[Linear]:
+            return [Linear.fused(*projections)] if together else [Linear.fused(one) for one in projections]
+
+        layers = [
+            Layer(
+                input_layernorm=Norm.of(layer.input_layernorm),
+                query_key_value=join(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
+                q_norm=Norm.of(layer.self_attn.q_norm),
+                k_norm=Norm.of(layer.self_attn.k_norm),
+                o_proj=Linear.fused(layer.self_attn.o_proj),
+                post_attention_layernorm=Norm.of(layer.post_attention_layernorm),
+                gate_up=join(layer.mlp.gate_proj, layer.mlp.up_proj),
+                down_proj=Linear.fused(layer.mlp.down_proj),
+                activation=layer.mlp.act_fn.forward,
+                scaling=layer.self_attn.scaling,
+            )
+            for layer in modules
+        ]
+        return cls(
+            embedding=body.embed_tokens.weight,
+            layers=layers,
+            norm=Norm.of(body.norm),
+            head=Linear.fused(model.lm_head),
+            num_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+        )
+
+
+def projected(states: torch.Tensor, projections: list[Linear]) -> torch.Tensor:
+    """All projections of the same input, side by side in the last dimension."""
+    if len(projections) == 1:
+        return F.linear(states, *projections[0])
+    return torch.cat([F.linear(states, *projection) for projection in projections], dim=-1)
+
+
+def decoding_step(
+    weights: Weights,
+    token_ids: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """
+    The logits (batch, vocab_size) after one more token of each sequence, which is also written to the cache.
+
+    Args:
+        token_ids: (batch,).
+        cos, sin: (batch or 1, 1, rotary_dim), at the position of the token. The first half of `sin` is negated.
+        keys, values: for each layer, (batch, key_value_heads, length, head_dim), with the new token's place last.
+        mask: (batch, 1, 1, length), true where a token may be seen, or `None` if all may.
+    """
+    batch, heads, kv_heads, head_dim = len(token_ids), weights.num_heads, weights.num_key_value_heads, weights.head_dim
+    rotary_dim = cos.shape[-1]
+    hidden_states = F.embedding(token_ids, weights.embedding)
+    for layer, layer_keys, layer_values in zip(weights.layers, keys, values, strict=True):
+        states = projected(layer.input_layernorm(hidden_states), layer.query_key_value)
+        states = states.view(batch, heads + 2 * kv_heads, head_dim)
+        turned, value = states[:, : heads + kv_heads], states[:, heads + kv_heads :]
+        if layer.q_norm.function is not None:
+            query, key = turned.split((heads, kv_heads), dim=1)
+            turned = torch.cat((layer.q_norm(query), layer.k_norm(key)), dim=1)
+        # Queries and keys turn together. A roll by half the width exchanges the two features of each pair.
+        pairs = turned[..., :rotary_dim]
+        rotated = pairs * cos + pairs.roll(rotary_dim // 2, -1) * sin
+        if rotary_dim < head_dim:
+            rotated = torch.cat((rotated, turned[..., rotary_dim:]), dim=-1)
+        query, key = rotated[:, :heads].unsqueeze(2), rotated[:, heads:]
+        layer_keys[:, :, -1] = key
+        layer_values[:, :, -1] = value
+        if mask is not None and heads != kv_heads:  # as transformers does it, where grouped heads meet a mask
+            query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+        attention = F.scaled_dot_product_attention(
+            query,
+            layer_keys,
+            layer_values,
+            attn_mask=mask,
+            scale=layer.scaling,
+            enable_gqa=mask is None and heads != kv_heads,
+        )
+        hidden_states = hidden_states + F.linear(attention.reshape(batch, heads * head_dim), *layer.o_proj)
+        gate, up = projected(
+            layer.post_attention_layernorm(hidden_states), layer.gate_up
+        ).chunk(2, dim=-1)  # fmt: skip
+        hidden_states = hidden_states + F.linear(layer.activation(gate) * up, *layer.down_proj)
+    return F.linear(weights.norm(hidden_states), *weights.head)
+
+
+# Many steps ----------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """
+    The state of one call of `generate` between two steps: weights, cache and positions.
+
+    Args:
+        step: `decoding_step`, or a compiled one.
+        cache: as the first forward over the prompt left it. It is read here, and written by `give_back`.
+        attention_mask: (batch, length of the cache), 1 for tokens and 0 for padding; `None` without padding.
+        position_ids: (batch or 1, any length), of which the last column is that of the last tokens.
+        room: how many tokens will follow at most.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        step: Callable,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        room: int,
+    ) -> None:
+        self.weights = Weights.of(model)
+        self.rotary_embedding = model.model.rotary_emb
+        self.has_fixed_turns = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
+        self.step = step
+        self.cache = cache
+        self.length = self.prompt_length = cache.get_seq_length()
+        self.max_length = self.length + room
+        self.first_positions = position_ids[:, -1:] + 1
+        self.keys = [layer.keys for layer in cache.layers]
+        self.values = [layer.values for layer in cache.layers]
+        self.mask = attention_mask.bool()[:, None, None, :] if attention_mask is not None else None
+        self.reserve(self.length + min(room, FIRST_ROOM))
+
+    def reserve(self, capacity: int) -> None:
+        """Moves the cache to where it has room for `capacity` tokens."""
+        more = capacity - self.length
+        self.all_keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
+        self.all_values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
+        if self.mask is not None:
+            self.whole_mask = F.pad(self.mask, (0, more), value=True)  # padding stands in the prompt alone
+        if self.has_fixed_turns:
+            self.cos, self.sin = self.turns(0, capacity - self.prompt_length)
+        self.capacity = capacity
+
+    def turns(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of the new tokens from `start` to `end`, (batch or 1, end - start, rotary_dim)."""
+        positions = self.first_positions + torch.arange(start, end, device=self.first_positions.device)
+        cos, sin = self.rotary_embedding(self.weights.embedding, positions)
+        half = sin.shape[-1] // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (batch, vocab_size) after these tokens (batch,), which are now part of the text."""
+        if self.length == self.capacity:
+            self.reserve(min(2 * self.capacity, self.max_length))
+        new = self.length - self.prompt_length
+        self.length += 1
+        if self.has_fixed_turns:
+            cos, sin = self.cos[:, new : new + 1], self.sin[:, new : new + 1]
+        else:
+            cos, sin = self.turns(new, new + 1)
+        self.keys = [keys.narrow(2, 0, self.length) for keys in self.all_keys]
+        self.values = [values.narrow(2, 0, self.length) for values in self.all_values]
+        if self.mask is not None:
+            self.mask = self.whole_mask.narrow(3, 0, self.length)
+        return self.step(self.weights, token_ids, cos, sin, self.keys, self.values, self.mask)
+
+    def give_back(self) -> None:
+        """The cache of transformers as its own loop would have left it."""
+        for layer, keys, values in zip(self.cache.layers, self.keys, self.values, strict=True):
+            layer.keys, layer.values = keys, values
+
+
+def decode(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    streamer: BaseStreamer | None,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | torch.Tensor:
+    """Greedy decoding and sampling: transformers' `GenerationMixin._sample`, with `decoding_step` for its forward."""
+    batch, length = input_ids.shape
+    pad_token = generation_config._pad_token_tensor
+    keeps = generation_config.return_dict_in_generate
+    scores = () if keeps and generation_config.output_scores else None
+    raw_logits = () if keeps and generation_config.output_logits else None
+    max_length = stopping_criteria.max_length
+    end_tokens = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+    # Told from the length and the last token alone; all others are asked as transformers asks them.
+    others = [
+        criterion for criterion in stopping_criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
+    ]
+    has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    text = input_ids.new_empty((batch, max_length))
+    text[:, :length] = input_ids
+    unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+    decoder = Decoder(
+        model,
+        model.decoding_step,
+        outputs.past_key_values,
+        model_kwargs.get("attention_mask"),
+        model_kwargs["position_ids"],
+        room=max_length - length - 1,  # the last token is never read
+    )
+    del outputs
+    while True:
+        so_far = text[:, :length]
+        next_scores = logits_processor(so_far, logits)
+        if scores is not None:
+            scores += (next_scores,)
+        if raw_logits is not None:
+            raw_logits += (logits,)
+        if generation_config.do_sample:
+            probabilities = F.softmax(next_scores, dim=-1)
+            next_tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
+        else:
+            next_tokens = torch.argmax(next_scores, dim=-1)
+        if has_end:
+            next_tokens = torch.where(unfinished, next_tokens, pad_token)
+        text[:, length] = next_tokens
+        length += 1
+        if streamer is not None:
+            streamer.put(next_tokens.cpu())
+        for ends in end_tokens:
+            unfinished &= torch.isin(next_tokens, ends, invert=True)
+        for criterion in others:
+            unfinished &= ~criterion(text[:, :length], scores)
+        if length >= max_length or not unfinished.any():
+            break
+        logits = decoder.logits(next_tokens).float()
+
+    decoder.give_back()
+    if streamer is not None:
+        streamer.end()
+    text = text[:, :length].contiguous()
+    if not keeps:
+        return text
+    return GenerateDecoderOnlyOutput(sequences=text, scores=scores, logits=raw_logits, past_key_values=decoder.cache)
