@@ -1,0 +1,401 @@
+"""
+The fast path of `generate`: when it runs, and that it writes what transformers' loop and a loop without a cache write.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from configuration_mini import MiniConfig
+from modeling_mini import MiniForCausalLM, decoding, modeling_mini
+from torch import nn
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+
+@pytest.fixture(autouse=True)
+def fast_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Grows with each call that took the fast path, so that no test compares transformers' loop with itself."""
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return decoding.decode(*args)
+
+    monkeypatch.setattr(modeling_mini, "decode", counted)
+    yield calls
+
+
+def make_model(**settings: Any) -> MiniForCausalLM:
+    """A small random model, with logits far enough apart that what it writes varies."""
+    defaults = {
+        "vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+    }  # fmt: skip
+    model = MiniForCausalLM(MiniConfig(**{**defaults, **settings})).eval()
+    # Norms and biases of a new model are ones and zeros, which would hide a wrong one.
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, mean=float(parameter.data.mean()), std=0.2)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def random_settings(draw: random.Random) -> dict[str, Any]:
+    """Any shape that a config allows, and every RoPE type."""
+    heads = draw.choice([1, 2, 4, 6])
+    head_dim = draw.choice([4, 8, 16, 24])
+    rope = draw.choice(
+        [
+            {"rope_type": "default"},
+            {"rope_type": "default", "partial_rotary_factor": 0.5},
+            {"rope_type": "linear", "factor": 2.0},
+            {"rope_type": "dynamic", "factor": 2.0},
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16},
+            {
+                "rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            {
+                "rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 16,
+                "short_factor": [1.0 + i / 4 for i in range(head_dim // 2)],
+                "long_factor": [2.0 + i for i in range(head_dim // 2)],
+            },
+        ]
+    )  # fmt: skip
+    return {
+        "hidden_size": draw.choice([8, 24, 48, 64]),
+        "intermediate_size": draw.choice([16, 40, 96]),
+        "num_hidden_layers": draw.choice([1, 2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw.choice([n for n in range(1, heads + 1) if heads % n == 0]),
+        "head_dim": head_dim,
+        "vocab_size": draw.choice([11, 64, 97, 264]),
+        "norm_type": draw.choice(["layernorm", "rmsnorm"]),
+        "qk_norm": draw.random() < 0.5,
+        "tie_word_embeddings": draw.random() < 0.5,
+        "attention_bias": draw.random() < 0.5,
+        "mlp_bias": draw.random() < 0.5,
+        "hidden_act": draw.choice(["silu", "gelu", "relu2", "gelu_pytorch_tanh"]),
+        "max_position_embeddings": draw.choice([16, 32, 128]),
+        "rope_parameters": {"rope_theta": 10000.0, **rope},
+    }
+
+
+def random_request(draw: random.Random, vocab_size: int) -> dict[str, Any]:
+    """Sequences, padded or not, and any of the settings that the fast path takes."""
+    batch, length = draw.choice([1, 1, 2, 5]), draw.randint(1, 20)
+    input_ids = torch.randint(1, vocab_size, (batch, length))
+    attention_mask = torch.ones_like(input_ids)
+    if draw.random() < 0.5:
+        for row in range(batch):
+            attention_mask[row, : draw.randrange(length)] = 0
+    request = {"input_ids": input_ids, "attention_mask": attention_mask, "max_new_tokens": draw.randint(1, 24)}
+    if draw.random() < 0.6:
+        request["do_sample"] = True
+        choices = {"temperature": 0.7, "top_k": 5, "top_p": 0.8, "min_p": 0.05}
+        request |= {name: value for name, value in choices.items() if draw.random() < 0.5}
+        if draw.random() < 0.3:
+            request["num_return_sequences"] = 3
+    choices = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "min_new_tokens": 3, "prefill_chunk_size": 4}
+    request |= {name: value for name, value in choices.items() if draw.random() < 0.2}
+    if draw.random() < 0.5:
+        request["eos_token_id"] = torch.randint(1, vocab_size, (draw.choice([1, 3]),)).tolist()
+    return request
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", range(15))
+def test_random_models_and_requests_give_the_same(group: int, dtype: torch.dtype, fast_calls: list[int]) -> None:
+    """300 models of random shapes, each with a random request: text, scores, logits and cache, fast and slow."""
+    for number in range(10):
+        draw = random.Random(f"{group} {number}")
+        torch.manual_seed(draw.randrange(2**32))
+        settings = random_settings(draw)
+        model = make_model(**settings).to(dtype)
+        request = random_request(draw, settings["vocab_size"])
+        request |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+        results = []
+        for fast in (True, False):
+            torch.manual_seed(7)
+            calls = len(fast_calls)
+            results.append(model.generate(**request, fast_decoding=fast))
+            assert len(fast_calls) == calls + fast, (settings, request)
+        fast, slow = results
+        context = f"{settings}\n{request}"
+        # In bfloat16 equal bits: ties between logits are common there, and a tie decides the rest of a text.
+        tolerance = 2e-5 if dtype == torch.float32 else 0.0
+        assert torch.equal(fast.sequences, slow.sequences), context
+        for name in ("scores", "logits"):
+            assert len(fast[name]) == len(slow[name])
+            for a, b in zip(fast[name], slow[name], strict=True):
+                assert a.dtype == b.dtype == torch.float32
+                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert fast.past_key_values.get_seq_length() == slow.past_key_values.get_seq_length()
+        for a, b in zip(fast.past_key_values.layers, slow.past_key_values.layers, strict=True):
+            torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_presets_give_the_same_bits(name: str, dtype: torch.dtype, batch: int, fast_calls: list[int]) -> None:
+    model = MiniForCausalLM(MiniConfig.preset(name)).eval().to(dtype)
+    ids, mask = torch.randint(8, 264, (batch, 12)), torch.ones(batch, 12, dtype=torch.long)
+    mask[1:, :5] = 0
+    request = {"max_new_tokens": 30, "do_sample": True, "output_logits": True, "return_dict_in_generate": True}
+    results = []
+    for fast in (True, False):
+        torch.manual_seed(7)
+        results.append(model.generate(ids, attention_mask=mask, **request, fast_decoding=fast))
+    fast, slow = results
+    assert len(fast_calls) == 1
+    assert torch.equal(fast.sequences, slow.sequences)
+    assert torch.equal(torch.stack(fast.logits), torch.stack(slow.logits))
+
+
+@pytest.mark.parametrize("norm_type", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_text_equals_a_loop_without_a_cache(norm_type: str, padded: bool, fast_calls: list[int]) -> None:
+    model = make_model(norm_type=norm_type)
+    prompts = [torch.randint(1, 97, (length,)).tolist() for length in (9, 3, 6)]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(40):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    if padded:
+        width = max(map(len, prompts))
+        input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        output = model.generate(input_ids, attention_mask=mask, max_new_tokens=40, do_sample=False)
+        found = output[:, width:].tolist()
+    else:
+        found = []
+        for prompt in prompts:
+            output = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False)
+            found.append(output[0, len(prompt) :].tolist())
+    assert found == expected
+    assert len(set(map(tuple, expected))) == 3  # three different texts
+    assert fast_calls
+
+
+def test_the_cache_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]) -> None:
+    monkeypatch.setattr(decoding, "FIRST_ROOM", 3)
+    for rope in ({"rope_type": "default"}, {"rope_type": "dynamic", "factor": 2.0}):
+        model = make_model(rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=16)
+        ids = torch.randint(1, 97, (2, 5))
+        mask = torch.tensor([[1] * 5, [0] * 2 + [1] * 3])
+        request = {"inputs": ids, "attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+        assert torch.equal(model.generate(**request), model.generate(**request, fast_decoding=False))
+    assert len(fast_calls) == 2
+
+
+def test_large_projections_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    ids = torch.randint(1, 97, (1, 5))
+    together = model.generate(ids, max_new_tokens=20, do_sample=False)
+    assert len(decoding.Weights.of(model).layers[0].query_key_value) == 1
+    monkeypatch.setattr(decoding, "FUSED_BYTES", 0)
+    weights = decoding.Weights.of(model)
+    assert (
+        weights.layers[0].query_key_value[0].weight.data_ptr()
+        == model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+    )
+    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), together)
+
+
+def test_changed_weights_are_seen() -> None:
+    """By an optimizer, by assignment to .data (as adapters are merged), by loading, and by another type."""
+    model, ids = make_model(), torch.randint(1, 97, (1, 5))
+
+    def both() -> list[int]:
+        fast, slow = (model.generate(ids, max_new_tokens=12, do_sample=False, fast_decoding=f) for f in (True, False))
+        assert torch.equal(fast, slow)
+        return fast.tolist()
+
+    texts = [both()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    texts.append(both())
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data += 0.5 * torch.randn_like(layer.self_attn.q_proj.weight)
+        layer.mlp.up_proj.weight.data += 0.5 * torch.randn_like(layer.mlp.up_proj.weight)
+    texts.append(both())
+    model.load_state_dict(make_model().state_dict())
+    texts.append(both())
+    assert len({str(text) for text in texts}) == 4
+    model.to(torch.bfloat16)
+    both()
+
+
+class Recorder(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+class Forbid(LogitsProcessor):
+    """Looks at the text, in a way that needs it in one piece."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert input_ids.view(-1).numel() == input_ids.numel()
+        return scores.scatter(1, input_ids[:, -3:], -float("inf"))
+
+
+class StopAt(StoppingCriteria):
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        assert input_ids.view(-1).numel() == input_ids.numel()
+        return (input_ids[:, 5:] % 7 == 0).any(dim=-1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_processors_criteria_and_streamers_of_the_user(batch: int, fast_calls: list[int]) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (batch, 5))
+    results = []
+    for fast in (True, False):
+        streamer = Recorder() if batch == 1 else None
+        output = model.generate(
+            ids,
+            max_new_tokens=40,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([Forbid()]),
+            stopping_criteria=StoppingCriteriaList([StopAt(), MaxTimeCriteria(60.0)]),
+            streamer=streamer,
+            fast_decoding=fast,
+        )
+        results.append((output.tolist(), streamer and streamer.tokens, streamer and streamer.ended))
+    assert results[0] == results[1]
+    assert len(fast_calls) == 1
+    assert 5 < len(results[0][0][0]) < 45  # the criterion stopped it
+
+
+def test_a_cache_of_the_user_is_continued(fast_calls: list[int]) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (1, 8))
+    results = []
+    for fast in (True, False):
+        cache = DynamicCache(config=model.config)
+        first = model.generate(ids, max_new_tokens=10, do_sample=False, past_key_values=cache, fast_decoding=fast)
+        assert cache.get_seq_length() == 17
+        more = torch.cat((first, ids), dim=1)
+        results.append(
+            model.generate(more, max_new_tokens=10, do_sample=False, past_key_values=cache, fast_decoding=fast)
+        )
+        with torch.no_grad():  # and the model itself can go on with it
+            results.append(model(results[-1][:, -1:], past_key_values=cache).logits)
+    assert len(fast_calls) == 2
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+
+
+def test_results_can_be_trained_on() -> None:
+    """Text and cache are no inference tensors, which autograd would refuse."""
+    model, ids = make_model(), torch.randint(1, 97, (1, 8))
+    output = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+    model(output.sequences, labels=output.sequences).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    assert not any(tensor.is_inference() for tensor in (output.sequences, *output.logits))
+
+
+def add_hook(model: MiniForCausalLM) -> None:
+    model.model.layers[1].register_forward_hook(lambda module, args, output: output)
+
+
+def replace_forward(model: MiniForCausalLM) -> None:
+    model.model.layers[0].mlp.forward = type(model.model.layers[0].mlp).forward.__get__(model.model.layers[0].mlp)
+
+
+class OtherLinear(nn.Linear):
+    pass
+
+
+def replace_layer(model: MiniForCausalLM) -> None:
+    model.model.layers[0].mlp.up_proj = OtherLinear(48, 80, bias=False)
+
+
+def mix_types(model: MiniForCausalLM) -> None:
+    model.model.norm.to(torch.float64)
+
+
+def parametrize(model: MiniForCausalLM) -> None:
+    nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.up_proj)
+
+
+OBSTACLES_OF_MODELS = {
+    "hook": (add_hook, "has a hook"),
+    "forward": (replace_forward, "has a hook, or a forward"),
+    "layer": (replace_layer, "is a OtherLinear"),
+    "training": (lambda model: model.train(), "training mode"),
+    "eager attention": (lambda model: model.set_attn_implementation("eager"), "not sdpa"),
+    "types": (mix_types, "several types"),
+    "parametrization": (parametrize, "model.layers.0.mlp.up_proj is a "),
+}
+
+
+@pytest.mark.parametrize("name", OBSTACLES_OF_MODELS)
+def test_models_that_take_the_loop_of_transformers(name: str, fast_calls: list[int]) -> None:
+    change, reason = OBSTACLES_OF_MODELS[name]
+    model = make_model()
+    assert decoding.obstacle_of_model(model, modeling_mini.PLAIN_MODULES) is None
+    change(model)
+    assert reason in decoding.obstacle_of_model(model, modeling_mini.PLAIN_MODULES)
+    if name != "types":  # which no loop can run
+        model.generate(torch.randint(1, 97, (1, 5)), max_new_tokens=2)
+    assert not fast_calls
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"fast_decoding": False},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=str,
+)
+def test_requests_that_take_the_loop_of_transformers(request_: dict[str, Any], fast_calls: list[int]) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (1, 5))
+    model.generate(ids, max_new_tokens=3, do_sample=False, **request_)
+    assert not fast_calls
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert fast_calls
+
+
+def test_embeddings_in_place_of_ids_take_the_loop_of_transformers(fast_calls: list[int]) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (1, 5))
+    model.generate(inputs_embeds=model.get_input_embeddings()(ids), max_new_tokens=3)
+    assert not fast_calls
+
+
+def test_the_switch_in_a_generation_config(fast_calls: list[int], tmp_path: Any) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (1, 5))
+    model.generate(ids, generation_config=GenerationConfig(max_new_tokens=3, fast_decoding=False))
+    model.generation_config = GenerationConfig(pad_token_id=0, fast_decoding=False)
+    model.generate(ids, max_new_tokens=3)
+    model.save_pretrained(tmp_path)
+    MiniForCausalLM.from_pretrained(tmp_path).generate(ids, max_new_tokens=3)
+    assert not fast_calls
+    model.generate(ids, max_new_tokens=3, fast_decoding=True)
+    assert fast_calls
