@@ -13,13 +13,12 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
-import transformers
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, one_sentence_errors, option
 from modeling_mini.analysis import ModelCost
@@ -41,7 +39,9 @@ from torch import nn
 from training_mini.arguments import OptimizationArguments
 from training_mini.cpu_kernels import linear_product, onednn_is_faster, use_onednn
 from training_mini.optimization import make_optimizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from measuring import in_turns, llama_config_of, machine, peak_resident_memory  # isort: skip
 
 MODES = ("eager", "compiled")
 STEPS_FOR_MEMORY = 3
@@ -97,25 +97,6 @@ class Settings:
     def mini_config(self) -> MiniConfig:
         return MiniConfig.preset(self.size, max_position_embeddings=self.context)
 
-    @property
-    def llama_config(self) -> LlamaConfig:
-        """Llama in the shape of Mini; what is left to differ is Llama's: RMSNorm, and its own code."""
-        shape = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "tie_word_embeddings",
-            "bos_token_id",
-            "eos_token_id",
-            "pad_token_id",
-        )
-        return LlamaConfig(**{name: getattr(self.mini_config, name) for name in shape})
-
 
 def import_nanogpt(folder: str) -> ModuleType:
     """
@@ -150,7 +131,7 @@ def make_model(name: str, settings: Settings) -> nn.Module:
         with contextlib.redirect_stdout(sys.stderr):  # its constructor prints
             model = nanogpt.GPT(config)
     else:
-        config = settings.mini_config if name == "Mini" else settings.llama_config
+        config = settings.mini_config if name == "Mini" else llama_config_of(settings.mini_config)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attn_implementation)
         if name == "Mini" and uses_onednn(settings):
             use_onednn(model)  # as Mini's trainer does
@@ -320,21 +301,6 @@ def compile_something(settings: Settings) -> None:
     layer(torch.ones(64, 64, device=settings.device)).relu().sum().backward()
 
 
-def peak_resident_memory(reset: bool = False) -> int | None:
-    """
-    The peak of the memory of this process in bytes, `None` where the system has no /proc.
-
-    `getrusage` will not do: on Linux a process inherits the ru_maxrss of the one that started it.
-    """
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")  # proc_pid_clear_refs(5): resets the peak
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return None
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
 def memory_of(name: str | None, mode: str, settings: Settings) -> int | None:
     """
     The peak in bytes of this process while a contender trains, without its first step, where the compiler works: on a
@@ -390,36 +356,6 @@ class Figures:
     seconds_per_step: list[float] = field(repr=False)  # of each round
 
 
-def processor_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def machine(settings: Settings) -> dict[str, Any]:
-    return {
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else processor_name(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def in_turns(turns: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each, round by round: whatever slows the machine for a while slows all of them."""
-    seconds: dict[Any, list[float]] = {key: [] for key in turns}
-    for round_number in range(rounds + 1):
-        for key, turn in turns.items():
-            measured = turn()
-            if round_number:  # the first round warms up
-                seconds[key].append(measured)
-    return seconds
-
-
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
     contenders = {
@@ -457,7 +393,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     speeds = {(each.model, each.mode): each.tokens_per_second for each in figures}
     return {
         "benchmark": "training",
-        "machine": machine(settings),
+        "machine": machine(settings.device),
         "settings": asdict(settings),
         "product_flops_per_second": flops_per_second,
         "contenders": [asdict(each) for each in figures],

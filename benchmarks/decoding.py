@@ -1,0 +1,237 @@
+"""
+Decoding speed and memory of Mini beside transformers' Llama of the same shape, in one run and in turns: batches, short
+and long prompts, greedy and sampling, with and without a cache.
+
+    python benchmarks/decoding.py [--size small] [--batch_sizes 1 8 64] [--prompts 16 1000] [--tokens 200]
+
+"Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop. Medians over the
+rounds; the last line is JSON.
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import modeling_mini.modeling_mini
+import torch
+from configuration_mini import MiniConfig
+from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from modeling_mini.decoding import obstacle_of_model
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from measuring import in_turns, llama_config_of, machine, peak_resident_memory  # isort: skip
+
+FAST, LOOP, LLAMA = "Mini", "Mini, loop", "Llama"
+CONTENDERS = (FAST, LOOP, LLAMA)
+MANNERS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.9}}
+# Without a cache each token costs a whole forward: a few tell enough, and are compared with as many with a cache.
+TOKENS_WITHOUT_CACHE = 24
+
+
+@dataclass
+class Settings:
+    """What is measured, and how often."""
+
+    size: str = option("small", "preset of MiniConfig whose shape both models take")
+    batch_sizes: list[int] = option([1, 8, 64], "sequences at a time")
+    prompts: list[int] = option([16, 1000], "tokens in a prompt")
+    tokens: int = option(200, "tokens to write after the prompt")
+    rounds: int = option(5, "how often each contender has its turn; the median counts")
+    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
+    bf16: bool = option(False, "weights in bfloat16")
+    output: str | None = option(None, "file to write the JSON to as well")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "prompts"):
+            if min(getattr(self, name), default=0) < 1:
+                raise ValueError(f"{name} must be at least 1 each, got {getattr(self, name)}.")
+        for name in ("tokens", "rounds"):
+            if getattr(self, name) < 1 + (name == "tokens"):
+                raise ValueError(f"{name} must be at least {1 + (name == 'tokens')}, got {getattr(self, name)}.")
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
+        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
+            raise ValueError(f"There is no folder for the output {self.output!r}.")
+
+    @property
+    def mini_config(self) -> MiniConfig:
+        return MiniConfig.preset(self.size, max_position_embeddings=max(self.prompts) + self.tokens)
+
+
+class Case(NamedTuple):
+    """One call of `generate`."""
+
+    contender: str
+    batch_size: int
+    prompt: int
+    manner: str
+    use_cache: bool
+    tokens: int
+
+
+def make_model(contender: str, settings: Settings) -> PreTrainedModel:
+    config = llama_config_of(settings.mini_config) if contender == LLAMA else settings.mini_config
+    model = AutoModelForCausalLM.from_config(config).eval().to(settings.device)
+    if settings.bf16:
+        model = model.to(torch.bfloat16)
+    # All write the same number of tokens.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    reason = obstacle_of_model(model, modeling_mini.modeling_mini.PLAIN_MODULES)
+    if contender == FAST and reason is not None:
+        raise RuntimeError(f"The fast path would not run: {reason}.")
+    return model
+
+
+def seconds_of(model: PreTrainedModel, case: Case, settings: Settings) -> float:
+    """The time of one call."""
+    ids = torch.randint(8, model.config.vocab_size, (case.batch_size, case.prompt), device=settings.device)
+    switch = {"fast_decoding": False} if case.contender == LOOP else {}
+    start = time.perf_counter()
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=case.tokens,
+        use_cache=case.use_cache,
+        **MANNERS[case.manner],
+        **switch,
+    )
+    if settings.device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    assert output.shape[1] == case.prompt + case.tokens
+    return seconds
+
+
+def cases_of(settings: Settings) -> list[Case]:
+    """Whole texts; first tokens; and, at one sequence, what a cache is worth."""
+    cases = [
+        Case(contender, batch_size, prompt, manner, True, tokens)
+        for batch_size in settings.batch_sizes
+        for prompt in settings.prompts
+        for manner in MANNERS
+        for contender in CONTENDERS
+        for tokens in (settings.tokens, 1)
+        if tokens > 1 or manner == "greedy"
+    ]
+    few = min(settings.tokens, TOKENS_WITHOUT_CACHE)
+    cases += [
+        Case(FAST, min(settings.batch_sizes), prompt, "greedy", use_cache, few)
+        for prompt in settings.prompts
+        for use_cache in (True, False)
+    ]
+    return list(dict.fromkeys(cases))
+
+
+def peak_memory(contender: str, settings: Settings) -> int | None:
+    """
+    The bytes that the largest case needs, weights included: on a GPU what tensors hold, on a CPU what a process of its
+    own takes beyond what it holds after its imports.
+    """
+    on_gpu = settings.device == "cuda"
+    before = 0 if on_gpu else peak_resident_memory(reset=True)
+    model = make_model(contender, settings)
+    case = Case(contender, max(settings.batch_sizes), max(settings.prompts), "greedy", True, settings.tokens)
+    seconds_of(model, case, settings)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_memory()
+    return peak - before if peak is not None and before is not None else None
+
+
+def peak_memory_in_child(contender: str, settings: Settings) -> int | None:
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(peak_memory, contender, settings).result()
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """All figures, as they go into the JSON."""
+    models = {contender: make_model(contender, settings) for contender in CONTENDERS}
+    cases = cases_of(settings)
+    turns = {case: lambda case=case: seconds_of(models[case.contender], case, settings) for case in cases}
+    seconds = in_turns(turns, settings.rounds)
+    median = {case: statistics.median(values) for case, values in seconds.items()}
+    rows = []
+    for case in cases:
+        if case.tokens != settings.tokens or not case.use_cache:
+            continue
+        of_llama = median[case._replace(contender=LLAMA)]
+        rows.append(
+            {
+                **case._asdict(),
+                "tokens_per_second": case.batch_size * case.tokens / median[case],
+                "times_llama": of_llama / median[case],
+                "seconds_to_first_token": median[case._replace(manner="greedy", tokens=1)],
+                "seconds": seconds[case],
+            }
+        )
+    few, batch_size = min(settings.tokens, TOKENS_WITHOUT_CACHE), min(settings.batch_sizes)
+    gains = {
+        prompt: median[Case(FAST, batch_size, prompt, "greedy", False, few)]
+        / median[Case(FAST, batch_size, prompt, "greedy", True, few)]
+        for prompt in settings.prompts
+    }
+    return {
+        "benchmark": "decoding",
+        "machine": machine(settings.device),
+        "settings": asdict(settings),
+        "parameters": {name: model.num_parameters() for name, model in models.items()},
+        "rows": rows,
+        "cache_gain": {"tokens": few, "batch_size": batch_size, "by_prompt": gains},
+        "peak_memory_bytes": {name: peak_memory_in_child(name, settings) for name in CONTENDERS},
+    }
+
+
+def show(results: dict[str, Any], settings: Settings) -> None:
+    console = Console()
+    place = f"{results['machine']['device']}, {results['machine']['threads']} threads"
+    title = f"Decoding {settings.size}, {settings.tokens} tokens: {place}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    for heading in ("batch", "prompt", "", ""):
+        table.add_column(heading)
+    for heading in ("tokens/s", "times\nLlama", "first\ntoken ms"):
+        table.add_column(heading, justify="right")
+    for row in results["rows"]:
+        table.add_row(
+            f"{row['batch_size']}",
+            f"{row['prompt']:,}",
+            row["manner"],
+            row["contender"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['times_llama']:.2f}x",
+            f"{1000 * row['seconds_to_first_token']:,.1f}",
+        )
+    console.print(table)
+    gain = results["cache_gain"]
+    for prompt, factor in gain["by_prompt"].items():
+        console.print(f"With a cache, {gain['tokens']} tokens after {prompt:,} come {factor:.1f} times sooner.")
+    peaks = {name: peak for name, peak in results["peak_memory_bytes"].items() if peak is not None}
+    console.print("Peak memory of the largest case: " + ", ".join(f"{n} {p / 1e6:,.0f} MB" for n, p in peaks.items()))
+    console.print("llama.cpp and onnxruntime do not take part: Mini writes no files for them yet.")
+
+
+def main() -> None:
+    with one_sentence_errors():
+        parser = ArgumentParser(Settings, description=__doc__.strip().split("\n\n")[0])
+        (settings,) = parser.parse(sys.argv[1:])
+        results = measure(settings)
+        show(results, settings)
+        line = json.dumps(results)
+        if settings.output is not None:
+            Path(settings.output).write_text(line + "\n", encoding="utf-8")
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

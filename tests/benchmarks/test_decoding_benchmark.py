@@ -1,0 +1,48 @@
+"""benchmarks/decoding.py, in seconds: every case has figures, and wrong input one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+
+PROGRAM = "benchmarks/decoding.py"
+
+
+def test_every_case_has_figures(tmp_path: Path) -> None:
+    arguments = "--size tiny --batch_sizes 1 2 --prompts 4 9 --tokens 5 --rounds 1 --output out.json".split()
+    result = run_program(PROGRAM, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "out.json").read_text())
+    found = {(row["batch_size"], row["prompt"], row["manner"], row["contender"]) for row in figures["rows"]}
+    assert found == {
+        (batch, prompt, manner, contender)
+        for batch in (1, 2)
+        for prompt in (4, 9)
+        for manner in ("greedy", "sampling")
+        for contender in ("Mini", "Mini, loop", "Llama")
+    }
+    for row in figures["rows"]:
+        assert row["tokens_per_second"] == pytest.approx(row["batch_size"] * 5 / row["seconds"][0])
+        assert 0 < row["seconds_to_first_token"] < 60
+        assert row["contender"] != "Llama" or row["times_llama"] == 1
+    assert set(figures["cache_gain"]["by_prompt"]) == {"4", "9"}
+    # LayerNorm has biases, RMSNorm none; else they are of one size.
+    assert figures["parameters"]["Mini"] == figures["parameters"]["Llama"] + (2 * 4 + 1) * 128
+    assert "come" in result.stdout and "Peak memory" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--batch_sizes 0", "batch_sizes must be at least 1 each, got [0]."),
+        ("--tokens 1", "tokens must be at least 2, got 1."),
+        ("--output nowhere/out.json", "There is no folder for the output 'nowhere/out.json'."),
+        ("--size huge", "huge"),
+    ],
+)
+def test_wrong_input(arguments: str, message: str, tmp_path: Path) -> None:
+    result = run_program(PROGRAM, *arguments.split(), cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
