@@ -385,15 +385,9 @@ def decode(
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-    decoder = Decoder(
-        model,
-        model.decoding_step,
-        outputs.past_key_values,
-        model_kwargs.get("attention_mask"),
-        model_kwargs["position_ids"],
-        room=max_length - length - 1,  # the last token is never read
-    )
+    cache = outputs.past_key_values
     del outputs
+    decoder = None  # made when there is a second token to write
     while True:
         so_far = text[:, :length]
         if batch > 1 and processors:
@@ -422,14 +416,20 @@ def decode(
             unfinished &= ~criterion(text[:, :length].contiguous(), scores)
         if length >= max_length or not unfinished.any():
             break
+        if decoder is None:
+            # The last token is never read.
+            room = max_length - length
+            mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
+            decoder = Decoder(model, model.decoding_step, cache, mask, position_ids, room)
         with torch.inference_mode():
             logits = decoder.logits(next_tokens)
         logits = logits.to(copy=True, dtype=torch.float32)
 
-    decoder.give_back()
+    if decoder is not None:
+        decoder.give_back()
     if streamer is not None:
         streamer.end()
     text = text[:, :length].contiguous()
     if not keeps:
         return text
-    return GenerateDecoderOnlyOutput(sequences=text, scores=scores, logits=raw_logits, past_key_values=decoder.cache)
+    return GenerateDecoderOnlyOutput(sequences=text, scores=scores, logits=raw_logits, past_key_values=cache)

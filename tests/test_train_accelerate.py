@@ -57,8 +57,9 @@ def test_what_a_run_leaves_behind(quick_run: Path) -> None:
     assert {path.name for path in (quick_run / "checkpoints").iterdir()} == {"step_20", "step_40"}
     for name in ("best", "final"):
         assert {path.name for path in (quick_run / name).iterdir()} == {
-            "README.md", "chat_template.jinja", "config.json", "configuration_mini.py", "generation_config.json",
-            "model.safetensors", "modeling_mini.py", "remote_code.py", "tokenizer.json", "tokenizer_config.json",
+            "README.md", "chat_template.jinja", "config.json", "configuration_mini.py", "decoding.py",
+            "generation_config.json", "model.safetensors", "modeling_mini.py", "remote_code.py", "tokenizer.json",
+            "tokenizer_config.json",
         }  # fmt: skip
     assert (quick_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert losses(quick_run)[-1] < losses(quick_run)[0] - 1
@@ -378,6 +379,22 @@ def test_resume_with_another_shape_is_refused(quick_run: Path, tmp_path: Path) -
     result = run_program("train_accelerate.py", *settings, "--hidden_size", 128, cwd=tmp_path)
     sentence = one_sentence(result)
     assert "hidden_size (was 64, now 128)" in sentence and "num_hidden_layers" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        (["--optimizer", "muon"], "optimizer (was adamw, now muon)"),
+        (["--ema_decay", "0.9"], "average of the weights (was False, now True)"),
+    ],
+)
+def test_resume_with_other_methods_is_refused(
+    settings: list[str], change: str, quick_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(quick_run, tmp_path / "run")
+    arguments = ("--resume", "--output_dir", "run", "--max_steps", 50, *settings)
+    sentence = one_sentence(run_program("train_accelerate.py", *arguments, cwd=tmp_path))
+    assert "cannot go on with other methods than it began with" in sentence and change in sentence
 
 
 def test_full_disk_ends_in_a_sentence_and_keeps_what_was_complete(tmp_path: Path) -> None:
