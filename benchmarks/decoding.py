@@ -8,29 +8,34 @@ and long prompts, greedy and sampling, with and without a cache.
 rounds; the last line is JSON.
 """
 
-import json
-import multiprocessing
 import statistics
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import modeling_mini.modeling_mini
 import torch
 from configuration_mini import MiniConfig
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
-from modeling_mini.decoding import obstacle_of_model
+from entry_points_mini import option
+from modeling_mini import modeling_mini
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from measuring import in_turns, llama_config_of, machine, peak_resident_memory  # isort: skip
+from measuring import (  # isort: skip
+    PlaceSettings,
+    in_child,
+    in_turns,
+    llama_config_of,
+    machine,
+    peak_resident_memory,
+    run_benchmark,
+)
 
 FAST, LOOP, LLAMA = "Mini", "Mini, loop", "Llama"
 CONTENDERS = (FAST, LOOP, LLAMA)
@@ -40,7 +45,7 @@ TOKENS_WITHOUT_CACHE = 24
 
 
 @dataclass
-class Settings:
+class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     size: str = option("small", "preset of MiniConfig whose shape both models take")
@@ -48,23 +53,16 @@ class Settings:
     prompts: list[int] = option([16, 1000], "tokens in a prompt")
     tokens: int = option(200, "tokens to write after the prompt")
     rounds: int = option(5, "how often each contender has its turn; the median counts")
-    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
     bf16: bool = option(False, "weights in bfloat16")
-    output: str | None = option(None, "file to write the JSON to as well")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("batch_sizes", "prompts"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name} must be at least 1 each, got {getattr(self, name)}.")
         for name in ("tokens", "rounds"):
             if getattr(self, name) < 1 + (name == "tokens"):
                 raise ValueError(f"{name} must be at least {1 + (name == 'tokens')}, got {getattr(self, name)}.")
-        if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
-        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
-            raise ValueError(f"There is no folder for the output {self.output!r}.")
 
     @property
     def mini_config(self) -> MiniConfig:
@@ -90,9 +88,9 @@ def make_model(contender: str, settings: Settings) -> PreTrainedModel:
     # All write the same number of tokens.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
-    reason = obstacle_of_model(model, modeling_mini.modeling_mini.PLAIN_MODULES)
-    if contender == FAST and reason is not None:
-        raise RuntimeError(f"The fast path would not run: {reason}.")
+    with mock.patch.object(modeling_mini, "decode", wraps=modeling_mini.decode) as fast_path:
+        seconds_of(model, Case(contender, 1, 4, "greedy", True, 2), settings)
+    assert fast_path.called == (contender == FAST)
     return model
 
 
@@ -150,11 +148,6 @@ def peak_memory(contender: str, settings: Settings) -> int | None:
     return peak - before if peak is not None and before is not None else None
 
 
-def peak_memory_in_child(contender: str, settings: Settings) -> int | None:
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(peak_memory, contender, settings).result()
-
-
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
     models = {contender: make_model(contender, settings) for contender in CONTENDERS}
@@ -189,7 +182,7 @@ def measure(settings: Settings) -> dict[str, Any]:
         "parameters": {name: model.num_parameters() for name, model in models.items()},
         "rows": rows,
         "cache_gain": {"tokens": few, "batch_size": batch_size, "by_prompt": gains},
-        "peak_memory_bytes": {name: peak_memory_in_child(name, settings) for name in CONTENDERS},
+        "peak_memory_bytes": {name: in_child(peak_memory, name, settings) for name in CONTENDERS},
     }
 
 
@@ -221,17 +214,5 @@ def show(results: dict[str, Any], settings: Settings) -> None:
     console.print("llama.cpp and onnxruntime do not take part: Mini writes no files for them yet.")
 
 
-def main() -> None:
-    with one_sentence_errors():
-        parser = ArgumentParser(Settings, description=__doc__.strip().split("\n\n")[0])
-        (settings,) = parser.parse(sys.argv[1:])
-        results = measure(settings)
-        show(results, settings)
-        line = json.dumps(results)
-        if settings.output is not None:
-            Path(settings.output).write_text(line + "\n", encoding="utf-8")
-        print(line)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(Settings, __doc__, measure, show)

@@ -1,15 +1,62 @@
-"""What the benchmarks share: the peer of the same shape, turns, memory, and the machine."""
+"""What the benchmarks share: settings and report, the peer of the same shape, turns, memory, and the machine."""
 
 import contextlib
+import json
+import multiprocessing
 import platform
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from configuration_mini import MiniConfig
+from entry_points_mini import ArgumentParser, one_sentence_errors, option
 from transformers import LlamaConfig
+
+
+@dataclass
+class PlaceSettings:
+    """Where to measure, and where the figures go."""
+
+    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
+    output: str | None = option(None, "file to write the JSON to as well")
+
+    def __post_init__(self) -> None:
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
+        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
+            raise ValueError(f"There is no folder for the output {self.output!r}.")
+
+
+def run_benchmark(
+    settings_class: type[PlaceSettings],
+    description: str,
+    measure: Callable[[Any], dict[str, Any]],
+    show: Callable[[dict[str, Any], Any], None],
+) -> None:
+    """Settings from the command line, figures, a table for people, and a last line of JSON."""
+    with one_sentence_errors():
+        (settings,) = ArgumentParser(settings_class, description=description.strip().split("\n\n")[0]).parse(
+            sys.argv[1:]
+        )
+        results = measure(settings)
+        show(results, settings)
+        line = json.dumps(results)
+        if settings.output is not None:
+            Path(settings.output).write_text(line + "\n", encoding="utf-8")
+        print(line)
+
+
+def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns in a process of its own: spawned, not forked, so that nothing of this one counts."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def llama_config_of(config: MiniConfig) -> LlamaConfig:

@@ -10,8 +10,6 @@ last line is JSON.
 
 import contextlib
 import importlib.util
-import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -19,7 +17,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
 from configuration_mini import MiniConfig
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from entry_points_mini import option
 from modeling_mini.analysis import ModelCost
 from rich import box
 from rich.console import Console
@@ -41,7 +38,15 @@ from training_mini.cpu_kernels import linear_product, onednn_is_faster, use_oned
 from training_mini.optimization import make_optimizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from measuring import in_turns, llama_config_of, machine, peak_resident_memory  # isort: skip
+from measuring import (  # isort: skip
+    PlaceSettings,
+    in_child,
+    in_turns,
+    llama_config_of,
+    machine,
+    peak_resident_memory,
+    run_benchmark,
+)
 
 MODES = ("eager", "compiled")
 STEPS_FOR_MEMORY = 3
@@ -50,7 +55,7 @@ SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass
-class Settings:
+class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     size: str = option("small", "preset of MiniConfig whose shape all models take")
@@ -62,23 +67,16 @@ class Settings:
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, whose model.py then takes part")
     nanogpt_width: int | None = option(None, "width of nanoGPT; default: the preset's, with twice its parameters")
     nanogpt_heads: int | None = option(None, "heads of nanoGPT; default: the preset's")
-    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
     bf16: bool = option(False, "autocast to bfloat16, for all models and matrix products")
     attn_implementation: str = option("sdpa", "attention of Mini and Llama, by its name in transformers")
-    output: str | None = option(None, "file to write the JSON to as well")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("batch_size", "context", "rounds", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").is_file():
             raise ValueError(f"There is no model.py in {self.nanogpt!r}; nanogpt is the folder of a nanoGPT checkout.")
-        if self.output is not None and not Path(self.output).absolute().parent.is_dir():
-            raise ValueError(f"There is no folder for the output {self.output!r}.")
         self.modes = [mode for mode in MODES if mode in self.modes]
 
     @property
@@ -322,19 +320,13 @@ def memory_of(name: str | None, mode: str, settings: Settings) -> int | None:
     return torch.cuda.max_memory_allocated() if settings.device == "cuda" else peak_resident_memory()
 
 
-def memory_in_child(name: str | None, mode: str, settings: Settings) -> int | None:
-    # Spawned, not forked: nothing of what this process holds counts.
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(memory_of, name, mode, settings).result()
-
-
 def measure_memory(settings: Settings) -> dict[tuple[str, str], int | None]:
     """Peak memory in bytes of each model and mode."""
     peaks = {}
     for mode in settings.modes:
-        baseline = 0 if settings.device == "cuda" else memory_in_child(None, mode, settings)
+        baseline = 0 if settings.device == "cuda" else in_child(memory_of, None, mode, settings)
         for name in settings.model_names:
-            peak = memory_in_child(name, mode, settings) if baseline is not None else None
+            peak = in_child(memory_of, name, mode, settings) if baseline is not None else None
             peaks[name, mode] = peak - baseline if peak is not None else None
     return peaks
 
@@ -356,6 +348,7 @@ class Figures:
     seconds_per_step: list[float] = field(repr=False)  # of each round
 
 
+@empty_compiler_cache()
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
     contenders = {
@@ -454,18 +447,5 @@ def show(results: dict[str, Any], settings: Settings) -> None:
         )
 
 
-def main() -> None:
-    with one_sentence_errors():
-        parser = ArgumentParser(Settings, description=__doc__.strip().split("\n\n")[0])
-        (settings,) = parser.parse(sys.argv[1:])
-        with empty_compiler_cache():
-            results = measure(settings)
-        show(results, settings)
-        line = json.dumps(results)
-        if settings.output is not None:
-            Path(settings.output).write_text(line + "\n", encoding="utf-8")
-        print(line)
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark(Settings, __doc__, measure, show)

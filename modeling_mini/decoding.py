@@ -1,10 +1,10 @@
 """
 The fast path of `generate()`: the same tokens as transformers' loop, several times sooner.
 
-A step of a small model is little arithmetic under many calls: at 2.5 million parameters, 85 % of the time of
-transformers' loop is Python on its way through modules. Here one step is one function, `decoding_step`, that does what
-`MiniForCausalLM.forward` does for one new token of each sequence, as plain torch operations on a cache that is
-allocated once. Read it beside modeling_mini.py: each line has its twin there.
+A step of a small model is little arithmetic under many calls: at 2.5 million parameters, well over half of the time of
+transformers' loop goes to Python on its way through modules (docs/LOG.md). Here one step is one function,
+`decoding_step`, that does what `MiniForCausalLM.forward` does for one new token of each sequence, as plain torch
+operations on a cache that is allocated once. Read it beside modeling_mini.py: each line has its twin there.
 
 When it runs: `obstacle` names what a request or a model has that this function does not reproduce; where there is none,
 `decode` runs in place of transformers' `_sample`. Everything around stays transformers': the checks of `generate`, the
@@ -12,7 +12,7 @@ first forward over the prompt, logits processors, stopping criteria, streamers a
 
 Why it is right: no weight is kept from one call to the next, so training, loading or `.to()` in between are seen; and
 each operation is the one that the module would call, on the same numbers in the same order. On a CPU the logits of
-every preset are equal bit by bit; at odd widths, a product of fused projections may round its last bit differently.
+every preset are equal bit by bit; at narrower widths, a product of fused projections may round its last bit otherwise.
 tests/modeling_mini/test_decoding.py holds it to that on hundreds of random models.
 """
 
@@ -27,17 +27,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # RoPE types whose frequencies depend on the length so far: there is no table to look up.
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"
-# Above this many bytes the projections stay apart: a step then waits for memory, not for calls, and a fused copy would
-# only cost what it saves.
-FUSED_BYTES = 64 * 1024**2
-# The cache begins with room for this many more tokens, and doubles when it is full.
+# Above this many bytes the projections stay apart: a step then waits for memory, not for calls. Fused beside apart, in
+# tokens/s on two cores: small (6 MiB) 2,310 and 2,196, medium (48 MiB) 205 and 209, large (225 MiB) 45 and 51.
+FUSED_BYTES = 16 * 1024**2
+# Cache and text begin with room for this many more tokens, and double when they are full.
 FIRST_ROOM = 1024
 
 
@@ -46,7 +45,7 @@ FIRST_ROOM = 1024
 
 def obstacle(
     model: PreTrainedModel,
-    plain_modules: frozenset[type],
+    plain_modules: dict[type, Callable],
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict[str, Any],
@@ -55,8 +54,8 @@ def obstacle(
     Why a request has to take transformers' loop; `None` if the fast path gives the same.
 
     Args:
-        plain_modules: the classes whose forward `decoding_step` reproduces. Anything else in the model, be it an
-            adapter, a quantized layer or a block of an experiment, is an obstacle.
+        plain_modules: the classes whose forward `decoding_step` reproduces, each with that forward. Anything else in
+            the model, be it an adapter, a quantized layer, a block of an experiment or a patched class, is an obstacle.
     """
     if not getattr(generation_config, "fast_decoding", True):
         return "fast_decoding is off"
@@ -71,38 +70,40 @@ def obstacle(
     cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
     if not model_kwargs.get("use_cache") or type(cache) is not DynamicCache:
         return "there is no plain growing cache"
-    if any(type(layer) is not DynamicLayer for layer in cache.layers) or getattr(cache, "offloading", False):
+    if any(type(layer) is not DynamicLayer for layer in cache.layers) or cache.offloading:
         return "there is no plain growing cache"
     if mask is not None and mask.dim() != 2:
         return "the attention mask is not one row for each sequence"
     return obstacle_of_model(model, plain_modules)
 
 
-def obstacle_of_model(model: PreTrainedModel, plain_modules: frozenset[type]) -> str | None:
+def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable]) -> str | None:
     """Why a model cannot be decoded by `decoding_step`; `None` if it can."""
     if model.training:
         return "the model is in training mode"
-    if model.config._attn_implementation != "sdpa":
+    if ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation) is not sdpa_attention_forward:
         return "attention is not sdpa"
     if nn.modules.module._has_any_global_hook():
         return "there are hooks for all modules"
     kinds = set()
-    for name, module in model.named_modules():
-        if type(module) not in plain_modules:
-            return f"{name or 'the model'} is a {type(module).__name__}"
-        # Where offloading and compilation put themselves, too. The hooks that transformers leaves behind when hidden
-        # states were asked for once do nothing until they are asked for again.
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks) or "forward" in module.__dict__:
-            return f"{name or 'the model'} has a hook, or a forward of its own"
+    # Called for every text, so in the cheapest way: first whether there is one, then which.
+    for module in model.modules():
+        # Hooks are also where offloading puts itself, and `forward` of an instance where compilation does. The hooks
+        # that transformers leaves behind when hidden states were asked for once do nothing until they are asked again.
+        is_plain = plain_modules.get(type(module)) is type(module).forward and "forward" not in module.__dict__
+        hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if not is_plain or any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks):
+            name = next(name for name, each in model.named_modules() if each is module)
+            return f"{name or 'the model'} is not a plain {type(module).__name__}: it has another forward, or a hook"
         for parameter in module._parameters.values():
             if parameter is not None:
-                if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-                    return f"{name} has a {type(parameter).__name__}"
+                if type(parameter) is not nn.Parameter:
+                    return f"a {type(module).__name__} has a weight of type {type(parameter).__name__}"
                 kinds.add((parameter.dtype, parameter.device))
     if len(kinds) != 1:
         return "the weights have several types or lie on several devices"
-    if not next(iter(kinds))[0].is_floating_point or torch.is_autocast_enabled(next(iter(kinds))[1].type):
+    ((dtype, device),) = kinds
+    if not dtype.is_floating_point or torch.is_autocast_enabled(device.type):
         return "the weights are computed with in another type"
     return None
 
@@ -127,7 +128,7 @@ class Linear(NamedTuple):
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
-            return torch.mm(states, self.transposed)  # what F.linear comes to, a tenth of its time later
+            return torch.mm(states, self.transposed)  # what F.linear comes to in the end
         return F.linear(states, self.weight, self.bias)
 
 
@@ -150,9 +151,7 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """
-    The parts of one block. The projections that read the same input are fused into one, or stand side by side.
-    """
+    """The parts of one block. The projections that read the same input are fused into one, or stand side by side."""
 
     input_layernorm: Norm
     query_key_value: list[Linear]
@@ -274,9 +273,8 @@ def decoding_step(
             enable_gqa=mask is None and heads != kv_heads,
         )
         hidden_states = hidden_states + layer.o_proj(attention.reshape(batch, heads * head_dim))
-        gate, up = projected(
-            layer.post_attention_layernorm(hidden_states), layer.gate_up
-        ).chunk(2, dim=-1)  # fmt: skip
+        gate_up = projected(layer.post_attention_layernorm(hidden_states), layer.gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
         hidden_states = hidden_states + layer.down_proj(layer.activation(gate) * up)
     return weights.head(weights.norm(hidden_states))
 
@@ -289,7 +287,6 @@ class Decoder:
     The state of one call of `generate` between two steps: weights, cache and positions.
 
     Args:
-        step: `decoding_step`, or a compiled one.
         cache: as the first forward over the prompt left it. It is read here, and written by `give_back`.
         attention_mask: (batch, length of the cache), 1 for tokens and 0 for padding; `None` without padding.
         position_ids: (batch or 1, any length), of which the last column is that of the last tokens.
@@ -299,7 +296,6 @@ class Decoder:
     def __init__(
         self,
         model: PreTrainedModel,
-        step: Callable,
         cache: DynamicCache,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
@@ -308,7 +304,6 @@ class Decoder:
         self.weights = Weights.of(model)
         self.rotary_embedding = model.model.rotary_emb
         self.has_fixed_turns = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
-        self.step = step
         self.cache = cache
         self.length = self.prompt_length = cache.get_seq_length()
         self.max_length = self.length + room
@@ -347,7 +342,7 @@ class Decoder:
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
             self.mask = self.whole_mask.narrow(3, 0, self.length)
-        return self.step(self.weights, token_ids, cos, sin, self.filled, self.mask)
+        return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
 
     def give_back(self) -> None:
         """The cache of transformers as its own loop would have left it."""
@@ -376,11 +371,8 @@ def decode(
     others = [
         criterion for criterion in stopping_criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
     ]
-    # One by one where the list is transformers' own, which looks at each signature anew for each token.
-    processors = logits_processor if type(logits_processor) is LogitsProcessorList else [logits_processor]
     has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    text = input_ids.new_empty((batch, max_length))
-    text[:, :length] = input_ids
+    text = F.pad(input_ids, (0, min(FIRST_ROOM, max_length - length)))
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -390,10 +382,10 @@ def decode(
     decoder = None  # made when there is a second token to write
     while True:
         so_far = text[:, :length]
-        if batch > 1 and processors:
+        if batch > 1 and logits_processor:
             so_far = so_far.contiguous()  # as every processor knows it
         next_scores = logits
-        for process in processors:
+        for process in logits_processor:  # not by the list itself, which looks at each signature anew for each token
             next_scores = process(so_far, next_scores)
         if scores is not None:
             scores += (next_scores,)
@@ -406,6 +398,8 @@ def decode(
             next_tokens = torch.argmax(next_scores, dim=-1)
         if has_end:
             next_tokens = torch.where(unfinished, next_tokens, pad_token)
+        if length == text.shape[1]:
+            text = F.pad(text, (0, min(length, max_length - length)))
         text[:, length] = next_tokens
         length += 1
         if streamer is not None:
@@ -420,7 +414,7 @@ def decode(
             # The last token is never read.
             room = max_length - length
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
-            decoder = Decoder(model, model.decoding_step, cache, mask, position_ids, room)
+            decoder = Decoder(model, cache, mask, position_ids, room)
         with torch.inference_mode():
             logits = decoder.logits(next_tokens)
         logits = logits.to(copy=True, dtype=torch.float32)

@@ -43,7 +43,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .decoding import decode, decoding_step, obstacle
+from .decoding import decode, obstacle
 from .remote_code import AUTO_MAP, write_remote_code
 
 
@@ -416,7 +416,6 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.init_scale = math.sqrt(64 / config.hidden_size)
-        self.decoding_step: Callable = decoding_step
         self.post_init()
 
     @can_return_tuple
@@ -492,19 +491,15 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         )
 
 
-# What decoding.py reproduces. Not subclasses: they may do anything.
-PLAIN_MODULES = frozenset(
-    {
-        MiniForCausalLM,
-        MiniModel,
-        MiniDecoderLayer,
-        MiniAttention,
-        MiniMLP,
-        MiniRotaryEmbedding,
+# What decoding.py reproduces: classes, not subclasses, with the forward that they have here and now.
+PLAIN_MODULES: dict[type, Callable] = {
+    module_class: module_class.forward
+    for module_class in (
+        *(MiniForCausalLM, MiniModel, MiniDecoderLayer, MiniAttention, MiniMLP, MiniRotaryEmbedding),
         *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.ModuleList),
         *(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()),
-    }
-)
+    )
+}
 
 
 class MiniForSequenceClassification(GenericForSequenceClassification, MiniPreTrainedModel):

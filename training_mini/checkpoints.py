@@ -251,7 +251,8 @@ def check_state(
         )
     if changed := changes(state.architecture, architecture):
         raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {changed}.")
-    if changed := changes(state.methods, methods):
+    # A state of before methods were written down says nothing of them.
+    if state.methods and (changed := changes(state.methods, methods)):
         raise ValueError(
             f"The run in {str(run_folder)!r} cannot go on with other methods than it began with, for its checkpoint "
             f"has no state of them: {changed}."

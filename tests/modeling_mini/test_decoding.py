@@ -21,6 +21,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +150,9 @@ def test_random_models_and_requests_give_the_same(group: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+@pytest.mark.parametrize(
+    "name", ["tiny", "small", "medium", *(pytest.param(n, marks=pytest.mark.slow) for n in ("large", "gpt2"))]
+)
 @pytest.mark.parametrize("batch", [1, 4])
 def test_presets_give_the_same_bits(name: str, dtype: torch.dtype, batch: int, fast_calls: list[int]) -> None:
     model = MiniForCausalLM(MiniConfig.preset(name)).eval().to(dtype)
@@ -194,7 +198,7 @@ def test_greedy_text_equals_a_loop_without_a_cache(norm_type: str, padded: bool,
 
 
 def test_the_cache_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]) -> None:
-    monkeypatch.setattr(decoding, "FIRST_ROOM", 3)
+    monkeypatch.setattr(decoding, "FIRST_ROOM", 3)  # of the text too
     for rope in ({"rope_type": "default"}, {"rope_type": "dynamic", "factor": 2.0}):
         model = make_model(rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=16)
         ids = torch.randint(1, 97, (2, 5))
@@ -341,13 +345,13 @@ def parametrize(model: MiniForCausalLM) -> None:
 
 
 OBSTACLES_OF_MODELS = {
-    "hook": (add_hook, "has a hook"),
-    "forward": (replace_forward, "has a hook, or a forward"),
-    "layer": (replace_layer, "is a OtherLinear"),
+    "hook": (add_hook, "model.layers.1 is not a plain MiniDecoderLayer"),
+    "forward": (replace_forward, "model.layers.0.mlp is not a plain MiniMLP"),
+    "layer": (replace_layer, "model.layers.0.mlp.up_proj is not a plain OtherLinear"),
     "training": (lambda model: model.train(), "training mode"),
     "eager attention": (lambda model: model.set_attn_implementation("eager"), "not sdpa"),
     "types": (mix_types, "several types"),
-    "parametrization": (parametrize, "model.layers.0.mlp.up_proj is a "),
+    "parametrization": (parametrize, "model.layers.0.mlp.up_proj is not a plain Parametrized"),
 }
 
 
@@ -381,6 +385,38 @@ def test_requests_that_take_the_loop_of_transformers(request_: dict[str, Any], f
     assert not fast_calls
     model.generate(ids, max_new_tokens=3, do_sample=False)
     assert fast_calls
+
+
+def test_a_patched_class_or_attention_takes_the_loop_of_transformers(
+    monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]
+) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (1, 5))
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_mini.MiniMLP, "forward", lambda self, states: torch.zeros_like(states))
+        assert "model.layers.0.mlp is not a plain MiniMLP" in decoding.obstacle_of_model(
+            model, modeling_mini.PLAIN_MODULES
+        )
+        model.generate(ids, max_new_tokens=3)
+    with monkeypatch.context() as patch:
+        attention = lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs)  # noqa: E731
+        patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attention)
+        model.generate(ids, max_new_tokens=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.generate(ids, max_new_tokens=3)
+    hook = nn.modules.module.register_module_forward_hook(lambda module, args, output: output)
+    model.generate(ids, max_new_tokens=3)
+    hook.remove()
+    assert not fast_calls
+    model.generate(ids, max_new_tokens=3)
+    assert fast_calls
+
+
+def test_a_limit_beyond_any_memory(fast_calls: list[int]) -> None:
+    """Until the model ends its text: room is taken as the text grows."""
+    model, ids = make_model(), torch.randint(1, 97, (1, 5))
+    first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
+    output = model.generate(ids, max_new_tokens=10**12, do_sample=False, eos_token_id=first)
+    assert output.shape == (1, 6) and len(fast_calls) == 2
 
 
 def test_embeddings_in_place_of_ids_take_the_loop_of_transformers(fast_calls: list[int]) -> None:
