@@ -3,14 +3,16 @@
 import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from accelerate.utils import set_seed
 from entry_points_mini import one_sentence_errors
-from modeling_mini.loading import find_checkpoint, load_checkpoint
-from transformers import PreTrainedTokenizerBase, set_seed
+from modeling_mini.loading import load_assistant, load_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .arguments import GenerationArguments, parse_arguments
+from .batch_file import BatchFile
 from .interactive import converse, print_notice, write_to_terminal
-from .writing import CharacterStreamer, write_on
+from .writing import CharacterStreamer, Stopwatch, write_on
 
 
 def main() -> None:
@@ -21,31 +23,55 @@ def main() -> None:
 def run(arguments: GenerationArguments) -> None:
     """Loads the model and writes."""
     logging.disable_progress_bar()
-    checkpoint = find_checkpoint(arguments.model)
-    model, tokenizer = load_checkpoint(checkpoint, arguments.trust_remote_code)
+    # bitsandbytes, which peft imports, warns on every CPU that it does without a kernel of a further library.
+    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    batch_file = None
+    if arguments.batch_file is not None:
+        batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
+    model, tokenizer = load_model(arguments.model, adapter=arguments.adapter, **arguments.loading())
     if arguments.seed is not None:
         set_seed(arguments.seed)
-    if arguments.interactive:
-        converse(model, tokenizer, arguments)
-        return
+    assistant = None
+    if arguments.assistant is not None:
+        assistant = load_assistant(arguments.assistant, model, tokenizer, arguments.trust_remote_code)
+    if batch_file is not None:
+        batch_file.write(model, tokenizer, print_notice)
+    elif arguments.interactive:
+        converse(model, tokenizer, arguments, assistant)
+    else:
+        write_once(model, tokenizer, arguments, assistant)
+
+
+def write_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: GenerationArguments,
+    assistant: PreTrainedModel | None,
+) -> None:
+    """Continues one prompt on standard output."""
     prompt = arguments.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read()
     prompt_ids = tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids:
         print_notice(f"The model does not know {unknown_characters(tokenizer, prompt)}, and reads <|unk|> instead.")
+    streamer = None
     if arguments.stream:
         write_to_terminal(prompt)
-        streamer = CharacterStreamer(tokenizer, write_to_terminal)
-        write_on(model, tokenizer, prompt_ids, arguments, print_notice, streamer)
+        streamer = CharacterStreamer(tokenizer, write_to_terminal, arguments.stop)
+    stopwatch = Stopwatch() if arguments.stats else None
+    results = write_on(model, tokenizer, [prompt_ids], arguments, print_notice, streamer, stopwatch, assistant)
+    statistics = stopwatch.summary(sum(len(result.ids) for result in results)) if stopwatch else None
+    if streamer is not None:
         streamer.finish()
         print()
-        return
-    sequences = write_on(model, tokenizer, prompt_ids, arguments, print_notice)
-    for number, ids in enumerate(sequences, start=1):
-        if len(sequences) > 1:
-            print(f"--- {number} ---")
-        print(prompt + tokenizer.decode(ids, skip_special_tokens=True))
+    else:
+        for number, result in enumerate(results, start=1):
+            if len(results) > 1:
+                print(f"--- {number} ---")
+            print(prompt + result.text)
+    if statistics:
+        print_notice(statistics)
 
 
 def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:

@@ -1,8 +1,39 @@
 """The settings of generation: fields are the flags of `generate.py`."""
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
 
+import torch
 from entry_points_mini import ArgumentParser, option
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# What each number must be; a setting that is not given (`None`) is the model's own.
+RULES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "max_new_tokens": (lambda value: value >= 1, "at least 1"),
+    "min_new_tokens": (lambda value: value >= 0, "at least 0"),
+    "temperature": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
+    "top_k": (lambda value: value >= 0, "at least 0"),
+    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
+    "top_h": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "typical_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
+    "epsilon_cutoff": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "eta_cutoff": (lambda value: 0 <= value < 1, "in [0, 1)"),
+    "repetition_penalty": (lambda value: 0 < value < math.inf, "above 0 and finite"),
+    "no_repeat_ngram_size": (lambda value: value >= 0, "at least 0"),
+    "num_beams": (lambda value: value >= 1, "at least 1"),
+    "num_return_sequences": (lambda value: value >= 1, "at least 1"),
+    "batch_size": (lambda value: value >= 1, "at least 1"),
+}
+# A value for one of these asks for sampling; the numbers turn each off, as greedy decoding needs it.
+SAMPLING: dict[str, float | None] = {
+    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
+    "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+# These hold for sampling and greedy decoding alike.
+SHAPING = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 
 
 @dataclass
@@ -12,27 +43,83 @@ class GenerationArguments:
     model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
     prompt: str | None = option(None, "text to continue (default: standard input when it is a pipe, else nothing)")
     max_new_tokens: int = option(200, "tokens to write at most", aliases=["--max_tokens"])
+    min_new_tokens: int = option(0, "tokens to write before the text may end")
     temperature: float | None = option(None, "0 takes the likeliest token always (default: the model's)")
     top_k: int | None = option(None, "sample among the k likeliest; 0 turns it off (default: the model's)")
     top_p: float | None = option(None, "sample among the likeliest that hold this mass (default: the model's)")
+    min_p: float | None = option(None, "sample among those at least this share as likely as the likeliest")
+    top_h: float | None = option(None, "sample among the likeliest that hold this share of the entropy")
+    typical_p: float | None = option(None, "sample among the most typical that hold this mass")
+    epsilon_cutoff: float | None = option(None, "never sample what is less likely than this")
+    eta_cutoff: float | None = option(None, "the same, lower where the model is unsure")
+    repetition_penalty: float | None = option(None, "above 1 makes what is there already less likely")
+    no_repeat_ngram_size: int | None = option(None, "so many tokens in a row never come twice")
+    num_beams: int | None = option(None, "search for the likeliest text with so many beams, instead of sampling")
+    stop: list[str] = option([], "end before any of these strings")
     seed: int | None = option(None, "makes the same call write the same text")
-    num_return_sequences: int = option(1, "number of texts")
+    num_return_sequences: int = option(1, "number of texts for a prompt")
     stream: bool = option(False, "print each character as it is written")
     interactive: bool = option(False, "a conversation; /help lists its commands")
+    batch_file: str | None = option(None, "prompts to continue: a line each, or .jsonl with the field 'prompt'")
+    output: str | None = option(None, ".jsonl for the texts of --batch_file; the same call again goes on with it")
+    batch_size: int = option(32, "prompts of --batch_file at once")
+    stats: bool = option(False, "say how fast it was")
+    assistant: str | None = option(None, "smaller model of the same tokenizer that drafts (assisted decoding)")
+    adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")
+    dtype: str = option("auto", f"of the weights: {', '.join(DTYPES)} (as they were saved)")
+    device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    load_in_8bit: bool = option(False, "quantize to INT8 through bitsandbytes")
+    load_in_4bit: bool = option(False, "quantize to INT4 (nf4, double quantization) through bitsandbytes")
     trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
 
     def __post_init__(self) -> None:
-        if self.num_return_sequences > 1 and (self.stream or self.interactive):
-            raise ValueError("num_return_sequences must be 1 with --stream and --interactive.")
-        for name in ("max_new_tokens", "num_return_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must not be negative, got {self.temperature}.")
-        if self.top_k is not None and self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        for name, (is_right, what) in RULES.items():
+            value = getattr(self, name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"{name} must be {what}, got {value}.")
+        if "" in self.stop:
+            raise ValueError("stop must not hold an empty string.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        has_one_text = "num_return_sequences must be 1 with --stream, --interactive and --assistant."
+        if self.num_return_sequences > 1 and (self.stream or self.interactive or self.assistant):
+            raise ValueError(has_one_text)
+        if (self.batch_file is None) != (self.output is None):
+            raise ValueError("batch_file and output belong together: prompts from one, texts into the other.")
+        if self.batch_file is not None and (self.prompt is not None or self.stream or self.interactive):
+            raise ValueError("batch_file goes with none of --prompt, --stream and --interactive.")
+        if self.assistant is not None and self.batch_file is not None:
+            raise ValueError("assistant drafts for one text at a time, and not for --batch_file.")
+        if (self.num_beams or 1) > 1:
+            if self.stream or self.interactive or self.stop or self.assistant:
+                raise ValueError(
+                    "num_beams goes with none of --stream, --interactive, --stop and --assistant: several texts are "
+                    "under way until the end."
+                )
+            if self.num_return_sequences > self.num_beams:
+                raise ValueError(
+                    f"num_return_sequences ({self.num_return_sequences}) must not exceed num_beams ({self.num_beams})."
+                )
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
+
+    def loading(self) -> dict[str, Any]:
+        """The arguments of `load_checkpoint` that come from flags."""
+        return {
+            "trust_remote_code": self.trust_remote_code,
+            "dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
+            "device": self.device,
+            "quantization": "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None,
+        }
+
+    def changed(self) -> dict[str, Any]:
+        """What differs from the defaults, by flag."""
+        defaults = GenerationArguments()
+        pairs = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in pairs if value != getattr(defaults, name)}
 
 
 def parse_arguments(argv: list[str]) -> GenerationArguments:

@@ -13,17 +13,29 @@ import sys
 from configuration_mini import nearest_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .arguments import GenerationArguments
-from .writing import CharacterStreamer, write_on
+from .arguments import SAMPLING, GenerationArguments
+from .writing import CharacterStreamer, Stopwatch, write_on
 
-HELP = """\
+SETTINGS: dict[str, type] = {
+    name: int if "int" in str(GenerationArguments.__annotations__[name]) else float
+    for name in ("max_new_tokens", "min_new_tokens", *SAMPLING, "repetition_penalty", "no_repeat_ngram_size")
+}
+HELP = f"""\
 /help                  this list
 /reset                 forget everything said so far
-/set NAME VALUE        change a setting: temperature, top_k, top_p, max_new_tokens
+/set NAME VALUE        change a setting; the value 'default' is the model's own
 /settings              show the settings
 /quit                  end (so does Ctrl-D)
-Ctrl-C                 stop the answer"""
-SETTINGS = {"temperature": float, "top_k": int, "top_p": float, "max_new_tokens": int}
+Ctrl-C                 stop the answer
+The settings are {", ".join(SETTINGS)}."""
+
+
+@dataclasses.dataclass
+class Turn:
+    """What the user said, and what the model answered."""
+
+    said: str
+    answer: str | None = None
 
 
 class Conversation:
@@ -33,31 +45,50 @@ class Conversation:
         end_ids = model.generation_config.eos_token_id
         end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
         self.tokenizer = tokenizer
+        self.context = model.config.max_position_embeddings
         self.is_chat = tokenizer.chat_template is not None and tokenizer.convert_tokens_to_ids("<|end|>") in end_ids
-        self.messages: list[dict[str, str]] = []
-        self.text = ""
+        self.turns: list[Turn] = []
 
-    def prompt_ids(self, said: str) -> list[int]:
-        """The ids to continue after the user has said something."""
-        if self.is_chat:
-            self.messages.append({"role": "user", "content": said})
-            return self.tokenizer.apply_chat_template(
-                self.messages, add_generation_prompt=True, return_dict=True
-            ).input_ids
-        self.text += said
-        return self.tokenizer(self.text, verbose=False).input_ids
+    def say(self, said: str, room: int) -> tuple[list[int], int]:
+        """
+        The ids to continue after the user has said something, and how many turns were forgotten for it: the oldest
+        leave until there are `room` tokens for the answer, or half a context if that is less.
+        """
+        self.turns.append(Turn(said))
+        room = min(room, self.context // 2)
+        forgotten = 0
+        while len(ids := self.ids()) > self.context - room and len(self.turns) > 1:
+            del self.turns[0]
+            forgotten += 1
+        return ids, forgotten
+
+    def ids(self) -> list[int]:
+        """Everything said so far, as the model reads it."""
+        if not self.is_chat:
+            text = "".join(turn.said + (f"{turn.answer}\n" if turn.answer is not None else "") for turn in self.turns)
+            return self.tokenizer(text, verbose=False).input_ids
+        messages = []
+        for turn in self.turns:
+            messages.append({"role": "user", "content": turn.said})
+            if turn.answer is not None:
+                messages.append({"role": "assistant", "content": turn.answer})
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
 
     def add_answer(self, answer: str) -> None:
-        if self.is_chat:
-            self.messages.append({"role": "assistant", "content": answer})
-        else:
-            self.text += answer + "\n"
+        """What the model said in its turn."""
+        self.turns[-1].answer = answer
 
     def reset(self) -> None:
-        self.messages, self.text = [], ""
+        """Forgets all turns."""
+        self.turns = []
 
 
-def converse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: GenerationArguments) -> None:
+def converse(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: GenerationArguments,
+    assistant: PreTrainedModel | None = None,
+) -> None:
     """Reads lines and answers them until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (line editing and history come with the import)
@@ -78,7 +109,7 @@ def converse(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, argumen
                 return
             print(command(line, conversation, arguments))
         elif line:
-            answer(model, tokenizer, conversation, line, arguments)
+            answer(model, tokenizer, conversation, line, arguments, assistant)
 
 
 def answer(
@@ -87,6 +118,7 @@ def answer(
     conversation: Conversation,
     said: str,
     arguments: GenerationArguments,
+    assistant: PreTrainedModel | None = None,
 ) -> None:
     """Writes one answer; Ctrl-C ends the answer, and what was written stays in the history."""
     interrupted = False
@@ -101,16 +133,23 @@ def answer(
             raise KeyboardInterrupt
         write_to_terminal(piece)
 
-    streamer = CharacterStreamer(tokenizer, write)
+    ids, forgotten = conversation.say(said, arguments.max_new_tokens)
+    if forgotten:
+        turns = "turn does" if forgotten == 1 else f"{forgotten} turns do"
+        print_notice(f"The oldest {turns} not fit the context of {conversation.context} tokens, and left.")
+    streamer = CharacterStreamer(tokenizer, write, arguments.stop)
+    stopwatch = Stopwatch() if arguments.stats else None
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            write_on(model, tokenizer, conversation.prompt_ids(said), arguments, print_notice, streamer)
+            write_on(model, tokenizer, [ids], arguments, print_notice, streamer, stopwatch, assistant)
     finally:
         signal.signal(signal.SIGINT, previous)
     interrupted = False
     streamer.finish()
     print()
+    if stopwatch is not None:
+        print_notice(stopwatch.summary(len(streamer.followed.ids)))
     conversation.add_answer(streamer.text)
 
 
@@ -136,15 +175,16 @@ def change_setting(words: list[str], arguments: GenerationArguments) -> str:
         return f"Say /set NAME VALUE with one of {', '.join(SETTINGS)}."
     name, text = words
     try:
-        value = SETTINGS[name](text)
+        has_default = getattr(GenerationArguments, name) is None
+        value = None if has_default and text == "default" else SETTINGS[name](text)
     except ValueError:
-        return f"{name} must be a number, got {text!r}."
+        return f"{name} must be a {'whole ' if SETTINGS[name] is int else ''}number, got {text!r}."
     try:
         dataclasses.replace(arguments, **{name: value})  # runs the checks
     except ValueError as error:
         return str(error)
     setattr(arguments, name, value)
-    return f"{name} = {value}"
+    return f"{name} = {'the default of the model' if value is None else value}"
 
 
 def write_to_terminal(piece: str) -> None:

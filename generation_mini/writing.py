@@ -1,118 +1,254 @@
-"""Continuing a text, beyond the context if need be, as a whole or character by character."""
+"""Continuing texts, beyond the context if need be, as a whole or character by character."""
 
 import copy
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from tokenizers.decoders import DecodeStream
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from .arguments import GenerationArguments
+from .arguments import SAMPLING, SHAPING, GenerationArguments
+
+
+class TextOfTokens:
+    """
+    The text of one sequence, as its tokens come: each character as soon as it is complete, never half a UTF-8
+    character. All the pieces together equal `tokenizer.decode` of all the ids, up to the stop string that is complete
+    first; what may be the beginning of one is held back until it is known.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.ids: list[int] = []
+        self.text = ""
+        self.is_stopped = False
+        self._held = ""
+        self._decoded = 0
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token_id: int) -> str:
+        """What can be shown after one more token."""
+        if self.is_stopped:
+            return ""
+        self.ids.append(token_id)
+        piece = self._stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        self._decoded += len(piece)
+        return self._show(piece) if piece else ""
+
+    def finish(self) -> str:
+        """What was held back: the beginning of no stop string, and an incomplete character as U+FFFD."""
+        if self.is_stopped:
+            return ""
+        rest = self.tokenizer.decode(self.ids, skip_special_tokens=True)[self._decoded :]
+        self._decoded += len(rest)
+        shown = self._show(rest)
+        if not self.is_stopped:
+            self.text += self._held
+            shown, self._held = shown + self._held, ""
+        return shown
+
+    def _show(self, piece: str) -> str:
+        self._held += piece
+        places = ((stop, self._held.find(stop)) for stop in self.stop)
+        # The one that is complete first, so that it does not depend on how the text falls into pieces.
+        found = [(place + len(stop), place) for stop, place in places if place >= 0]
+        if found:
+            shown, self.is_stopped = self._held[: min(found)[1]], True
+        else:
+            longest = max((len(stop) - 1 for stop in self.stop), default=0)
+            ends = (self._held[len(self._held) - n :] for n in range(min(longest, len(self._held)), 0, -1))
+            held = next((end for end in ends if any(stop.startswith(end) for stop in self.stop)), "")
+            shown = self._held[: len(self._held) - len(held)]
+        self._held = self._held[len(shown) :]
+        self.text += shown
+        return shown
 
 
 class CharacterStreamer(BaseStreamer):
-    """
-    Hands on the text of one sequence as it is generated: each character as soon as it is complete, never half a UTF-8
-    character. All the pieces together equal `tokenizer.decode` of all the ids.
-    """
+    """Hands on the text of one sequence as it is generated, as `TextOfTokens` shows it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stop: Sequence[str] = ()
+    ) -> None:
+        self.followed = TextOfTokens(tokenizer, stop)
         self.write = write
-        self.ids: list[int] = []
-        self.text = ""
-        self._stream = DecodeStream(skip_special_tokens=True)
         self._prompt_is_next = True
 
+    @property
+    def text(self) -> str:
+        """All that was written."""
+        return self.followed.text
+
     def put(self, value: torch.Tensor) -> None:
-        """Called by `generate` with the prompt, `(1, length)`, and then with each token, `(1,)`."""
+        """Called by `generate` with the prompt, `(1, length)`, and then with new tokens, `(1,)` or more."""
         if self._prompt_is_next:
             self._prompt_is_next = False
             return
         for token_id in value.flatten().tolist():
-            self.ids.append(token_id)
-            if piece := self._stream.step(self.tokenizer.backend_tokenizer, token_id):
-                self._emit(piece)
+            if piece := self.followed.add(token_id):
+                self.write(piece)
 
     def end(self) -> None:
         """Called at the end of each `generate`; another one, with a longer prompt, may follow."""
         self._prompt_is_next = True
 
     def finish(self) -> None:
-        """Writes what the stream held back: an incomplete character, as U+FFFD."""
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        if rest := text[len(self.text) :]:
-            self._emit(rest)
+        """Writes what was held back."""
+        if piece := self.followed.finish():
+            self.write(piece)
 
-    def _emit(self, piece: str) -> None:
-        self.text += piece
-        self.write(piece)
+
+class StopStrings(StoppingCriteria):
+    """Ends a row when its text holds a stop string. Reads the characters, so that any tokenizer ends at the same."""
+
+    def __init__(self, texts: list[TextOfTokens], length: int) -> None:
+        self.texts = texts
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: object) -> torch.Tensor:
+        for text, new_ids in zip(self.texts, input_ids[:, self.length :].tolist(), strict=True):
+            for token_id in new_ids:
+                text.add(token_id)
+        self.length = input_ids.shape[1]
+        return torch.tensor([text.is_stopped for text in self.texts], device=input_ids.device)
+
+
+@dataclass
+class Stopwatch(StoppingCriteria):
+    """Looks at the clock when the first token is there; ends nothing."""
+
+    started: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: object) -> torch.Tensor:
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def summary(self, tokens: int) -> str:
+        """One sentence about `tokens` that were written until now."""
+        seconds = time.perf_counter() - self.started
+        first = (
+            "" if self.first_token is None else f", the first after {1000 * (self.first_token - self.started):.0f} ms"
+        )
+        return f"{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s{first}."
+
+
+@dataclass
+class Continuation:
+    """
+    What was written after a prompt.
+
+    `ended_by` is "end" where the model ended the text, "stop" before a stop string, and "length" at `max_new_tokens`.
+    The token that ends a text is not among the ids; those of a stop string are.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    ended_by: str = "length"
 
 
 def generation_config(model: PreTrainedModel, arguments: GenerationArguments) -> GenerationConfig:
     """The model's own settings with those of the user over them."""
     config = copy.deepcopy(model.generation_config)
-    for name in ("temperature", "top_k", "top_p"):
-        if getattr(arguments, name) is not None:
-            setattr(config, name, getattr(arguments, name))
-            config.do_sample = True
+    asked = [name for name in SAMPLING if getattr(arguments, name) is not None]
+    for name in (*asked, *(name for name in SHAPING if getattr(arguments, name) is not None)):
+        setattr(config, name, getattr(arguments, name))
+    if asked:
+        config.do_sample = True
+    elif (arguments.num_beams or 1) > 1:
+        config.do_sample = False
     if config.temperature == 0:
         config.do_sample = False
-        # The neutral values: with others, transformers warns that greedy decoding ignores them.
-        config.temperature, config.top_p, config.top_k = 1.0, 1.0, 50
+    if not config.do_sample:
+        # With other values than the neutral ones, transformers warns that greedy decoding ignores them.
+        for name, neutral in SAMPLING.items():
+            setattr(config, name, neutral)
     return config
 
 
 def write_on(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: list[int],
+    prompts: list[list[int]],
     arguments: GenerationArguments,
     notify: Callable[[str], None],
     streamer: CharacterStreamer | None = None,
-) -> list[list[int]]:
+    stopwatch: Stopwatch | None = None,
+    assistant: PreTrainedModel | None = None,
+) -> list[Continuation]:
     """
-    Continues `prompt_ids` in `num_return_sequences` ways, with a KV cache.
+    Continues each prompt, a list of ids, in `num_return_sequences` ways, all of them as one batch with a KV cache.
 
     A model knows as many positions as its context has. When they are full, the last half of them becomes the prompt of
     a new window: text goes on at any length, and each token still sees at least half a context.
 
     Args:
-        notify: receives one sentence when a part of the prompt has to go.
+        notify: receives one sentence when a part of a prompt has to go.
+        streamer: for one prompt and one text; the caller makes it with the same stop strings.
 
     Returns:
-        The new ids of each sequence, without the token that ended it.
+        `num_return_sequences` continuations of the first prompt, then those of the next, and so on.
     """
     context = model.config.max_position_embeddings
     config = generation_config(model, arguments)
     end_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     keep = max(1, context // 2)
-    if len(prompt_ids) >= context:
+    longest = max(map(len, prompts))
+    if longest >= context:
         notify(
-            f"The prompt has {len(prompt_ids)} tokens and the context {context}: only the last {keep - len(start)} "
+            f"The prompt has {longest} tokens and the context {context}: only the last {keep - len(start)} "
             f"tokens of the prompt are used."
         )
-    finished: list[list[int]] = [[] for _ in range(arguments.num_return_sequences)]
-    writing = {i: list(prompt_ids) for i in range(arguments.num_return_sequences)}
+    ways = arguments.num_return_sequences
+    results = [Continuation() for _ in range(ways * len(prompts))]
+    texts = [TextOfTokens(tokenizer, arguments.stop) for _ in results]
+    writing = {i: list(prompts[i // ways]) for i in range(len(results))}
+    # Beams of one prompt compete, so their number is part of the first window; after it, each text goes on alone.
+    config.num_return_sequences = ways if (config.num_beams or 1) > 1 else 1
     written = 0
     while writing and written < arguments.max_new_tokens:
         for i, ids in writing.items():
             if len(ids) >= context:
                 writing[i] = start + ids[len(ids) - (keep - len(start)) :]
-        inputs = torch.tensor(list(writing.values()), device=model.device)
-        config.max_new_tokens = min(context - inputs.shape[1], arguments.max_new_tokens - written)
+        rows = list(writing.values())[:: config.num_return_sequences]
+        length = max(map(len, rows))
+        inputs = torch.tensor([[tokenizer.pad_token_id or 0] * (length - len(ids)) + ids for ids in rows])
+        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows])
+        config.max_new_tokens = min(context - length, arguments.max_new_tokens - written)
+        config.min_new_tokens = min(config.max_new_tokens, max(0, arguments.min_new_tokens - written)) or None
+        criteria: list[StoppingCriteria] = [stopwatch] if stopwatch is not None else []
+        if arguments.stop:
+            criteria.append(StopStrings([texts[i] for i in writing], length))
         with torch.inference_mode():
             output = model.generate(
-                inputs, attention_mask=torch.ones_like(inputs), generation_config=config, streamer=streamer
-            )
+                inputs=inputs.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
+                streamer=streamer, stopping_criteria=criteria, assistant_model=assistant,
+            )  # fmt: skip
         written += config.max_new_tokens
-        for i, new_ids in zip(list(writing), output[:, inputs.shape[1] :].tolist(), strict=True):
+        config.num_return_sequences = 1
+        for i, new_ids in zip(list(writing), output[:, length:].tolist(), strict=True):
             end = next((k for k, token_id in enumerate(new_ids) if token_id in end_ids), None)
-            finished[i] += new_ids[:end]
+            stopped = texts[i].is_stopped
+            if stopped:
+                # Its ids are those that were read before it stopped; after them comes padding.
+                end = len(texts[i].ids) - len(results[i].ids)
+            results[i].ids += new_ids[:end]
             if end is not None:
+                results[i].ended_by = "stop" if stopped else "end"
                 del writing[i]
             else:
                 writing[i] += new_ids
-    return finished
+    for result, text in zip(results, texts, strict=True):
+        if not arguments.stop:
+            text.ids = result.ids
+        text.finish()
+        result.text = text.text
+        if text.is_stopped:
+            result.ended_by = "stop"
+    return results

@@ -1,67 +1,190 @@
 """From what a user calls a model to a model and its tokenizer."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .quantization import quantization_config
 
 RUNS_FOLDER = Path("runs")
 # In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
 CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 
 def find_checkpoint(model: str | None) -> str:
     """
-    The checkpoint folder, or Hub name, that `--model` means.
+    The checkpoint folder, adapter folder or Hub name that `--model` means.
 
     Raises:
         ValueError: if there is none.
     """
     if model is None:
-        folders = [
-            path.parent for run in RUNS_FOLDER.glob("*") for name in CHECKPOINTS_OF_A_RUN
-            for path in run.glob(f"{name}/config.json")
+        configs = [
+            path for run in RUNS_FOLDER.glob("*") for name in CHECKPOINTS_OF_A_RUN
+            for config in (MODEL_CONFIG, ADAPTER_CONFIG) for path in run.glob(f"{name}/{config}")
         ]  # fmt: skip
-        if not folders:
+        if not configs:
             raise ValueError(f"There is no trained model under {RUNS_FOLDER}/: train one first, or name it by --model.")
-        newest_run = max(folders, key=lambda folder: (folder / "config.json").stat().st_mtime).parent
+        newest_run = max(configs, key=lambda path: path.stat().st_mtime).parent.parent
         return find_checkpoint(str(newest_run))
     folder = Path(model)
     if not folder.exists():
         if model.count("/") == 1 and not model.startswith(".") and not folder.parent.is_dir():
             return model
         raise ValueError(f"There is no run or checkpoint folder {model!r}.")
-    if (folder / "config.json").is_file():
-        return model
-    for name in CHECKPOINTS_OF_A_RUN:
-        if (folder / name / "config.json").is_file():
-            return str(folder / name)
+    for place in (folder, *(folder / name for name in CHECKPOINTS_OF_A_RUN)):
+        if (place / MODEL_CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+            return model if place == folder else str(place)
     if (folder / "trainer_state.json").is_file():
         raise ValueError(f"{model!r} is a state to resume training from; name its run, or the folder best or final.")
     raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
 
 
-def load_checkpoint(
-    name_or_path: str, trust_remote_code: bool = False
+def load_model(
+    model: str | None, adapter: str | None = None, **loading: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    The model, in evaluation mode and on a GPU if there is one, and the tokenizer.
+    What `--model` and `--adapter` mean, ready to write. A folder of an adapter brings the name of its base with it.
+
+    Args:
+        loading: passed to `load_checkpoint`.
 
     Raises:
-        ValueError: if a file is missing or damaged, naming it.
+        ValueError: if something is missing, damaged, or does not belong together.
     """
+    checkpoint = find_checkpoint(model) if model is not None or adapter is None else None
+    if checkpoint is not None and not (Path(checkpoint) / MODEL_CONFIG).is_file() and Path(checkpoint).is_dir():
+        if adapter is not None:
+            raise ValueError(f"model {model!r} is an adapter itself, so --adapter cannot be given too.")
+        checkpoint, adapter = None, checkpoint
+    if adapter is not None and Path(adapter).is_dir():
+        adapter = find_checkpoint(adapter)
+    if checkpoint is None:
+        checkpoint = find_checkpoint(base_of_adapter(adapter))
+    base, tokenizer = load_checkpoint(checkpoint, **loading)
+    return (base if adapter is None else with_adapter(base, adapter)), tokenizer
+
+
+def load_checkpoint(
+    name_or_path: str,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    quantization: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The model in evaluation mode, and the tokenizer.
+
+    Args:
+        dtype: of the weights; "auto" as they were saved.
+        device: a GPU if there is one, when absent.
+        quantization: "8bit" or "4bit", see `quantization_config`.
+
+    Raises:
+        ValueError: if a file is missing or damaged, naming it, or the device is not there.
+    """
+    place = existing_device(device)
     folder = Path(name_or_path)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
             raise ValueError(f"{name_or_path!r} has no weights: model.safetensors is missing.")
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{name_or_path!r} has no tokenizer: tokenizer.json is missing.")
+    options: dict[str, Any] = {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        if quantization is not None:
+            options["quantization_config"] = quantization_config(quantization, config)
+        if quantization is not None or getattr(config, "quantization_config", None) is not None:
+            options["device_map"] = {"": place}  # quantized weights are made where they stay
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, **options
+        )
     except SafetensorError as error:
         raise ValueError(f"The weights in {name_or_path!r} are damaged or cut short ({error}).") from None
     except OSError as error:
         raise ValueError(f"No model could be loaded from {name_or_path!r}: {error}") from None
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return (model if options else model.to(place)).eval(), tokenizer
+
+
+def load_assistant(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """
+    A model that drafts for another one.
+
+    Raises:
+        ValueError: if it has another vocabulary.
+    """
+    assistant, its_tokenizer = load_checkpoint(find_checkpoint(name), trust_remote_code, device=str(model.device))
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"assistant {name!r} has another tokenizer than the model: it cannot draft for it.")
+    return assistant
+
+
+def existing_device(name: str | None) -> torch.device:
+    """
+    The device of that name; without a name, a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        raise ValueError(f"There is no device {name!r} here; there is {', '.join(there)}.") from None
+    if device.type == "meta":
+        raise ValueError("The device 'meta' holds no numbers.")
+    return device
+
+
+def base_of_adapter(adapter: str) -> str:
+    """The model that an adapter says it was trained on."""
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (OSError, ValueError, TypeError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"No adapter could be loaded from {adapter!r}: {detail}") from None
+    if not base:
+        raise ValueError(f"The adapter {adapter!r} does not say which model it belongs to: name that by --model.")
+    return base
+
+
+def with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """
+    A model with an adapter in it: merged into the weights, which costs nothing while writing, or beside them where they
+    are quantized.
+
+    Raises:
+        ValueError: if the adapter cannot be read, or does not fit the model.
+    """
+    from peft import PeftModel
+
+    base = base_of_adapter(adapter)
+    try:
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft asks by a name of yesterday
+            adapted = PeftModel.from_pretrained(model, adapter)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of the adapter {adapter!r} are damaged or cut short ({error}).") from None
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"The adapter {adapter!r}, which was trained on {base!r}, does not fit {model.name_or_path!r}: {detail}"
+        ) from None
+    if getattr(model, "is_quantized", False):
+        return adapted.eval()
+    return adapted.merge_and_unload().eval()

@@ -2,14 +2,21 @@
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 
+import bitsandbytes
+import peft
 import pexpect
 import pytest
+import torch
 from conftest import ROOT, run_program
+from modeling_mini import MiniConfig, MiniForCausalLM
+from modeling_mini.loading import load_model
 from test_train_accelerate import one_sentence
+from tokenization import CharTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -108,6 +115,103 @@ def test_model_of_a_run_that_died_while_replacing_its_best(broken, quick_run: Pa
     assert generate(run, "--max_tokens", 3, input="a").returncode == 0
 
 
+def test_stop_and_stats(quick_run: Path) -> None:
+    plain = generate(quick_run, "--prompt", "the ", "--temperature", 0, "--max_tokens", 60)
+    stop = plain.stdout[30:33]
+    for stream in ([], ["--stream"]):
+        result = generate(
+            quick_run, "--prompt", "the ", "--temperature", 0, "--max_tokens", 60, "--stop", stop, "--stats", *stream
+        )
+        assert result.stdout == plain.stdout[: plain.stdout.index(stop, 4)] + "\n"
+        assert re.fullmatch(r"\(\d+ tokens in [\d.]+ s: [\d,]+ tokens/s, the first after \d+ ms\.\)\n", result.stderr)
+
+
+def test_assistant_drafts_and_changes_nothing(quick_run: Path, tmp_path: Path) -> None:
+    arguments = ("--prompt", "the ", "--temperature", 0, "--max_tokens", 100)
+    plain = generate(quick_run, *arguments)
+    for stream in ([], ["--stream"]):
+        assert generate(quick_run, *arguments, "--assistant", quick_run / "final", *stream).stdout == plain.stdout
+    CharTokenizer.from_text("abc").save_pretrained(tmp_path / "other")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(quick_run / "best" / name, tmp_path / "other")
+    assert "has another tokenizer than the model" in one_sentence(
+        generate(quick_run, *arguments, "--assistant", tmp_path / "other")
+    )
+
+
+def test_dtype_and_device(quick_run: Path) -> None:
+    model, _ = load_model(str(quick_run), dtype=torch.bfloat16, device="cpu")
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    arguments = ("--prompt", "the ", "--max_tokens", 20, "--temperature", 0)
+    plain = generate(quick_run, *arguments)
+    result = generate(quick_run, *arguments, "--dtype", "bfloat16", "--device", "cpu")
+    assert result.returncode == 0 and result.stdout[:10] == plain.stdout[:10]
+    assert "There is no device 'cuda:99' here; there is cpu" in one_sentence(generate(quick_run, "--device", "cuda:99"))
+    assert "There is no device 'gpu' here" in one_sentence(generate(quick_run, "--device", "gpu"))
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_quantized(quick_run: Path, kind: str) -> None:
+    model, _ = load_model(str(quick_run), quantization=kind)
+    layer = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}[kind]
+    assert type(model.model.layers[0].mlp.down_proj) is layer and type(model.lm_head) is torch.nn.Linear
+    result = generate(quick_run, "--prompt", "the ", "--max_tokens", 20, f"--load_in_{kind}")
+    assert result.returncode == 0 and result.stdout.startswith("the ") and len(result.stdout) > 10, result.stderr
+
+
+def test_int4_of_a_shape_that_would_be_wrong_is_refused(broken) -> None:
+    def change(folder: Path) -> None:
+        config = MiniConfig.preset("tiny", num_hidden_layers=1, intermediate_size=80)
+        MiniForCausalLM(config).save_pretrained(folder)
+
+    folder = broken(change)
+    sentence = one_sentence(generate(folder, "--load_in_4bit"))
+    assert (
+        "model.layers.0.mlp.gate_proj (80 x 128)" in sentence and "model.layers.0.mlp.down_proj (128 x 80)" in sentence
+    )
+    assert "q_proj" not in sentence
+    assert generate(folder, "--load_in_8bit", "--max_tokens", 3, input="a").returncode == 0
+
+
+@pytest.fixture(scope="module")
+def adapter(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter that makes a difference, and says which model it belongs to."""
+    folder = tmp_path_factory.mktemp("adapter") / "lora"
+    base = AutoModelForCausalLM.from_pretrained(quick_run / "best")
+    adapted = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "down_proj"], r=4, lora_alpha=16))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    adapted.save_pretrained(folder)
+    return folder
+
+
+def test_adapter(quick_run: Path, adapter: Path) -> None:
+    arguments = ("--prompt", "the ", "--max_tokens", 30, "--temperature", 0)
+    plain = generate(quick_run, *arguments).stdout
+    named = generate(quick_run, *arguments, "--adapter", adapter)
+    alone = generate(adapter, *arguments)
+    assert named.returncode == 0 and named.stderr == "", named.stderr
+    assert named.stdout == alone.stdout != plain
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(quick_run / "best")
+    output = model.generate(**tokenizer("the ", return_tensors="pt"), max_new_tokens=30, do_sample=False)
+    assert tokenizer.decode(output[0], skip_special_tokens=True) + "\n" == named.stdout
+    quantized = generate(quick_run, *arguments, "--adapter", adapter, "--load_in_4bit")
+    assert quantized.returncode == 0, quantized.stderr
+
+
+def test_adapter_that_does_not_fit(quick_run: Path, adapter: Path, broken, tmp_path: Path) -> None:
+    other = broken(
+        lambda folder: MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1)).save_pretrained(folder)
+    )
+    sentence = one_sentence(generate(other, "--adapter", adapter))
+    assert f"which was trained on {str(quick_run / 'best')!r}, does not fit {str(other)!r}" in sentence
+    assert "is an adapter itself" in one_sentence(generate(adapter, "--adapter", adapter))
+    assert "holds no trained model" in one_sentence(generate(quick_run, "--adapter", tmp_path))
+
+
 class Terminal:
     """The interactive mode on a pseudo-terminal."""
 
@@ -115,6 +219,7 @@ class Terminal:
         command = [str(ROOT / "generate.py"), "--model", str(run), "--interactive", *map(str, arguments)]
         self.process = pexpect.spawn(sys.executable, command, encoding="utf-8", timeout=60, dimensions=(50, 200))
         self.process.expect("Ctrl-D ends")
+        self.greeting = self.process.before
         self.prompt()
 
     def prompt(self) -> str:
@@ -129,12 +234,13 @@ class Terminal:
 
 def test_interactive(quick_run: Path) -> None:
     terminal = Terminal(quick_run, "--max_new_tokens", 20, "--seed", 0)
+    assert "continues what you write" in terminal.greeting
     assert len(terminal.say("the cat")) > len("the cat")
     help_text = terminal.say("/help")
     assert "/reset" in help_text and "Ctrl-C" in help_text
     assert "temperature = 0.7" in terminal.say("/set temperature 0.7")
     assert "top_p must be in (0, 1]" in terminal.say("/set top_p 7")
-    assert "max_new_tokens must be a number, got 'many'" in terminal.say("/set max_new_tokens many")
+    assert "max_new_tokens must be a whole number, got 'many'" in terminal.say("/set max_new_tokens many")
     assert "did you mean '/reset'?" in terminal.say("/rest")
     assert "forgotten" in terminal.say("/reset")
     settings = terminal.say("/settings")
@@ -159,3 +265,36 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(quick_run: Path) -> None:
     terminal.process.expect(pexpect.EOF)
     terminal.process.close()
     assert terminal.process.exitstatus == 0
+
+
+def test_lines_are_edited_and_remembered(quick_run: Path) -> None:
+    """By the keys that every shell has."""
+    up, left, home, backspace = "\x1b[A", "\x1b[D", "\x01", "\x7f"
+    terminal = Terminal(quick_run, "--max_new_tokens", 5)
+    assert "temperature = 0.7" in terminal.say("/set temperature 0.8" + backspace + "7")
+    assert "top_k = 3" in terminal.say("set top_k 3" + home + "/")
+    assert "min_p = 0.25" in terminal.say("/set min_p 0.5" + left + "2")
+    assert "min_p = 0.25" in terminal.say(up)
+    assert "top_k = 3" in terminal.say(up + up)
+    assert "top_k = the default of the model" in terminal.say("/set top_k default")
+    terminal.process.close()
+
+
+def test_the_user_is_told_when_the_oldest_turns_leave(quick_run: Path) -> None:
+    terminal = Terminal(quick_run, "--max_new_tokens", 10)
+    answers = [terminal.say(f"turn {number} and more") for number in range(5)]
+    assert not any("leave" in answer or "left." in answer for answer in answers[:2])
+    assert "The oldest turn does not fit the context of 64 tokens, and left." in "".join(answers[2:])
+    assert "The prompt has 101 tokens and the context 64" in terminal.say("x" * 100)
+    terminal.process.close()
+
+
+def test_a_chat_model_answers_in_turns(broken) -> None:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, 7]}))
+
+    terminal = Terminal(broken(change), "--max_new_tokens", 10, "--stats")
+    assert "answers in turns" in terminal.greeting
+    assert "tokens/s, the first after" in terminal.say("hello")
+    terminal.process.close()

@@ -12,6 +12,7 @@ FLOORS = [
     ("configuration_mini", 1),
     ("tokenization", 1),
     ("entry_points_mini", 1),
+    ("files_mini", 1),
     ("modeling_mini/analysis", 3),
     ("modeling_mini/export", 3),
     ("modeling_mini", 2),

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object
+from files_mini import WRITE_ERRORS, not_written, reason_of, replace_folder
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import PreTrainedConfig
 
 from .arguments import OptimizationArguments
 from .averaging import WeightAverage
-from .files import WRITE_ERRORS, not_written, reason_of, replace_folder
 from .parallel import Parallel
 
 CHECKSUMS = "checksums.json"

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from files_mini import replace_folder, write_text
 from tokenization import ByteTokenizer, CharTokenizer, MiniTokenizer, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
 from .documents import PIECE_SIZE, DocumentSource, open_source, open_stream
-from .files import replace_folder, write_text
 from .monitoring import progress_bar
 from .shards import ShardedIds, ShardWriter, shard_name
 from .streaming import TokenStream

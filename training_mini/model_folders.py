@@ -3,13 +3,13 @@
 import shutil
 from pathlib import Path
 
+from files_mini import replace_folder, writing
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import Arguments
 from .checkpoints import TrainerState
 from .evaluation import Evaluation
-from .files import replace_folder, writing
 
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}
 

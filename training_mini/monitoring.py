@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from files_mini import write_text
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,8 +19,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-
-from .files import write_text
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
 

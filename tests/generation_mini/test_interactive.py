@@ -17,19 +17,41 @@ def test_a_base_model_continues_the_text_so_far(model: MiniForCausalLM) -> None:
     tokenizer = ByteTokenizer()
     model.generation_config.eos_token_id = 2
     conversation = Conversation(model, tokenizer)
-    conversation.prompt_ids("one")
+    conversation.say("one", room=10)
     conversation.add_answer(" two")
-    assert tokenizer.decode(conversation.prompt_ids("three")) == "<|bos|>one two\nthree"
+    ids, forgotten = conversation.say("three", room=10)
+    assert tokenizer.decode(ids) == "<|bos|>one two\nthree" and forgotten == 0
     conversation.reset()
-    assert tokenizer.decode(conversation.prompt_ids("new")) == "<|bos|>new"
+    assert tokenizer.decode(conversation.say("new", room=10)[0]) == "<|bos|>new"
 
 
 def test_a_chat_model_gets_its_template_and_history(model: MiniForCausalLM) -> None:
     tokenizer = ByteTokenizer()
     model.generation_config.eos_token_id = [2, END_ID]
     conversation = Conversation(model, tokenizer)
-    conversation.prompt_ids("Hi")
+    conversation.say("Hi", room=10)
     conversation.add_answer("Hello")
-    ids = conversation.prompt_ids("Bye")
+    ids, _ = conversation.say("Bye", room=10)
     text = "<|bos|><|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Bye<|end|><|assistant|>"
     assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.parametrize("end_ids", [2, [2, END_ID]], ids=["base", "chat"])
+def test_the_oldest_turns_leave_when_the_context_is_full(model: MiniForCausalLM, end_ids) -> None:
+    tokenizer = ByteTokenizer()
+    model.generation_config.eos_token_id = end_ids
+    conversation = Conversation(model, tokenizer)
+    context, room = model.config.max_position_embeddings, 60
+    for number in range(9):
+        before = list(conversation.turns)
+        ids, forgotten = conversation.say(f"turn {number} " + "x" * 30, room)
+        assert len(ids) <= context - room
+        assert conversation.turns[:-1] == before[forgotten:], "the oldest go, and no more of them than must"
+        if forgotten:
+            kept = Conversation(model, tokenizer)
+            kept.turns = [*before[forgotten - 1 :], conversation.turns[-1]]
+            assert len(kept.ids()) > context - room
+        conversation.add_answer("y" * 20)
+    assert before and forgotten
+    ids, forgotten = conversation.say("z" * 1000, room)
+    assert len(conversation.turns) == 1 and forgotten, "what is said now stays, however long"

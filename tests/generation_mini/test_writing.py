@@ -4,8 +4,8 @@ import random
 
 import pytest
 import torch
-from generation_mini.arguments import GenerationArguments, parse_arguments
-from generation_mini.writing import CharacterStreamer, generation_config, write_on
+from generation_mini.arguments import SAMPLING, GenerationArguments, parse_arguments
+from generation_mini.writing import CharacterStreamer, Continuation, TextOfTokens, generation_config, write_on
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import GenerationConfig
@@ -70,10 +70,15 @@ def test_stream_of_characters() -> None:
     assert stream(tokenizer, tokenizer("né漢🎉 ", add_special_tokens=False).input_ids) == list("né漢🎉 ")
 
 
-def write(model, tokenizer, prompt_ids: list[int], **settings) -> tuple[list[list[int]], list[str]]:
+def write_all(model, tokenizer, prompts: list[list[int]], **settings) -> tuple[list[Continuation], list[str]]:
     notices: list[str] = []
     arguments = GenerationArguments(**{"temperature": 0.0, **settings})
-    return write_on(model, tokenizer, prompt_ids, arguments, notices.append), notices
+    return write_on(model, tokenizer, prompts, arguments, notices.append), notices
+
+
+def write(model, tokenizer, prompt_ids: list[int], **settings) -> tuple[list[list[int]], list[str]]:
+    results, notices = write_all(model, tokenizer, [prompt_ids], **settings)
+    return [result.ids for result in results], notices
 
 
 def test_within_the_context_it_is_plain_generate(model, tokenizer) -> None:
@@ -122,9 +127,92 @@ def test_streaming_writes_the_same_text(model, tokenizer) -> None:
     pieces: list[str] = []
     streamer = CharacterStreamer(tokenizer, pieces.append)
     arguments = GenerationArguments(max_new_tokens=90, temperature=0.0)
-    (ids,) = write_on(model, tokenizer, prompt, arguments, print, streamer)
+    (result,) = write_on(model, tokenizer, [prompt], arguments, print, streamer)
     streamer.finish()
-    assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(pieces) == tokenizer.decode(result.ids, skip_special_tokens=True) == result.text
+
+
+def test_stop_strings_cut_at_the_character(tokenizer: ByteTokenizer) -> None:
+    """Whatever the pieces, the text ends before the first stop string, and nothing of one is ever shown."""
+    generator = random.Random(0)
+    for trial in range(500):
+        text = "".join(generator.choices("aabé漢", k=20))
+        stop = ["".join(generator.choices("aabé漢", k=generator.randrange(1, 4))) for _ in range(trial % 3)]
+        followed = TextOfTokens(tokenizer, stop)
+        shown = ""
+        for token_id in tokenizer.encode_corpus(text.encode()).tolist():
+            shown += followed.add(token_id)
+            assert not any(each in shown for each in stop)
+        shown += followed.finish()
+        places = [(text.find(each) + len(each), text.find(each)) for each in stop if each in text]
+        assert shown == followed.text == (text[: min(places)[1]] if places else text)
+        assert followed.is_stopped == bool(places)
+
+
+def test_stop_strings_end_each_text_on_its_own(model, tokenizer) -> None:
+    """Each text is the one without stop strings, cut; also in a window after the first, and streamed."""
+    prompts = [tokenizer(prompt).input_ids for prompt in ("abc", "x", "hello w")]
+    settings = {"max_new_tokens": 60, "temperature": 1.0, "top_k": 0}
+    torch.manual_seed(0)
+    plain, _ = write_all(model, tokenizer, prompts, **settings)
+    stop = [plain[0].text[40:42], plain[1].text[3:5], "é漢"]
+    assert all(stop)
+    torch.manual_seed(0)
+    stopped, _ = write_all(model, tokenizer, prompts, stop=stop, **settings)
+    reasons = []
+    for whole, cut in zip(plain, stopped, strict=True):
+        places = [whole.text.find(each) for each in stop if each in whole.text]
+        assert cut.text == (whole.text[: min(places)] if places else whole.text)
+        assert cut.ids == whole.ids[: len(cut.ids)] and (places or cut.ids == whole.ids)
+        reasons.append(cut.ended_by)
+        assert cut.ended_by == ("stop" if places else whole.ended_by)
+    assert reasons.count("stop") >= 2
+
+    (whole,), _ = write_all(model, tokenizer, [prompts[0]], max_new_tokens=60)
+    pieces: list[str] = []
+    stop = [whole.text[45:48]]
+    streamer = CharacterStreamer(tokenizer, pieces.append, stop)
+    arguments = GenerationArguments(max_new_tokens=60, temperature=0.0, stop=stop)
+    (result,) = write_on(model, tokenizer, [prompts[0]], arguments, print, streamer)
+    streamer.finish()
+    assert "".join(pieces) == result.text == whole.text[: whole.text.find(stop[0])] and result.ended_by == "stop"
+
+
+def test_prompts_of_any_length_in_one_batch_get_the_texts_they_get_alone(model, tokenizer) -> None:
+    prompts = [tokenizer("abcdefghijklmnopqrstuvwxyz"[:length]).input_ids for length in (1, 25, 7, 12)]
+    together, _ = write_all(model, tokenizer, prompts, max_new_tokens=6)
+    for prompt, result in zip(prompts, together, strict=True):
+        assert [result] == write_all(model, tokenizer, [prompt], max_new_tokens=6)[0]
+
+
+def test_beams(model, tokenizer) -> None:
+    prompt = tokenizer("abc").input_ids
+    results, _ = write_all(
+        model, tokenizer, [prompt, prompt], max_new_tokens=20, num_beams=4, num_return_sequences=2, temperature=None
+    )
+    expected = model.generate(
+        torch.tensor([prompt]), do_sample=False, num_beams=4, num_return_sequences=2, max_new_tokens=20,
+        top_p=1.0, temperature=1.0,
+    )[:, len(prompt) :].tolist()  # fmt: skip
+    assert [result.ids for result in results] == [*expected, *expected]
+    longer, _ = write_all(
+        model, tokenizer, [prompt], max_new_tokens=70, num_beams=3, num_return_sequences=2, temperature=None
+    )
+    assert [len(result.ids) for result in longer] == [70, 70]
+
+
+def test_least_number_of_tokens_counts_over_windows(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = tokenizer("abc").input_ids
+    settings = {"max_new_tokens": 70, "temperature": 1.0}
+    torch.manual_seed(0)
+    (plain,), _ = write_all(model, tokenizer, [prompt], **settings)
+    place = next(place for place in range(2, 40) if plain.ids.index(plain.ids[place]) == place)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", plain.ids[place])
+    torch.manual_seed(0)
+    (short,), _ = write_all(model, tokenizer, [prompt], **settings)
+    assert short.ids == plain.ids[:place] and short.ended_by == "end"
+    (long,), _ = write_all(model, tokenizer, [prompt], min_new_tokens=50, **settings)
+    assert len(long.ids) >= 50
 
 
 def test_settings_of_the_model_hold_until_the_user_says_otherwise(model) -> None:
@@ -134,16 +222,46 @@ def test_settings_of_the_model_hold_until_the_user_says_otherwise(model) -> None
     assert config.do_sample and config.temperature == 0.5 and config.top_k == 3 and config.top_p == 0.95
     assert not generation_config(model, GenerationArguments(temperature=0)).do_sample
     assert model.generation_config.temperature == 0.8, "the model's own are not changed"
+    config = generation_config(model, GenerationArguments(num_beams=2))
+    assert not config.do_sample and config.num_beams == 2, "beams search, they do not sample"
+    config = generation_config(model, GenerationArguments(repetition_penalty=1.5, no_repeat_ngram_size=3))
+    assert config.do_sample and config.temperature == 0.8, "these shape what the model does anyway"
+    assert config.repetition_penalty == 1.5 and config.no_repeat_ngram_size == 3
+
+
+@pytest.mark.parametrize("name", SAMPLING)
+def test_each_sampling_setting_reaches_the_model(model, name: str) -> None:
+    value = 3 if name == "top_k" else 0.25
+    config = generation_config(model, GenerationArguments(**{name: value}))
+    assert config.do_sample and getattr(config, name) == value
+    config.validate(strict=True)
+    generation_config(model, GenerationArguments(**{name: value, "temperature": 0})).validate(strict=True)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--temperature", "-1"], "temperature must not be negative"),
+        (["--temperature", "-1"], "temperature must be at least 0"),
         (["--top_p", "0"], "top_p must be in (0, 1]"),
-        (["--top_k", "-1"], "top_k must not be negative"),
+        (["--top_k", "-1"], "top_k must be at least 0"),
         (["--max_tokens", "0"], "max_new_tokens must be at least 1"),
         (["--num_return_sequences", "2", "--stream"], "num_return_sequences must be 1 with --stream"),
+        (["--min_p", "2"], "min_p must be in [0, 1], got 2.0"),
+        (["--top_h", "0"], "top_h must be in (0, 1]"),
+        (["--typical_p", "0"], "typical_p must be in (0, 1]"),
+        (["--epsilon_cutoff", "1"], "epsilon_cutoff must be in [0, 1)"),
+        (["--eta_cutoff", "-1"], "eta_cutoff must be in [0, 1)"),
+        (["--repetition_penalty", "0"], "repetition_penalty must be above 0"),
+        (["--no_repeat_ngram_size", "-1"], "no_repeat_ngram_size must be at least 0"),
+        (["--num_beams", "0"], "num_beams must be at least 1"),
+        (["--num_beams", "2", "--num_return_sequences", "3"], "num_return_sequences (3) must not exceed num_beams (2)"),
+        (["--num_beams", "2", "--stream"], "num_beams goes with none of --stream"),
+        (["--stop", ""], "stop must not hold an empty string"),
+        (["--batch_file", "a.txt"], "batch_file and output belong together"),
+        (["--batch_file", "a", "--output", "b", "--prompt", "c"], "batch_file goes with none of --prompt"),
+        (["--batch_file", "a", "--output", "b", "--assistant", "c"], "assistant drafts for one text at a time"),
+        (["--dtype", "float8"], "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
+        (["--load_in_8bit", "--load_in_4bit"], "Give load_in_8bit or load_in_4bit, not both"),
         (["--temprature", "1"], "did you mean 'temperature'?"),
         (["--seed", "x"], "invalid int value: 'x'"),
     ],

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from training_mini.files import existing_folder, replace_folder, write_text
+from files_mini import existing_folder, replace_folder, write_text
 
 
 def test_write_text_replaces_whole(tmp_path: Path) -> None:
@@ -56,8 +56,8 @@ def test_kill_at_any_instant_leaves_a_complete_folder(tmp_path: Path) -> None:
         f"""
         import sys
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from training_mini.files import replace_folder
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        from files_mini import replace_folder
         number = 0
         while True:
             number += 1

@@ -17,13 +17,21 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a small text file."""
+    """Writes a text file as a whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds to a text file. A process that is killed may leave a part of `text` at the end."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_folder(partial: Path, target: Path) -> None:

@@ -1,0 +1,38 @@
+"""
+The `transformers` command with Mini in it: `mini-transformers serve CHECKPOINT` is a server of OpenAI's protocol, and
+`mini-transformers chat CHECKPOINT` talks to one.
+
+The server looks the class of a checkpoint up in the module `transformers`, where no custom class is. This program puts
+it there; all else is the stock command, with its flags.
+"""
+
+import sys
+from pathlib import Path
+
+import modeling_mini
+import transformers
+from entry_points_mini import one_sentence_errors
+from modeling_mini.loading import find_checkpoint
+
+
+def main() -> None:
+    # Before the class is put there: importing the command fills the module anew.
+    try:
+        from transformers.cli.transformers import main as transformers_main
+    except ImportError as error:
+        sys.exit(f"error: {error}")
+    transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
+    with one_sentence_errors():
+        sys.argv[1:] = with_checkpoint(sys.argv[1:])
+        transformers_main()
+
+
+def with_checkpoint(argv: list[str]) -> list[str]:
+    """The arguments, with the folder of a run replaced by that of its checkpoint, as `generate.py` finds it."""
+    if len(argv) > 1 and argv[0] in ("serve", "chat") and Path(argv[1]).is_dir():
+        return [argv[0], str(Path(find_checkpoint(argv[1])).resolve()), *argv[2:]]
+    return argv
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Prompts from a file: every one once, in order, the same after any interruption."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_program
+from test_train_accelerate import one_sentence
+
+PROMPTS = [
+    "the " * (1 + index % 7) + str(index) + random.Random(index).choice(["", " é漢", "\t", "  "]) for index in range(40)
+]
+SAMPLING = ("--max_new_tokens", 12, "--batch_size", 4, "--seed", 5)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return tmp_path
+
+
+def batch(run: Path, folder: Path, *arguments: object, prompts: str = "prompts.txt"):
+    return run_program(
+        "generate.py", "--model", run, "--batch_file", prompts, "--output", "out.jsonl", *arguments, cwd=folder
+    )
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_every_prompt_once_and_in_order(quick_run: Path, folder: Path) -> None:
+    result = batch(quick_run, folder, "--temperature", 0, "--max_new_tokens", 12, "--batch_size", 7, "--stats")
+    assert result.returncode == 0, result.stderr
+    lines = lines_of(folder)
+    assert [line["index"] for line in lines] == list(range(40))
+    assert [line["prompt"] for line in lines] == PROMPTS
+    assert result.stdout == "" and "tokens/s, the first after" in result.stderr
+    for line in lines[::13]:
+        alone = run_program(
+            *("generate.py", "--model", quick_run, "--prompt", line["prompt"], "--temperature", 0),
+            *("--max_new_tokens", 12), cwd=folder,
+        )  # fmt: skip
+        (text,) = line["texts"]
+        assert alone.stdout == line["prompt"] + text["text"] + "\n"
+        assert text["ended_by"] in ("length", "end") and 0 <= text["tokens"] <= 12
+
+
+def test_jsonl_prompts_in_several_ways_and_stop(quick_run: Path, folder: Path) -> None:
+    prompts = ["one\ntwo ", "", "three"]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each, "id": 1}) + "\n" for each in prompts))
+    result = batch(quick_run, folder, *SAMPLING, "--num_return_sequences", 3, "--stop", "e", prompts="prompts.jsonl")
+    assert result.returncode == 0, result.stderr
+    lines = lines_of(folder)
+    assert [line["prompt"] for line in lines] == prompts
+    texts = [text for line in lines for text in line["texts"]]
+    assert len(texts) == 9 and len({text["text"] for text in texts}) > 3
+    assert not any("e" in text["text"] for text in texts) and any(text["ended_by"] == "stop" for text in texts)
+
+
+def test_interrupted_work_goes_on_and_ends_with_the_same_file(quick_run: Path, folder: Path) -> None:
+    assert batch(quick_run, folder, *SAMPLING).returncode == 0
+    whole = (folder / "out.jsonl").read_bytes()
+    again = batch(quick_run, folder, *SAMPLING)
+    assert "40 of 40 prompts are done already" in again.stderr
+    assert (folder / "out.jsonl").read_bytes() == whole, "a call that has nothing to do changes nothing"
+
+    # As an interruption leaves it: whole batches in the order of the work, one batch cut short, half a line.
+    lines = whole.splitlines(keepends=True)
+    by_length = sorted(range(40), key=lambda index: (len(PROMPTS[index].encode()), index))
+    written = b"".join(lines[index] for index in by_length[:14])
+    (folder / "out.jsonl").write_bytes(written + lines[by_length[14]][:25])
+    result = batch(quick_run, folder, *SAMPLING)
+    assert result.returncode == 0 and "12 of 40 prompts are done already" in result.stderr
+    assert (folder / "out.jsonl").read_bytes() == whole
+
+
+def test_killed_at_any_instant(quick_run: Path, folder: Path) -> None:
+    arguments = ["--model", quick_run, "--batch_file", "prompts.txt", "--output", "out.jsonl", "--batch_size", 1]
+    arguments += ["--max_new_tokens", 60, "--min_new_tokens", 60, "--seed", 1]
+    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
+    seen = 0
+    for _ in range(3):
+        process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 100
+        while process.poll() is None and time.monotonic() < deadline:
+            output = folder / "out.jsonl"
+            if output.exists() and output.read_bytes().count(b"\n") > seen:
+                break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        seen = (folder / "out.jsonl").read_bytes().count(b"\n")
+        assert seen > 0
+    assert subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    killed = (folder / "out.jsonl").read_bytes()
+    os.remove(folder / "out.jsonl")
+    assert subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert (folder / "out.jsonl").read_bytes() == killed
+    assert sorted(path.name for path in folder.iterdir()) == ["out.jsonl", "prompts.txt"]
+
+
+def test_what_does_not_belong_together(quick_run: Path, folder: Path) -> None:
+    assert batch(quick_run, folder, *SAMPLING).returncode == 0
+    whole = (folder / "out.jsonl").read_bytes()
+    assert "was written by another model or with other settings" in one_sentence(
+        batch(quick_run, folder, *SAMPLING, "--temperature", 0.5)
+    )
+    (folder / "other.txt").write_text("\n".join([*PROMPTS[:5], "new", *PROMPTS[6:]]), encoding="utf-8")
+    assert "prompt 6 is the first that differs" in one_sentence(
+        batch(quick_run, folder, *SAMPLING, prompts="other.txt")
+    )
+    assert (folder / "out.jsonl").read_bytes() == whole
+    (folder / "out.jsonl").write_text("my diary")
+    assert "holds something else than texts of generate.py" in one_sentence(batch(quick_run, folder, *SAMPLING))
+    assert (folder / "out.jsonl").read_text() == "my diary"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, "There is no file 'none.txt' of prompts."),
+        ("empty.txt", b"", "empty.txt holds no prompts."),
+        ("latin.txt", b"a\nM\xfcnchen\n", "latin.txt is not valid UTF-8 at byte 3."),
+        ("bad.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'bad.jsonl, line 2: it must have the form {"prompt"'),
+        ("out.jsonl", b'{"prompt": "a"}\n', "output must be another file than batch_file"),
+    ],
+)
+def test_bad_prompts(quick_run: Path, tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in one_sentence(batch(quick_run, tmp_path, prompts=name))
