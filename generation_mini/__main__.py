@@ -60,7 +60,10 @@ def write_once(
         write_to_terminal(prompt)
         streamer = CharacterStreamer(tokenizer, write_to_terminal, arguments.stop)
     stopwatch = Stopwatch() if arguments.stats else None
-    results = write_on(model, tokenizer, [prompt_ids], arguments, print_notice, streamer, stopwatch, assistant)
+    results = write_on(
+        model, tokenizer, [prompt_ids], arguments, print_notice, streamer=streamer, assistant_model=assistant,
+        stopping_criteria=[stopwatch] if stopwatch is not None else [],
+    )  # fmt: skip
     statistics = stopwatch.summary(sum(len(result.ids) for result in results)) if stopwatch else None
     if streamer is not None:
         streamer.finish()

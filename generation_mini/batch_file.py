@@ -98,7 +98,7 @@ class BatchFile:
         """The lines for the prompts of one batch."""
         results = write_on(
             model, tokenizer, [encoded[index] for index in batch], self.arguments, lambda sentence: None,
-            stopwatch=stopwatch if self.arguments.stats else None,
+            stopping_criteria=[stopwatch] if self.arguments.stats else [],
         )  # fmt: skip
         ways = self.arguments.num_return_sequences
         return [

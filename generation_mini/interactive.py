@@ -142,7 +142,10 @@ def answer(
     previous = signal.signal(signal.SIGINT, interrupt)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            write_on(model, tokenizer, [ids], arguments, print_notice, streamer, stopwatch, assistant)
+            write_on(
+                model, tokenizer, [ids], arguments, print_notice, streamer=streamer, assistant_model=assistant,
+                stopping_criteria=[stopwatch] if stopwatch is not None else [],
+            )  # fmt: skip
     finally:
         signal.signal(signal.SIGINT, previous)
     interrupted = False

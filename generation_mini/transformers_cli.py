@@ -12,6 +12,7 @@ from pathlib import Path
 import modeling_mini
 import transformers
 from entry_points_mini import one_sentence_errors
+from huggingface_hub.constants import HF_HUB_CACHE
 from modeling_mini.loading import find_checkpoint
 
 
@@ -22,6 +23,7 @@ def main() -> None:
     except ImportError as error:
         sys.exit(f"error: {error}")
     transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it, the server's list of models is an error
     with one_sentence_errors():
         sys.argv[1:] = with_checkpoint(sys.argv[1:])
         transformers_main()

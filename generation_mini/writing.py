@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tokenizers.decoders import DecodeStream
@@ -143,8 +144,8 @@ class Continuation:
     """
     What was written after a prompt.
 
-    `ended_by` is "end" where the model ended the text, "stop" before a stop string, and "length" at `max_new_tokens`.
-    The token that ends a text is not among the ids; those of a stop string are.
+    `ended_by` is "end" where the model ended the text, "stop" before a stop string or by a criterion of the caller, and
+    "length" at `max_new_tokens`. The token that ends a text is not among the ids; those of a stop string are.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -177,9 +178,7 @@ def write_on(
     prompts: list[list[int]],
     arguments: GenerationArguments,
     notify: Callable[[str], None],
-    streamer: CharacterStreamer | None = None,
-    stopwatch: Stopwatch | None = None,
-    assistant: PreTrainedModel | None = None,
+    **generate: Any,
 ) -> list[Continuation]:
     """
     Continues each prompt, a list of ids, in `num_return_sequences` ways, all of them as one batch with a KV cache.
@@ -189,7 +188,7 @@ def write_on(
 
     Args:
         notify: receives one sentence when a part of a prompt has to go.
-        streamer: for one prompt and one text; the caller makes it with the same stop strings.
+        generate: what else `model.generate` shall get, such as a streamer.
 
     Returns:
         `num_return_sequences` continuations of the first prompt, then those of the next, and so on.
@@ -211,6 +210,7 @@ def write_on(
     writing = {i: list(prompts[i // ways]) for i in range(len(results))}
     # Beams of one prompt compete, so their number is part of the first window; after it, each text goes on alone.
     config.num_return_sequences = ways if (config.num_beams or 1) > 1 else 1
+    own_criteria = generate.pop("stopping_criteria", [])
     written = 0
     while writing and written < arguments.max_new_tokens:
         for i, ids in writing.items():
@@ -222,13 +222,13 @@ def write_on(
         mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows])
         config.max_new_tokens = min(context - length, arguments.max_new_tokens - written)
         config.min_new_tokens = min(config.max_new_tokens, max(0, arguments.min_new_tokens - written)) or None
-        criteria: list[StoppingCriteria] = [stopwatch] if stopwatch is not None else []
+        criteria = [*own_criteria]
         if arguments.stop:
             criteria.append(StopStrings([texts[i] for i in writing], length))
         with torch.inference_mode():
             output = model.generate(
                 inputs=inputs.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-                streamer=streamer, stopping_criteria=criteria, assistant_model=assistant,
+                stopping_criteria=criteria, **generate,
             )  # fmt: skip
         written += config.max_new_tokens
         config.num_return_sequences = 1
@@ -241,6 +241,9 @@ def write_on(
             results[i].ids += new_ids[:end]
             if end is not None:
                 results[i].ended_by = "stop" if stopped else "end"
+                del writing[i]
+            elif len(new_ids) < config.max_new_tokens:
+                results[i].ended_by = "stop"  # by a criterion of the caller
                 del writing[i]
             else:
                 writing[i] += new_ids

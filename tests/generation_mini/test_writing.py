@@ -127,7 +127,7 @@ def test_streaming_writes_the_same_text(model, tokenizer) -> None:
     pieces: list[str] = []
     streamer = CharacterStreamer(tokenizer, pieces.append)
     arguments = GenerationArguments(max_new_tokens=90, temperature=0.0)
-    (result,) = write_on(model, tokenizer, [prompt], arguments, print, streamer)
+    (result,) = write_on(model, tokenizer, [prompt], arguments, print, streamer=streamer)
     streamer.finish()
     assert "".join(pieces) == tokenizer.decode(result.ids, skip_special_tokens=True) == result.text
 
@@ -173,7 +173,7 @@ def test_stop_strings_end_each_text_on_its_own(model, tokenizer) -> None:
     stop = [whole.text[45:48]]
     streamer = CharacterStreamer(tokenizer, pieces.append, stop)
     arguments = GenerationArguments(max_new_tokens=60, temperature=0.0, stop=stop)
-    (result,) = write_on(model, tokenizer, [prompts[0]], arguments, print, streamer)
+    (result,) = write_on(model, tokenizer, [prompts[0]], arguments, print, streamer=streamer)
     streamer.finish()
     assert "".join(pieces) == result.text == whole.text[: whole.text.find(stop[0])] and result.ended_by == "stop"
 
