@@ -1,6 +1,7 @@
 """What the entry points share: arguments from flags and YAML, and errors that end in one sentence."""
 
 import contextlib
+import logging
 import os
 import sys
 from argparse import Action, ArgumentDefaultsHelpFormatter
@@ -12,6 +13,10 @@ from typing import Any, NoReturn
 import yaml
 from configuration_mini import nearest_name
 from transformers import HfArgumentParser
+
+# Where a CPU has AVX512-BF16, bitsandbytes warns, when it is imported (by peft, which transformers and TRL import), that
+# it does without a kernel of a further library. Set here, because every program imports this file before those.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -23,8 +23,6 @@ def main() -> None:
 def run(arguments: GenerationArguments) -> None:
     """Loads the model and writes."""
     logging.disable_progress_bar()
-    # bitsandbytes, which peft imports, warns on every CPU that it does without a kernel of a further library.
-    logging.get_logger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     batch_file = None
     if arguments.batch_file is not None:
         batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
