@@ -14,8 +14,8 @@ import yaml
 from configuration_mini import nearest_name
 from transformers import HfArgumentParser
 
-# Where a CPU has AVX512-BF16, bitsandbytes warns, when it is imported (by peft, which transformers and TRL import), that
-# it does without a kernel of a further library. Set here, because every program imports this file before those.
+# Where a CPU has AVX512-BF16, bitsandbytes warns on import that it does without a kernel of a further library; and
+# peft, which transformers and TRL import, imports it. Set here, because every program imports this file before those.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 EXIT_BAD_INPUT = 2
