@@ -1,4 +1,4 @@
-"""The Mini model. Importing this package makes transformers' Auto classes know it."""
+"""The Mini model. Importing this package makes transformers' Auto classes know it, and peft its modules."""
 
 from configuration_mini import MiniConfig
 from transformers import (
@@ -17,6 +17,7 @@ from .modeling_mini import (
     MiniModel,
     MiniPreTrainedModel,
 )
+from .peft_defaults import register_peft_defaults
 
 # AutoModel is registered in modeling_mini.py, which needs it also where this package is not installed.
 AutoConfig.register(MiniConfig.model_type, MiniConfig, exist_ok=True)
@@ -24,6 +25,7 @@ AutoModelForCausalLM.register(MiniConfig, MiniForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MiniConfig, MiniForSequenceClassification, exist_ok=True)
 AutoModelForTokenClassification.register(MiniConfig, MiniForTokenClassification, exist_ok=True)
 AutoModelForQuestionAnswering.register(MiniConfig, MiniForQuestionAnswering, exist_ok=True)
+register_peft_defaults()
 
 __all__ = [
     "MiniConfig",
