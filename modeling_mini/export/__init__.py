@@ -1,0 +1,100 @@
+"""
+A checkpoint in the shape that another runtime reads.
+
+    python -m modeling_mini.export FORMAT CHECKPOINT OUT
+
+Each format is a module of its name with a dataclass `Options`, which holds its flags, and a function `export_FORMAT`,
+which takes the model, the tokenizer, a folder to write into and the options by name, and returns the `Card` of what it
+wrote. A module is imported when it is asked for, because some need a library of their own.
+"""
+
+import dataclasses
+import importlib
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from configuration_mini import nearest_name
+from files_mini import replace_folder, writing
+from modeling_mini.loading import load_model
+
+from .card import Card, write_card
+
+FORMATS = {
+    "native": "as Llama, Qwen3 or StableLM, which load without custom code",
+    "mini": "back from native to Mini",
+    "gguf": "for llama.cpp and what is built on it",
+    "onnx": "for onnxruntime and transformers.js",
+    "lm_eval": "as a task of lm-evaluation-harness: bits per byte of a text file",
+}
+
+
+def module_of(format: str) -> ModuleType:
+    """
+    The module of a format.
+
+    Raises:
+        ValueError: if there is no such format, or a library that it needs is not installed.
+    """
+    if format not in FORMATS:
+        hint = nearest_name(str(format), list(FORMATS)) or "."
+        raise ValueError(f"There is no format {format!r}; the formats are {', '.join(FORMATS)}{hint}")
+    try:
+        return importlib.import_module(f".{format}", __name__)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(__name__):
+            raise
+        raise ValueError(f"The format {format} needs the package {error.name}: pip install {error.name}.") from None
+
+
+def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool = False, **options: Any) -> Path:
+    """
+    Writes a checkpoint in another format, with a card, as a new folder.
+
+    Args:
+        format: one of `FORMATS`.
+        checkpoint: a run, a checkpoint folder, a folder of an adapter (it is merged into its base) or a Hub name.
+        out: the folder; it appears when it is complete.
+        overwrite: replace `out` if there is something in it.
+        options: the fields of the `Options` of the format's module.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for an unknown format or option, and for a model that the format cannot hold exactly, naming what
+            stands in the way.
+    """
+    module = module_of(format)
+    names = [field.name for field in dataclasses.fields(module.Options)]
+    for name in options:
+        if name not in names:
+            raise ValueError(f"The format {format} has no option {name!r}{nearest_name(name, names) or '.'}")
+    chosen = module.Options(**options)
+    target = Path(out)
+    if target.is_file():
+        raise ValueError(f"OUT must be a folder, and {str(target)!r} is a file.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"There is something in {str(target)!r} already: name another folder, or --overwrite it.")
+    model, tokenizer = load_model(str(checkpoint), device="cpu")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{str(checkpoint)!r} is quantized: export the checkpoint that it was made of.")
+
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with writing(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        write = getattr(module, f"export_{format}")
+        card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})
+        with writing(target):
+            write_card(card, model, partial)
+            replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+__all__ = ["FORMATS", "Card", "export"]

@@ -1,0 +1,70 @@
+"""The card that each format writes: how to run it, what was made sure of, and the facts of the checkpoint's own card."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+
+@dataclass
+class Card:
+    """
+    What a format says of itself.
+
+    Attributes:
+        title: what the folder holds, in a few words.
+        usage: Markdown that shows how to run it, with commands that work as they stand.
+        exactness: one or two sentences on what equals Mini, and how nearly.
+        facts: further rows of the table, name to value.
+        library_name, tags: metadata of the Hub.
+    """
+
+    title: str
+    usage: str
+    exactness: str
+    facts: dict[str, str] = field(default_factory=dict)
+    library_name: str | None = None
+    tags: list[str] = field(default_factory=list)
+    pipeline_tag: str | None = "text-generation"
+
+
+def write_card(card: Card, model: PreTrainedModel, folder: Path) -> None:
+    """Writes `README.md`. What the card of the model's own folder says of data, training and evaluation goes along."""
+    metadata, facts = facts_of_source(Path(model.name_or_path) / "README.md")
+    # What another runtime reads is another library; the rest (licence, data, evaluation) is true of the same weights.
+    metadata.update(library_name=card.library_name, pipeline_tag=card.pipeline_tag)
+    metadata["tags"] = list(dict.fromkeys(["mini", *card.tags]))
+    data = ModelCardData(**{name: value for name, value in metadata.items() if value is not None})
+    rows = {**facts, **card.facts}
+    rows.setdefault("parameters", f"{model.num_parameters():,}")
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    content = f"""---
+{data.to_yaml()}
+---
+
+# {card.title}
+
+{card.usage.strip()}
+
+{card.exactness.strip()}
+
+| | |
+|---|---|
+{table}
+"""
+    (folder / "README.md").write_text(str(ModelCard(content)), encoding="utf-8")
+
+
+def facts_of_source(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metadata of a card, and the rows of its tables of two columns; nothing where there is no card."""
+    if not path.is_file():
+        return {}, {}
+    source = ModelCard.load(path, ignore_metadata_errors=True)
+    rows = {}
+    for line in source.text.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 2 and cells[0] and set(cells[0]) - set("-: "):
+            rows[cells[0]] = cells[1]
+    return source.data.to_dict(), rows
