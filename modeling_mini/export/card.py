@@ -1,4 +1,4 @@
-"""The card that each format writes: how to run it, what was made sure of, and the facts of the checkpoint's own card."""
+"""The card that each format writes: how to run it, what equals Mini, and the facts of the model's own card."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
