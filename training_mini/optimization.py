@@ -1,17 +1,12 @@
 """The optimizer and the learning rate."""
 
-from typing import Any
+import functools
+import math
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import (
-    PreTrainedModel,
-    get_constant_schedule_with_warmup,
-    get_cosine_with_min_lr_schedule_with_warmup,
-    get_linear_schedule_with_warmup,
-    get_wsd_schedule,
-)
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from .arguments import OptimizationArguments
 
@@ -63,31 +58,33 @@ def block_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def make_schedulers(
     optimizers: list[torch.optim.Optimizer], arguments: OptimizationArguments, step: int
-) -> list[LRScheduler]:
+) -> list[LambdaLR]:
     """Schedules that stand after `step` steps; the rate is a function of the step, so there is nothing to save."""
-    warmup, total = arguments.warmup_steps, arguments.max_steps
-
-    def schedule_of(optimizer: torch.optim.Optimizer) -> LRScheduler:
-        settings: dict[str, Any] = {"optimizer": optimizer, "num_warmup_steps": warmup, "last_epoch": step - 1}
-        match arguments.lr_scheduler_type:
-            case "cosine":
-                return get_cosine_with_min_lr_schedule_with_warmup(
-                    **settings, num_training_steps=total, min_lr_rate=arguments.min_lr_rate
-                )
-            case "wsd":
-                return get_wsd_schedule(
-                    **settings,
-                    num_training_steps=total,
-                    num_decay_steps=arguments.decay_steps,
-                    decay_type="linear",
-                    min_lr_ratio=arguments.min_lr_rate,
-                )
-            case "linear":
-                return get_linear_schedule_with_warmup(**settings, num_training_steps=total)
-            case "constant":
-                return get_constant_schedule_with_warmup(**settings)
-
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = arguments.learning_rate
-    return [schedule_of(optimizer) for optimizer in optimizers]
+    share = functools.partial(share_of_peak, arguments=arguments)
+    return [LambdaLR(optimizer, share, last_epoch=step - 1) for optimizer in optimizers]
+
+
+def share_of_peak(step: int, arguments: OptimizationArguments) -> float:
+    """
+    The learning rate of a step as a share of its peak: what transformers' schedules of these names give. They are not
+    imported, because their module imports peft and bitsandbytes, which takes as long as torch itself.
+    """
+    name, warmup, total = arguments.lr_scheduler_type, arguments.warmup_steps, arguments.max_steps
+    if step < warmup:
+        share = step / warmup
+    elif name == "cosine":
+        share = 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, total - warmup))))
+    elif name == "linear":
+        share = max(0.0, (total - step) / max(1, total - warmup))
+    elif name == "wsd":
+        decayed = max(0, step - (total - arguments.decay_steps))
+        share = max(0.0, 1.0 - decayed / max(1, arguments.decay_steps))
+    else:
+        share = 1.0
+    # As in transformers: only wsd warms up from its floor.
+    if name == "wsd" or (name == "cosine" and step >= warmup):
+        share = share * (1.0 - arguments.min_lr_rate) + arguments.min_lr_rate
+    return share

@@ -7,6 +7,7 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from training_mini.arguments import OptimizationArguments
 from training_mini.optimization import make_optimizers, make_schedulers
+from transformers import get_scheduler
 
 
 def test_only_matrices_decay() -> None:
@@ -55,6 +56,27 @@ def test_schedules_warm_up_and_go_their_way(name: str, optimizer: str) -> None:
     assert rates[:11] == pytest.approx([start + (1 - start) * i / 10 for i in range(11)])
     assert rates[10:] == pytest.approx(SCHEDULES[name])
     assert rates_of(start=90, **settings) == rates[90:], "a resumed run goes on with the same rates"
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [0, 1, 13])
+def test_schedules_are_those_of_transformers(name: str, warmup: int) -> None:
+    total, rate = 60, 3e-3
+    arguments = OptimizationArguments(
+        learning_rate=rate, lr_scheduler_type=name, warmup_steps=warmup, max_steps=total, min_lr_rate=0.07
+    )
+    settings = {
+        "cosine": {"min_lr_rate": 0.07},
+        "wsd": {"num_decay_steps": arguments.decay_steps, "min_lr_ratio": 0.07, "decay_type": "linear"},
+    }
+    of_transformers = {"cosine": "cosine_with_min_lr", "wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate) for _ in range(2))
+    (scheduler,) = make_schedulers([ours], arguments, 0)
+    expected = get_scheduler(of_transformers.get(name, name), theirs, warmup, total, settings.get(name))
+    for step in range(total + 5):  # and beyond the end, where a run may be told to go on
+        assert scheduler.get_last_lr() == expected.get_last_lr(), step
+        for each in (ours, scheduler, theirs, expected):
+            each.step()
 
 
 def test_muon_takes_the_matrices_of_the_blocks_and_nothing_else() -> None:
