@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from files_mini import replace_folder, writing
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import Arguments
@@ -37,7 +37,21 @@ def model_card(
     dataset = arguments.data.dataset
     optimization = arguments.optimization
     optimizer = OPTIMIZERS[optimization.optimizer]
-    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=["mini"])
+    name = Path(dataset).name or dataset
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["mini"],
+        model_name="Mini",
+        eval_results=[
+            EvalResult("text-generation", name, f"{name}, held out", metric, value, metric_name=description)
+            for metric, value, description in (
+                ("bits_per_byte", evaluation.bits_per_byte, "Bits per byte"),
+                ("perplexity", evaluation.perplexity, "Perplexity per token"),
+                ("loss", evaluation.loss, "Cross-entropy in nats per token"),
+            )
+        ],
+    )
     heads = f"{config.num_attention_heads} query and {config.num_key_value_heads} key/value heads"
     layers = f"{config.num_hidden_layers} layers, {config.hidden_size} wide"
     baselines = ", ".join(f"{name} -9 needs {bits:.3f}" for name, bits in compressors.items())
@@ -47,7 +61,7 @@ def model_card(
 
 # Mini, {model.num_parameters() / 1e6:.1f}M parameters
 
-A small decoder-only language model, trained from scratch on `{Path(dataset).name or dataset}`.
+A small decoder-only language model, trained from scratch on `{name}`.
 
 ```python
 from transformers import pipeline
