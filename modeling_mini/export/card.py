@@ -19,6 +19,7 @@ class Card:
         exactness: one or two sentences on what equals Mini, and how nearly.
         facts: further rows of the table, name to value.
         library_name, tags: metadata of the Hub.
+        of_model: whether the folder holds the model, so that what its own card says is true of the folder.
     """
 
     title: str
@@ -27,34 +28,23 @@ class Card:
     facts: dict[str, str] = field(default_factory=dict)
     library_name: str | None = None
     tags: list[str] = field(default_factory=list)
-    pipeline_tag: str | None = "text-generation"
+    of_model: bool = True
 
 
 def write_card(card: Card, model: PreTrainedModel, folder: Path) -> None:
-    """Writes `README.md`. What the card of the model's own folder says of data, training and evaluation goes along."""
-    metadata, facts = facts_of_source(Path(model.name_or_path) / "README.md")
-    # What another runtime reads is another library; the rest (licence, data, evaluation) is true of the same weights.
-    metadata.update(library_name=card.library_name, pipeline_tag=card.pipeline_tag)
-    metadata["tags"] = list(dict.fromkeys(["mini", *card.tags]))
+    """Writes `README.md`. What the model's own card says of data, training and evaluation goes along."""
+    metadata, facts = {}, {}
+    if card.of_model:
+        metadata, facts = facts_of_source(Path(model.name_or_path) / "README.md")
+        # The same weights, so licence, data and figures are the same; another library reads them.
+        metadata.update(library_name=card.library_name, pipeline_tag="text-generation")
+        facts.setdefault("parameters", f"{model.num_parameters():,}")
+    metadata["tags"] = ["mini", *card.tags]
     data = ModelCardData(**{name: value for name, value in metadata.items() if value is not None})
-    rows = {**facts, **card.facts}
-    rows.setdefault("parameters", f"{model.num_parameters():,}")
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    content = f"""---
-{data.to_yaml()}
----
-
-# {card.title}
-
-{card.usage.strip()}
-
-{card.exactness.strip()}
-
-| | |
-|---|---|
-{table}
-"""
-    (folder / "README.md").write_text(str(ModelCard(content)), encoding="utf-8")
+    sections = [f"---\n{data.to_yaml()}\n---", f"# {card.title}", card.usage.strip(), card.exactness.strip()]
+    if rows := {**facts, **card.facts}:
+        sections.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]))
+    (folder / "README.md").write_text(str(ModelCard("\n\n".join(sections) + "\n")), encoding="utf-8")
 
 
 def facts_of_source(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

@@ -1,0 +1,187 @@
+"""
+A Mini as the native class that computes the same: Llama (RMSNorm), Qwen3 (RMSNorm and QK-norm) or StableLM (LayerNorm).
+
+Their parameters have the names and the layout of Mini's, rotary embedding included, so the weights move as they are and
+only the configuration is rewritten. A configuration that its class cannot express is refused: it would load without a
+word and compute something else.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from configuration_mini import MiniConfig
+from files_mini import writing
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen3Config,
+    StableLmConfig,
+)
+
+from .card import Card
+
+# Fields that mean the same, under the same name, in all three and in Mini.
+SHARED_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "use_cache"),
+    *("tie_word_embeddings", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
+# No native class has these. They are kept as further entries, which all readers pass over, for the way back.
+FIELDS_OF_MINI_ALONE = ("embedding_dropout", "residual_dropout")
+# The check of what is written. Rounding makes differences of 1e-6; a frequency or a norm that is wrong, of 1e-1.
+CHECKED_TOKENS, LARGEST_DIFFERENCE = 256, 1e-3
+
+
+@dataclass
+class Options:
+    """There is nothing to choose."""
+
+
+def native_config(config: MiniConfig) -> PreTrainedConfig:
+    """
+    The configuration of Llama, Qwen3 or StableLM that computes what this one does.
+
+    Raises:
+        ValueError: if none does, naming the field that stands in the way.
+    """
+    fields: dict[str, Any] = {name: getattr(config, name) for name in (*SHARED_FIELDS, *FIELDS_OF_MINI_ALONE)}
+    fields["rope_parameters"] = dict(config.rope_parameters)
+    share = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    turns_whole_heads = int(config.head_dim * share) == config.head_dim
+    # Its frequencies cover whole heads, those beyond the share being 0.
+    proportional = config.rope_parameters["rope_type"] == "proportional"
+    fits_heads = config.hidden_size % config.num_attention_heads == 0
+
+    if config.norm_type == "layernorm":
+        if config.qk_norm:
+            raise unequal(config, "qk_norm", "StableLM normalises each head with weights of its own and no bias")
+        if config.attention_bias:
+            raise unequal(config, "attention_bias", "StableLM has no bias in o_proj")
+        if config.mlp_bias:
+            raise unequal(config, "mlp_bias", "StableLM has none")
+        if not fits_heads or config.head_dim != config.hidden_size // config.num_attention_heads:
+            raise unequal(config, "head_dim", "in StableLM it is hidden_size / num_attention_heads")
+        if proportional and not turns_whole_heads:
+            raise unequal(config, "partial_rotary_factor", "StableLM cannot have that with proportional frequencies")
+        fields["rope_parameters"]["partial_rotary_factor"] = share  # absent, it would be a quarter
+        return StableLmConfig(layer_norm_eps=config.norm_eps, **fields)
+
+    name = "Qwen3" if config.qk_norm else "Llama"
+    if not proportional:
+        if not turns_whole_heads:
+            raise unequal(config, "partial_rotary_factor", f"{name} turns whole heads")
+        fields["rope_parameters"].pop("partial_rotary_factor", None)
+    fields.update(rms_norm_eps=config.norm_eps, head_dim=config.head_dim, attention_bias=config.attention_bias)
+    if config.qk_norm:
+        if config.mlp_bias:
+            raise unequal(config, "mlp_bias", "Qwen3 has none")
+        return Qwen3Config(**fields)
+    if not fits_heads:
+        raise unequal(config, "hidden_size", "Llama wants a multiple of num_attention_heads")
+    return LlamaConfig(mlp_bias=config.mlp_bias, **fields)
+
+
+def unequal(config: MiniConfig, name: str, reason: str) -> ValueError:
+    value = config.rope_parameters.get(name) if name == "partial_rotary_factor" else getattr(config, name)
+    return ValueError(f"No native class computes this model: {name} is {value}, and {reason}.")
+
+
+def to_native(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The native model that computes what a Mini does, with a copy of its weights, in evaluation mode.
+
+    Raises:
+        ValueError: if no native class computes the same.
+    """
+    if model.config.model_type != MiniConfig.model_type:
+        raise ValueError(f"native takes a Mini, and this is a model of type {model.config.model_type!r}.")
+    native = with_weights_of(model, native_config(model.config))
+    native.generation_config = copy.deepcopy(model.generation_config)
+    return native
+
+
+def with_weights_of(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of this configuration with copies of the parameters of another, which has all of them by name."""
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    other, report = model_class.from_pretrained(
+        None, config=config, state_dict=weights, dtype=model.dtype, output_loading_info=True
+    )
+    if wrong := {kind: sorted(names) for kind, names in report.items() if names}:
+        raise ValueError(f"The weights are not those of the configuration: {wrong}.")
+    return other.eval()
+
+
+def relative_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    """
+    The largest difference between the logits of two models, over the largest logit, in float32 on random tokens.
+    """
+    length = min(CHECKED_TOKENS, model.config.max_position_embeddings)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours, theirs = (copy.deepcopy(m).float()(input_ids=ids, use_cache=False).logits for m in (model, other))
+    return ((ours - theirs).abs().max() / ours.abs().max()).item()
+
+
+def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> Card:
+    """
+    Writes a native checkpoint into the folder `out`.
+
+    Raises:
+        ValueError: if no native class computes the same, by the configuration or by the logits.
+    """
+    native = to_native(model)
+    name = type(native).__name__
+    difference = relative_difference(model, native)
+    if not difference < LARGEST_DIFFERENCE:
+        raise ValueError(f"{name} gives other logits (by {difference:.0e}): the model is not what its config says.")
+    with writing(out):
+        native.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+        name_as_before(out / "config.json")
+    usage = """
+It loads without custom code:
+
+```python
+from transformers import pipeline
+
+generator = pipeline("text-generation", model="PATH_OR_REPOSITORY")
+print(generator("The", max_new_tokens=100)[0]["generated_text"])
+```
+
+Or behind the protocol of OpenAI:
+
+```bash
+transformers serve PATH_OR_REPOSITORY
+```
+"""
+    return Card(
+        title=f"Mini as {name.removesuffix('ForCausalLM')}, {model.num_parameters() / 1e6:.1f}M parameters",
+        usage=usage,
+        exactness=f"`{name}` computes what Mini does. When this was written, its logits on random tokens differed by "
+        f"{difference:.0e} of the largest, which is rounding.",
+        facts={"class": f"`{name}` of transformers"},
+        library_name="transformers",
+        tags=[native.config.model_type],
+    )
+
+
+def name_as_before(config_file: Path) -> None:
+    """
+    Adds to `config.json` the entries of the rotary embedding by the names that they had before transformers 5, which
+    other runtimes read. transformers takes `rope_parameters`.
+    """
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    rope = dict(config["rope_parameters"])
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if name in rope:
+            config[name] = rope.pop(name)
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
