@@ -17,6 +17,8 @@ from transformers import HfArgumentParser
 # Where a CPU has AVX512-BF16, bitsandbytes warns on import that it does without a kernel of a further library; and
 # peft, which transformers and TRL import, imports it. Set here, because every program imports this file before those.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# And in INT8 it says for every product that it computes in float16.
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -44,6 +44,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .decoding import decode, obstacle
+from .integrations import check_quantized_layers, load_whole_adapter
 from .remote_code import AUTO_MAP, write_remote_code
 
 
@@ -325,6 +326,17 @@ class MiniPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             repo_id = hub_kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
             self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "MiniPreTrainedModel":
+        """Loads as every transformers model does, and refuses to quantize what bitsandbytes would get wrong."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        check_quantized_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads as every transformers model does; DoRA too, and nothing that does not fit: see `load_whole_adapter`."""
+        return load_whole_adapter(self, super().load_adapter, *args, **kwargs)
 
 
 class MiniModel(MiniPreTrainedModel):

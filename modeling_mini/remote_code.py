@@ -30,6 +30,7 @@ def remote_code_files() -> dict[str, str]:
         "configuration_mini.py": Path(inspect.getfile(MiniConfig)),
         "modeling_mini.py": here / "modeling_mini.py",
         "decoding.py": here / "decoding.py",
+        "integrations.py": here / "integrations.py",
         "remote_code.py": here / "remote_code.py",
     }
     absolute, relative = "\nfrom configuration_mini import", "\nfrom .configuration_mini import"

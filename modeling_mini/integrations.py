@@ -1,0 +1,111 @@
+"""
+Where bitsandbytes and peft would go wrong with a Mini model without a word, or say it in many.
+
+A copy of this file travels with each checkpoint: the checks hold wherever a folder is loaded. It has no import of peft
+and bitsandbytes, because transformers would then load no folder where they are not installed.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+# bitsandbytes stores 4-bit weights in blocks of 64 along a row, and its CPU kernel takes 32 rows at once. With other
+# shapes a model loads, and fails when it is first called, or is read back wrong (docs/LOG.md).
+BLOCK_COLUMNS, BLOCK_ROWS = 64, 32
+QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+
+
+def check_quantized_layers(model: PreTrainedModel) -> None:
+    """
+    Holds what `from_pretrained` quantized against what bitsandbytes gets right.
+
+    Raises:
+        ValueError: naming the layers that it would get wrong, and how to leave them out.
+    """
+    if not getattr(model, "is_quantized", False):
+        return
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    quantized = {name: model.get_submodule(name) for name, kind in kinds.items() if kind in QUANTIZED_LAYERS}
+    embedding = model.get_input_embeddings().weight
+    if (name := next((name for name, module in quantized.items() if module.weight is embedding), None)) is not None:
+        raise ValueError(
+            f"{name} is the embedding too, which cannot be quantized: a list of your own in llm_int8_skip_modules has "
+            f"to name {name!r}."
+        )
+    shapes: dict[tuple[str, int, int], str] = {}  # one layer of each name and shape speaks for its like
+    for name, module in quantized.items():
+        rows, columns = module.out_features, module.in_features
+        if kinds[name] == "Linear4bit" and (rows % BLOCK_ROWS or columns % BLOCK_COLUMNS):
+            shapes.setdefault((name.rsplit(".")[-1], rows, columns), name)
+    if shapes:
+        layers = ", ".join(f"{name} ({rows} x {columns})" for (_, rows, columns), name in shapes.items())
+        skipped = {"lm_head"} | {kind for kind, _, _ in shapes}
+        raise ValueError(
+            f"INT4 needs widths that are multiples of {BLOCK_COLUMNS} in and {BLOCK_ROWS} out; these layers have "
+            f"others: {layers}. Load in INT8 instead, or leave them out by llm_int8_skip_modules={sorted(skipped)}."
+        )
+
+
+def load_whole_adapter(
+    model: PreTrainedModel,
+    load_adapter: Callable[..., Any],
+    peft_model_id: str | None = None,
+    adapter_name: str | None = None,
+    peft_config: Any = None,
+    adapter_state_dict: dict[str, torch.Tensor] | None = None,
+    adapter_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """
+    transformers' `load_adapter` with two differences: the magnitudes of DoRA (Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353) are loaded, where it warns and leaves them as the base has them; and an adapter
+    that does not fit, or is there in part, is refused and taken out again.
+
+    Args:
+        load_adapter: transformers' own method, bound to the model. The other arguments are its own.
+
+    Raises:
+        ValueError: if the adapter is damaged or does not fit, naming it and the model.
+    """
+    peft = importlib.import_module("peft")
+    load_config = kwargs.get("load_config")
+    peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    place = {**(getattr(load_config, "download_kwargs", None) or {}), **(adapter_kwargs or {})}
+    names_before = set(getattr(model, "peft_config", {}))
+    detail = None
+    try:
+        if peft_config is None and peft_model_id is not None:
+            peft_config = peft.PeftConfig.from_pretrained(peft_model_id, **place)
+        if getattr(peft_config, "use_dora", False):
+            if adapter_state_dict is None:
+                adapter_state_dict = peft.load_peft_weights(peft_model_id, device="cpu", **place)
+            # Files leave out the ending that transformers looks for.
+            adapter_state_dict = {
+                f"{key}.weight" if key.endswith("lora_magnitude_vector") else key: value
+                for key, value in adapter_state_dict.items()
+            }
+        info = load_adapter(
+            peft_model_id, adapter_name, peft_config, adapter_state_dict, adapter_kwargs=adapter_kwargs, **kwargs
+        )
+        weights = dict(model.named_parameters(remove_duplicate=False))
+        loaded = {id(weight) for key, weight in weights.items() if key not in info.missing_keys}
+        # What is tied to another weight is missing only by its second name.
+        missing = {key for key in info.missing_keys if key not in weights or id(weights[key]) not in loaded}
+        if wrong := sorted({*missing, *info.unexpected_keys, *(key for key, *_ in info.mismatched_keys)}):
+            detail = f"{len(wrong)} of its weights are in the file alone or in the model alone, first {wrong[0]}."
+    except SafetensorError as error:
+        detail = f"its weights are damaged or cut short ({error})."
+    except (RuntimeError, ValueError, KeyError) as error:
+        detail = " ".join(str(error).split())[:300]
+    if detail is not None:
+        if added := sorted(set(getattr(model, "peft_config", {})) - names_before):
+            model.delete_adapter(added)
+        called = f"The adapter {peft_model_id!r}" if peft_model_id else "The adapter"
+        if base := getattr(peft_config, "base_model_name_or_path", None):
+            called += f", which was trained on {base!r},"
+        raise ValueError(f"{called} does not fit {model.name_or_path!r}: {detail}")
+    return info
