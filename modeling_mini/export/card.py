@@ -58,3 +58,11 @@ def facts_of_source(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         if line.startswith("|") and len(cells) == 2 and cells[0] and set(cells[0]) - set("-: "):
             rows[cells[0]] = cells[1]
     return source.data.to_dict(), rows
+
+
+def name_of(model: PreTrainedModel) -> str:
+    """A name for files: that of the run, of the checkpoint folder, or of the repository."""
+    folder = Path(model.name_or_path)
+    if folder.name in ("best", "final") and folder.parent.name:
+        folder = folder.parent
+    return folder.name or "mini"

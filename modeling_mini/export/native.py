@@ -130,18 +130,31 @@ def relative_difference(model: PreTrainedModel, other: PreTrainedModel) -> float
     return ((ours - theirs).abs().max() / ours.abs().max()).item()
 
 
-def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> Card:
+def checked_native(model: PreTrainedModel) -> tuple[PreTrainedModel, float]:
     """
-    Writes a native checkpoint into the folder `out`.
+    The native model, and by how much its logits differ (`relative_difference`).
 
     Raises:
         ValueError: if no native class computes the same, by the configuration or by the logits.
     """
     native = to_native(model)
-    name = type(native).__name__
     difference = relative_difference(model, native)
     if not difference < LARGEST_DIFFERENCE:
-        raise ValueError(f"{name} gives other logits (by {difference:.0e}): the model is not what its config says.")
+        raise ValueError(
+            f"{type(native).__name__} gives other logits (by {difference:.0e}): the model is not what its config says."
+        )
+    return native, difference
+
+
+def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> Card:
+    """
+    Writes a native checkpoint into the folder `out`.
+
+    Raises:
+        ValueError: as `checked_native` does.
+    """
+    native, difference = checked_native(model)
+    name = type(native).__name__
     with writing(out):
         native.save_pretrained(out)
         tokenizer.save_pretrained(out)

@@ -1,0 +1,230 @@
+"""
+GGUF, the format of llama.cpp, for the three architectures that native.py writes.
+
+What llama.cpp computes, read in its sources (src/models/llama.cpp, qwen3.cpp and stablelm.cpp of the version that
+llama-cpp-python 0.3.36 holds): SwiGLU with SiLU alone; rotary pairs (2i, 2i + 1) for llama, so that rows of q_proj and
+k_proj change places, and Mini's pairs for the others; a factor for each frequency (`rope_freqs`) for llama alone; a
+head of its own for stablelm, which cannot be tied. What they do not read at all stops them from loading a file.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from configuration_mini import MiniConfig, nearest_name
+from entry_points_mini import option
+from files_mini import writing
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .card import Card, name_of
+from .gguf_vocabulary import Vocabulary
+from .native import checked_native
+
+TYPES = {
+    "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "stablelm": gguf.MODEL_ARCH.STABLELM,
+}
+LARGEST_ROPE_FACTOR = 1e30  # stops a pair from turning: cos(position / 1e30) is 1
+
+
+@dataclass
+class Options:
+    """What to write."""
+
+    types: list[str] = option(["F32", "F16", "Q8_0"], "of the weights: F32, F16 or Q8_0, a file for each")
+
+    def __post_init__(self) -> None:
+        if not self.types:
+            raise ValueError(f"types must name at least one of {', '.join(TYPES)}.")
+        for name in self.types:
+            if name not in TYPES:
+                hint = nearest_name(str(name), list(TYPES)) or "."
+                raise ValueError(f"types must be among {', '.join(TYPES)}, got {name!r}{hint}")
+
+
+def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, types: list[str]) -> Card:
+    """
+    Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`.
+
+    Raises:
+        ValueError: if llama.cpp computes something else, or reads text otherwise, naming what stands in the way.
+    """
+    native, _ = checked_native(model)
+    config = native.config
+    if config.hidden_act not in ("silu", "swish"):
+        raise uncomputable(f"its hidden_act is {config.hidden_act}, and there it is silu")
+    if config.model_type == "qwen3" and config.attention_bias:
+        raise uncomputable("it has QK-norm and attention_bias, and qwen3 there has no bias in o_proj")
+    rope = rope_of(native)
+    vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
+    name = name_of(model)
+    for type_name in types:
+        with writing(out):
+            write_file(out / f"{name}-{type_name}.gguf", native, model.config, vocabulary, rope, name, type_name)
+    smallest = f"{name}-{types[-1]}.gguf"
+    usage = f"""
+With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+
+```bash
+llama-cli -m {smallest} -p "def " -n 100 -no-cnv
+```
+
+or with `pip install llama-cpp-python`:
+
+```python
+from llama_cpp import Llama
+
+llama = Llama("{smallest}", n_ctx={config.max_position_embeddings}, verbose=False)
+print(llama("def ", max_tokens=100)["choices"][0]["text"])
+```
+"""
+    return Card(
+        title=f"Mini for llama.cpp, {model.num_parameters() / 1e6:.1f}M parameters",
+        usage=usage,
+        exactness=f"The architecture `{config.model_type}` of llama.cpp computes what Mini does. F32 holds the "
+        "weights as they are, F16 rounds them, and Q8_0 stores them in blocks of 32 with 8 bits each.",
+        facts={"files": ", ".join(f"`{name}-{type_name}.gguf`" for type_name in types)},
+        library_name="llama.cpp",
+        tags=["gguf", config.model_type],
+    )
+
+
+def uncomputable(reason: str) -> ValueError:
+    return ValueError(f"llama.cpp cannot compute this model: {reason}.")
+
+
+def rope_of(native: PreTrainedModel) -> dict[str, Any]:
+    """
+    How llama.cpp is told of the rotary frequencies: `factor` that divides all, or `factors` for each pair, and
+    `attention_factor` on cosine and sine.
+
+    Raises:
+        ValueError: if it cannot be.
+    """
+    config, rotary = native.config, native.model.rotary_emb
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type == "default":
+        return {}
+    if rope_type == "linear":
+        return {"factor": config.rope_parameters["factor"]}
+    if rope_type in ("dynamic", "longrope"):
+        raise uncomputable(
+            f"its rope_type is {rope_type}, whose frequencies change with the length of the text, and there they are "
+            f"fixed when a model is loaded"
+        )
+    if config.model_type != "llama":
+        raise uncomputable(f"its rope_type is {rope_type}, and {config.model_type} there has default and linear")
+    unscaled = config.rope_parameters["rope_theta"] ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    factors = (unscaled / rotary.inv_freq.float()).clamp(max=LARGEST_ROPE_FACTOR)
+    return {"factors": factors, "attention_factor": rotary.attention_scaling}
+
+
+def write_file(
+    path: Path,
+    native: PreTrainedModel,
+    config: MiniConfig,
+    vocabulary: Vocabulary,
+    rope: dict[str, Any],
+    name: str,
+    type_name: str,
+) -> None:
+    """Writes one file; `type_name` is that of the matrices, and vectors are F32 in all."""
+    kind = native.config.model_type
+    architecture = ARCHITECTURES[kind]
+    quantization, file_type = TYPES[type_name]
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    if kind == "stablelm":
+        writer.add_layer_norm_eps(config.norm_eps)
+        writer.add_parallel_residual(False)
+    else:
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+
+    share = native.config.rope_parameters.get("partial_rotary_factor", 1.0) if kind == "stablelm" else 1.0
+    writer.add_rope_dimension_count(int(config.head_dim * share))
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR if "factor" in rope else gguf.RopeScalingType.NONE)
+    if "factor" in rope:
+        writer.add_rope_scaling_factor(rope["factor"])
+    if "attention_factor" in rope:
+        writer.add_rope_scaling_attn_factors(rope["attention_factor"])
+    vocabulary.write(writer)
+
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    for parameter_name, parameter in weights_of(native):
+        tensor_name = names.get_name(parameter_name, try_suffixes=(".weight", ".bias"))
+        if tensor_name is None:
+            raise ValueError(f"llama.cpp has no place for {parameter_name} in its architecture {kind}.")
+        if kind == "llama" and ".q_proj." in parameter_name:
+            parameter = interleaved(parameter, config.num_attention_heads)
+        if kind == "llama" and ".k_proj." in parameter_name:
+            parameter = interleaved(parameter, config.num_key_value_heads)
+        add_tensor(writer, tensor_name, parameter, quantization)
+    if "factors" in rope:
+        add_tensor(writer, "rope_freqs.weight", rope["factors"], quantization)
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def weights_of(native: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """All parameters; a tied head once more, where llama.cpp does not tie."""
+    weights = [(name, parameter.detach()) for name, parameter in native.named_parameters()]
+    if native.config.tie_word_embeddings and native.config.model_type == "stablelm":
+        weights.append(("lm_head.weight", native.lm_head.weight.detach()))
+    return weights
+
+
+def interleaved(parameter: torch.Tensor, heads: int) -> torch.Tensor:
+    """
+    The rows of a projection (heads * head_dim, ...) in the order in which llama.cpp pairs them: feature i of the first
+    half of a head, then feature i of the second, for each i.
+    """
+    halves = parameter.reshape(heads, 2, -1, *parameter.shape[1:])
+    return halves.transpose(1, 2).reshape(parameter.shape)
+
+
+def add_tensor(
+    writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, quantization: gguf.GGMLQuantizationType
+) -> None:
+    """
+    Adds a matrix as `quantization`, or as F16 where its rows are no multiple of a block, and a vector as F32.
+
+    Raises:
+        ValueError: if a weight is too large for F16.
+    """
+    values = tensor.to(torch.float32).cpu().contiguous().numpy()
+    if tensor.ndim == 1:
+        quantization = gguf.GGMLQuantizationType.F32
+    elif values.shape[-1] % gguf.GGML_QUANT_SIZES[quantization][0]:
+        quantization = gguf.GGMLQuantizationType.F16
+    if quantization == gguf.GGMLQuantizationType.F32:
+        writer.add_tensor(name, values)
+        return
+    if quantization == gguf.GGMLQuantizationType.F16 and np.abs(values).max() > np.finfo(np.float16).max:
+        raise ValueError(f"{name} has weights that are too large for F16; write F32.")
+    writer.add_tensor(name, gguf.quants.quantize(values, quantization), raw_dtype=quantization)

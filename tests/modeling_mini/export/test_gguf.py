@@ -1,0 +1,189 @@
+"""The GGUF files themselves, read with the `gguf` package; test_llama_cpp.py runs them."""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jinja2
+import numpy as np
+import pytest
+import torch
+from modeling_mini import MiniForCausalLM
+from modeling_mini.export import export
+from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
+from tokenization import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, TokenizersBackend
+
+from .conftest import random_model
+
+
+def write(model: MiniForCausalLM, folder: Path, tokenizer: Any = None) -> Path:
+    """A checkpoint folder."""
+    model.save_pretrained(folder)
+    (tokenizer or ByteTokenizer()).save_pretrained(folder)
+    return folder
+
+
+def value_of(reader: gguf.GGUFReader, key: str) -> Any:
+    return reader.fields[key].contents()
+
+
+def tensors_of(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+
+
+# What a type may change of a weight: nothing; eleven bits of its own; a 127th of half the largest of its block.
+ROUNDING = {"F32": 0.0, "F16": 2**-11, "Q8_0": 1 / 127}
+
+
+@pytest.mark.parametrize("type_name", ROUNDING)
+def test_the_weights_are_in_the_file(type_name: str, checkpoint: Path, tmp_path: Path) -> None:
+    out = export("gguf", checkpoint, tmp_path / "out", types=[type_name])
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", f"checkpoint-{type_name}.gguf"]
+    reader = gguf.GGUFReader(out / f"checkpoint-{type_name}.gguf")
+    tensors = tensors_of(reader)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    expected = {
+        "token_embd.weight": model.model.embed_tokens.weight,
+        "output.weight": model.lm_head.weight,  # llama.cpp's stablelm wants its own, though Mini ties it
+        "output_norm.weight": model.model.norm.weight,
+        "output_norm.bias": model.model.norm.bias,
+    }
+    for i, layer in enumerate(model.model.layers):
+        for name, module in {
+            "attn_norm": layer.input_layernorm,
+            "ffn_norm": layer.post_attention_layernorm,
+            "attn_q": layer.self_attn.q_proj,
+            "attn_k": layer.self_attn.k_proj,
+            "attn_v": layer.self_attn.v_proj,
+            "attn_output": layer.self_attn.o_proj,
+            "ffn_gate": layer.mlp.gate_proj,
+            "ffn_up": layer.mlp.up_proj,
+            "ffn_down": layer.mlp.down_proj,
+        }.items():
+            expected |= {f"blk.{i}.{name}.{kind}": parameter for kind, parameter in module.named_parameters()}
+    assert tensors.keys() == expected.keys()
+    for name, parameter in expected.items():
+        values = parameter.detach().numpy()
+        tolerance = ROUNDING[type_name] * np.abs(values).max() if values.ndim == 2 else 0.0
+        np.testing.assert_allclose(tensors[name], values, atol=tolerance, rtol=0, err_msg=name)
+    types = {t.tensor_type.name for t in reader.tensors}
+    assert types == {"F32", type_name}
+    assert value_of(reader, "general.architecture") == "stablelm"
+    config = model.config
+    for key, value in {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_epsilon": np.float32(config.norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": 10_000.0,
+        "use_parallel_residual": False,
+    }.items():
+        assert value_of(reader, f"stablelm.{key}") == value, key
+
+
+def test_the_tokenizer_is_in_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    reader = gguf.GGUFReader(export("gguf", checkpoint, tmp_path / "out", types=["F16"]) / "checkpoint-F16.gguf")
+    tokenizer = ByteTokenizer()
+    tokens = value_of(reader, "tokenizer.ggml.tokens")
+    assert tokens == tokenizer.convert_ids_to_tokens(list(range(264)))
+    types = value_of(reader, "tokenizer.ggml.token_type")
+    control, unknown, normal = gguf.TokenType.CONTROL, gguf.TokenType.UNKNOWN, gguf.TokenType.NORMAL
+    assert types == [control] * 3 + [unknown] + [control] * 4 + [normal] * 256
+    for key, value in {"bos": 1, "eos": 2, "unknown": 3, "padding": 0, "eot": 7}.items():
+        assert value_of(reader, f"tokenizer.ggml.{key}_token_id") == value
+    assert value_of(reader, "tokenizer.ggml.add_bos_token") is True
+
+
+def test_rows_are_paired_as_llama_cpp_turns_them(tmp_path: Path) -> None:
+    model = random_model(norm_type="rmsnorm", attention_bias=True, tie_word_embeddings=True, head_dim=8)
+    out = export("gguf", write(model, tmp_path / "m"), tmp_path / "out", types=["F32"])
+    tensors = tensors_of(gguf.GGUFReader(out / "m-F32.gguf"))
+    assert "output.weight" not in tensors  # tied there as well
+    attention = model.model.layers[1].self_attn
+    for name, projection in {"attn_q": attention.q_proj, "attn_k": attention.k_proj}.items():
+        for kind, parameter in projection.named_parameters():
+            heads = tensors[f"blk.1.{name}.{kind}"].reshape(-1, 8, *parameter.shape[1:])
+            expected = parameter.detach().numpy().reshape(-1, 8, *parameter.shape[1:])
+            for pair in range(4):
+                np.testing.assert_array_equal(heads[:, 2 * pair], expected[:, pair])
+                np.testing.assert_array_equal(heads[:, 2 * pair + 1], expected[:, pair + 4])
+    np.testing.assert_array_equal(tensors["blk.1.attn_v.weight"], attention.v_proj.weight.detach().numpy())
+
+
+def test_rows_that_are_no_block_are_f16(tmp_path: Path) -> None:
+    model = random_model(hidden_size=40, intermediate_size=64)
+    out = export("gguf", write(model, tmp_path / "m"), tmp_path / "out", types=["Q8_0"])
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(out / "m-Q8_0.gguf").tensors}
+    assert types["blk.0.attn_q.weight"] == "F16" and types["blk.0.ffn_down.weight"] == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("sentence", "fields"),
+    [
+        ("hidden_act is gelu", {"hidden_act": "gelu"}),
+        ("qk_norm is True", {"qk_norm": True}),
+        ("rope_type is dynamic", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        (
+            "rope_type is proportional, and the architecture stablelm",
+            {"rope_parameters": {"rope_type": "proportional"}},
+        ),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(sentence: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    folder = write(random_model(**fields), tmp_path / "m")
+    with pytest.raises(ValueError, match=sentence):
+        export("gguf", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokenizers_that_llama_cpp_has_not_are_refused(tmp_path: Path) -> None:
+    characters = CharTokenizer.from_text("abc")
+    with pytest.raises(ValueError, match="characters are none: none of its tokenizers has one"):
+        Vocabulary.of(characters, len(characters))
+    with pytest.raises(ValueError, match="add_prefix_space"):
+        Vocabulary.of(ByteTokenizer(add_prefix_space=True), 264)
+    with pytest.raises(ValueError, match="264 tokens and the model 200"):
+        Vocabulary.of(ByteTokenizer(), 200)
+    padded = Vocabulary.of(ByteTokenizer(), 266)
+    assert padded.tokens[264:] == ["[UNUSED264]", "[UNUSED265]"]
+    assert padded.types[264:] == [gguf.TokenType.UNUSED] * 2
+
+
+def bpe_tokenizer() -> TokenizersBackend:
+    """GPT-2's kind of tokenizer, small."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("Ã", "©"), ("1", "2"), ("Ġ", "Ġ")]
+    tokens = ["<|endoftext|>", *alphabet, *("".join(merge) for merge in merges)]
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return TokenizersBackend(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+def test_merges_go_along() -> None:
+    vocabulary = Vocabulary.of(bpe_tokenizer(), 264)
+    assert vocabulary.split == "gpt-2"
+    assert vocabulary.merges[:3] == ["h e", "l l", "he ll"]
+    assert not vocabulary.add_bos
+
+
+def test_the_chat_template_is_what_others_can_parse() -> None:
+    template = ByteTokenizer().chat_template
+    assert "generation -" in template
+    plain = without_generation_marks(template)
+    messages = [{"role": "user", "content": " hi\n"}, {"role": "assistant", "content": " ho\n"}]
+    rendered = jinja2.Environment().from_string(plain).render(messages=messages, bos_token=SPECIAL_TOKENS[1])
+    assert rendered == ByteTokenizer().apply_chat_template(messages, tokenize=False)
+
+
+def test_a_weight_beyond_f16_is_refused(tmp_path: Path) -> None:
+    model = random_model()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
+    folder = write(model, tmp_path / "m")
+    with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight has weights that are too large for F16"):
+        export("gguf", folder, tmp_path / "out", types=["F16"])
