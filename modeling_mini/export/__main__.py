@@ -42,10 +42,12 @@ def run(argv: list[str]) -> None:
         prog=f"{PROGRAM} {format} CHECKPOINT OUT",
         description=f"A checkpoint {FORMATS[format]}.",
     )
-    places = [] if "--help" in rest or "-h" in rest else rest[:2]
-    arguments, options = parser.parse(rest[len(places) :])
+    places = rest[:2]
+    if "--help" in rest or "-h" in rest:
+        parser.parse(["--help"])
     if len(places) < 2 or any(place.startswith("-") for place in places):
         raise ValueError(f"The checkpoint and the folder to write come first: {PROGRAM} {format} CHECKPOINT OUT.")
+    arguments, options = parser.parse(rest[2:])
     folder = export(format, *places, overwrite=arguments.overwrite, **vars(options))
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path} ({path.stat().st_size:,} bytes)")

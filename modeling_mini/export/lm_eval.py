@@ -1,9 +1,10 @@
 """
-A task of lm-evaluation-harness that measures bits per byte on a text file, as Mini's own evaluation does.
+A task of lm-evaluation-harness that measures bits per byte on a text file, and gives what Mini's own evaluation gives.
 
-The harness reads a long document in windows that each see the last token of the one before, and the last window more.
-Mini's windows begin with bos, as its training rows do. So the text is cut here, into documents of one context, and each
-of them is one window for both.
+Two things would make them differ. The harness reads a long document in windows that each see the last token of the one
+before, where Mini's windows begin with bos, as its training rows do: so each document of the task is one window. And a
+window may end inside a character, which no text can: so a document is written in token ids, one character for each, and
+the task brings a tokenizer that reads them back.
 """
 
 import json
@@ -13,13 +14,17 @@ from pathlib import Path
 import yaml
 from entry_points_mini import option
 from files_mini import writing
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .card import Card
 
-# The harness resolves the path of a data file against the folder that it is started in. A function beside the task
-# knows where it is, so the folder can be moved and shared.
-READER = '''"""Reads the documents of the task, which lie beside this file."""
+# Unicode keeps these code points, and all after them, for private use. There is room for 131,072 ids.
+FIRST_CODE_POINT, ROOM = 0xF0000, 0x110000 - 0xF0000
+
+# The harness resolves the path of a data file against the folder that it is started in. Functions beside the task know
+# where they are, so the folder can be moved and shared.
+READER = '''"""The documents of the task, which lie beside this file, and how many bytes of text each stands for."""
 
 from pathlib import Path
 
@@ -28,6 +33,10 @@ from datasets import DatasetDict, load_dataset
 
 def documents(**kwargs) -> DatasetDict:
     return load_dataset("json", data_files={"test": str(Path(__file__).parent / "documents.jsonl")})
+
+
+def bits_per_byte(document: dict, results: list) -> dict:
+    return {"bits_per_byte": (results[0], document["bytes"])}
 '''
 
 
@@ -47,28 +56,38 @@ class Options:
             raise ValueError(f"task_name must be letters, digits and underscores, got {self.task_name!r}.")
 
 
-def pieces_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[str]:
+def documents_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, str | int]]:
     """
-    A text cut into pieces of at most `length` tokens, and no fewer than a character that would not fit whole asks for.
-
-    Raises:
-        ValueError: if a character has more tokens than `length`.
+    Windows of `length` tokens: `ids` as characters, the `bytes` that they stand for (those of a character that two
+    windows share count in the first), and the `text`, for people.
     """
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
     )
-    offsets = encoding["offset_mapping"]
-    pieces, start = [], 0
-    while start < len(offsets):
-        end = min(start + length, len(offsets))
-        while end < len(offsets) and offsets[end][0] < offsets[end - 1][1]:  # inside a character
-            end -= 1
-        if end <= start:
-            raise ValueError(f"A context of {length} tokens is too short for the character at {offsets[start][0]}.")
-        last = offsets[end][0] if end < len(offsets) else len(text)
-        pieces.append(text[offsets[start][0] if pieces else 0 : last])
-        start = end
-    return pieces
+    ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
+    documents, begin = [], 0
+    for start in range(0, len(ids), length):
+        window = ids[start : start + length]
+        is_last = start + length >= len(ids)
+        end = len(text) if is_last else offsets[start + length - 1][1]
+        documents.append(
+            {
+                "ids": "".join(chr(FIRST_CODE_POINT + token_id) for token_id in window),
+                "bytes": len(text[begin:end].encode("utf-8")),
+                "text": tokenizer.decode(window),
+            }
+        )
+        begin = end
+    return documents
+
+
+def tokenizer_of_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of `size` ids, each of them one character; bos is that of `tokenizer`."""
+    vocab = {chr(FIRST_CODE_POINT + token_id): token_id for token_id in range(size)}
+    bos = chr(FIRST_CODE_POINT + tokenizer.bos_token_id)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab=vocab, merges=[])), bos_token=bos, eos_token=bos, pad_token=bos
+    )
 
 
 def export_lm_eval(
@@ -82,7 +101,7 @@ def export_lm_eval(
         task_name: what `--tasks` calls it.
 
     Raises:
-        ValueError: if the text is empty or not UTF-8.
+        ValueError: if the text is empty or not UTF-8, or the tokenizer has no bos or more ids than there is room for.
     """
     try:
         text = Path(text_file).read_bytes().decode("utf-8")  # as it is: no newline is another
@@ -90,31 +109,32 @@ def export_lm_eval(
         raise ValueError(f"{text_file} is not valid UTF-8 ({error.reason} at byte {error.start}).") from None
     if not text:
         raise ValueError(f"{text_file} is empty.")
-    length = model.config.max_position_embeddings
-    pieces = pieces_of(text, tokenizer, length)
+    if tokenizer.bos_token_id is None:
+        raise ValueError("The tokenizer has no bos token, with which a window begins.")
+    config = model.config
+    if config.vocab_size > ROOM:
+        raise ValueError(f"lm_eval has room for {ROOM:,} token ids, and this model has {config.vocab_size:,}.")
+    documents = documents_of(text, tokenizer, config.max_position_embeddings)
     task = {
         "task": task_name,
         "output_type": "loglikelihood_rolling",
         "test_split": "test",
         "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}, {"metric": "byte_perplexity"}],
+        "doc_to_target": "{{ids}}",
+        "metric_list": [{"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}],
         "metadata": {"version": 1.0},
     }
+    functions = "custom_dataset: !function documents.documents\nprocess_results: !function documents.bits_per_byte\n"
     with writing(out):
-        lines = (json.dumps({"text": piece}, ensure_ascii=False) for piece in pieces)
-        (out / "documents.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
+        lines = (json.dumps(document, ensure_ascii=False) for document in documents)
+        (out / "documents.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         (out / "documents.py").write_text(READER, encoding="utf-8")
-        task_yaml = yaml.safe_dump(task, sort_keys=False) + "custom_dataset: !function documents.documents\n"
-        (out / f"{task_name}.yaml").write_text(task_yaml, encoding="utf-8")
-        tokenizer.save_pretrained(out / "tokenizer")
-        # The harness puts bos in front by itself, and what looks like a special token in a text is text.
-        plain = AutoTokenizer.from_pretrained(out / "tokenizer", add_bos_token=False, split_special_tokens=True)
-        plain.save_pretrained(out / "tokenizer")
-    size = len(text.encode("utf-8"))
+        (out / f"{task_name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False) + functions, encoding="utf-8")
+        tokenizer_of_ids(tokenizer, config.vocab_size).save_pretrained(out / "tokenizer")
     usage = f"""
 A task of [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness): bits per byte on
-{size:,} bytes of `{Path(text_file).name}`. With `pip install "lm_eval[hf]"`, and this folder as `TASK_FOLDER`:
+{len(text.encode("utf-8")):,} bytes of `{Path(text_file).name}`. With `pip install "lm_eval[hf]"`, and this folder as
+`TASK_FOLDER`:
 
 ```bash
 lm_eval --model hf --include_path TASK_FOLDER --tasks {task_name} --batch_size 16 \\
@@ -124,8 +144,9 @@ lm_eval --model hf --include_path TASK_FOLDER --tasks {task_name} --batch_size 1
     return Card(
         title=f"Bits per byte on {Path(text_file).name}",
         usage=usage,
-        exactness=f"The text is cut into {len(pieces):,} documents of at most {length} tokens, one context of the "
-        "model, so the result is that of Mini's own evaluation.",
+        exactness=f"The text is {len(documents):,} documents of at most {config.max_position_embeddings} tokens, one "
+        "context of the model, and each begins with bos: the result is that of Mini's own evaluation. They are written "
+        "in ids of the model's tokenizer, so the task is for this model and others with that tokenizer.",
         of_model=False,
         tags=["lm-evaluation-harness"],
     )

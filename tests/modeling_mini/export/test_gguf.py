@@ -126,9 +126,10 @@ def test_rows_that_are_no_block_are_f16(tmp_path: Path) -> None:
     [
         ("hidden_act is gelu", {"hidden_act": "gelu"}),
         ("qk_norm is True", {"qk_norm": True}),
+        ("no bias in o_proj", {"norm_type": "rmsnorm", "qk_norm": True, "attention_bias": True}),
         ("rope_type is dynamic", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
         (
-            "rope_type is proportional, and the architecture stablelm",
+            "rope_type is proportional, and stablelm there",
             {"rope_parameters": {"rope_type": "proportional"}},
         ),
     ],

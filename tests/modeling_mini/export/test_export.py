@@ -1,0 +1,106 @@
+"""The frame of the formats: the command, the card, and what is refused before anything is written."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from modeling_mini.export import FORMATS, __main__, export, module_of
+from peft import LoraConfig, get_peft_model
+from tokenization import ByteTokenizer
+from transformers import AutoModelForCausalLM
+
+from .conftest import random_model, same_parameters
+
+
+def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "folder" / "native"
+    __main__.run(["native", str(checkpoint), str(out)])
+    assert f"{out / 'model.safetensors'} (" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match=r"There is something in .*native' already: name another folder, or --overwrite"
+    ):
+        __main__.run(["native", str(checkpoint), str(out)])
+    (out / "old").write_text("")
+    __main__.run(["native", str(checkpoint), str(out), "--overwrite"])
+    assert not (out / "old").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["native"]
+
+
+def test_help(capsys: pytest.CaptureFixture) -> None:
+    __main__.run([])
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in FORMATS)
+    with pytest.raises(SystemExit):
+        __main__.run(["gguf", "--help"])
+    shown = capsys.readouterr().out
+    assert "--types" in shown and "--overwrite" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["gguff", "a", "b"], "There is no format 'gguff'; .* did you mean 'gguf'"),
+        (["native"], "The checkpoint and the folder to write come first"),
+        (["native", "--overwrite", "a", "b"], "The checkpoint and the folder to write come first"),
+        (["native", "nowhere", "b"], "There is no run or checkpoint folder 'nowhere'"),
+        (["gguf", "a", "b", "--types", "Q4"], "types must be among F32, F16, Q8_0, got 'Q4'"),
+        (["native", "a", "b", "--typs", "F32"], "There is no flag '--typs'"),
+    ],
+)
+def test_wrong_commands(arguments: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=sentence):
+        __main__.run(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_and_targets(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"The format gguf has no option 'type', did you mean 'types'\?"):
+        export("gguf", checkpoint, tmp_path / "out", type=["F32"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="OUT must be a folder"):
+        export("native", checkpoint, tmp_path / "file")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.delitem(sys.modules, "modeling_mini.export.gguf", raising=False)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="The format gguf needs the package gguf: pip install gguf"):
+        module_of("gguf")
+
+
+def test_the_card_keeps_what_is_true_of_the_weights(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "README.md").write_text(
+        "---\nlicense: mit\nlibrary_name: transformers\ntags: [mini, other]\n---\n# A\n\n| | |\n|---|---|\n"
+        "| training | 5 steps |\n\n| a | b | c |\n|---|---|---|\n| 1 | 2 | 3 |\n"
+    )
+    card = ModelCard.load(export("gguf", checkpoint, tmp_path / "out", types=["F32"]) / "README.md")
+    assert card.data.license == "mit"
+    assert card.data.library_name == "llama.cpp"
+    assert card.data.tags == ["mini", "gguf", "stablelm"]
+    assert "| training | 5 steps |" in card.text and "| 1 | 2" not in card.text
+    assert "checkpoint-F32.gguf" in card.text
+
+
+def test_an_adapter_is_merged(checkpoint: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    adapted = get_peft_model(model, LoraConfig(init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    back = export("mini", export("native", tmp_path / "adapter", tmp_path / "native"), tmp_path / "mini")
+    merged = adapted.merge_and_unload()
+    assert same_parameters(AutoModelForCausalLM.from_pretrained(back), merged)
+
+
+def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
+    folder, out = tmp_path / "m", tmp_path / "out"
+    random_model().save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    export("native", folder, out)
+    before = sorted(path.name for path in out.iterdir())
+    random_model(mlp_bias=True).save_pretrained(folder)
+    with pytest.raises(ValueError, match="mlp_bias is True"):
+        export("native", folder, out, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"]
