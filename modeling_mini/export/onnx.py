@@ -1,0 +1,267 @@
+"""
+A Mini for onnxruntime and transformers.js, with a page that writes in the browser.
+
+    OUT/onnx/model.onnx             prefill and decoding with a cache (onnx_graph.py)
+    OUT/onnx/model_quantized.onnx   with --q8: its matrices as integers of 8 bits
+    OUT/config.json, generation_config.json, tokenizer files
+    OUT/index.html, worker.js       the page; serve the folder by any web server
+    OUT/vendor/                     with --node_modules: transformers.js itself, so that the page needs no network
+"""
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+from entry_points_mini import option
+from files_mini import writing
+from modeling_mini import MiniForCausalLM
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .card import Card
+from .onnx_graph import build_graph
+
+WEB = Path(__file__).parent / "web"
+# The version that the tests run, and what of it and of its onnxruntime-web the page loads.
+TRANSFORMERS_JS = "4.3.1"
+CDN = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS}/dist"
+VENDORED = (
+    "@huggingface/transformers/dist/transformers.min.js",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
+    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
+)
+# A file of ONNX holds two gigabytes; weights beyond that lie in a second one.
+LARGEST_FILE = 2**31 - 2**24
+# The check of what is written: two rows, the second with padding, in two calls with a cache between them.
+CHECKED_TOKENS, LARGEST_DIFFERENCE = 128, 1e-3
+
+
+@dataclass
+class Options:
+    """What to write beside the model as it is."""
+
+    q8: bool = option(False, "also a copy with matrices of 8 bits, a quarter of the size: onnx/model_quantized.onnx")
+    node_modules: str | None = option(
+        None,
+        "folder where npm installed @huggingface/transformers: what the page needs of it is copied beside the page",
+    )
+
+    def __post_init__(self) -> None:
+        missing = [] if self.node_modules is None else [
+            name for name in VENDORED if not Path(self.node_modules, name).is_file()
+        ]  # fmt: skip
+        if missing:
+            raise ValueError(
+                f"node_modules must be a folder into which npm installed @huggingface/transformers: "
+                f"{str(Path(self.node_modules, missing[0]))!r} is missing."
+            )
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    q8: bool = False,
+    node_modules: str | None = None,
+) -> Card:
+    """
+    Writes the graph, what transformers.js reads beside it, and the page into the folder `out`.
+
+    Args:
+        q8: also the copy with matrices of 8 bits.
+        node_modules: where to copy transformers.js from; without it the page loads it from a CDN.
+
+    Raises:
+        ValueError: if the graph does not compute what the model does.
+    """
+    graph = build_graph(model)
+    path = out / "onnx" / "model.onnx"
+    is_large = 4 * model.num_parameters() > LARGEST_FILE
+    with writing(out):
+        path.parent.mkdir()
+        ir.save(graph, path, external_data="model.onnx_data" if is_large else None)
+        model.generation_config.save_pretrained(out)
+        write_tokenizer(tokenizer, out)
+        config = transformers_js_config(model, is_large)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_page(out, node_modules)
+    difference = largest_difference(model, path)
+    if not difference < LARGEST_DIFFERENCE:
+        raise ValueError(f"onnxruntime gives other logits than the model (by {difference:.0e} of the largest).")
+    exactness = (
+        f"When this was written, the logits of onnxruntime on random tokens differed from Mini's by {difference:.0e} "
+        f"of the largest, which is rounding."
+    )
+    if q8:
+        quantized = path.with_name("model_quantized.onnx")
+        with writing(out):
+            quantize(model, quantized)
+        exactness += (
+            f" Those of `model_quantized.onnx` ({quantized.stat().st_size / path.stat().st_size:.0%} of the size) "
+            f"differed by {largest_difference(model, quantized):.0e}."
+        )
+    return Card(
+        title=f"Mini in ONNX, {model.num_parameters() / 1e6:.1f}M parameters",
+        usage=USAGE,
+        exactness=exactness,
+        facts={"operators": "ONNX, opset 23, without extensions"},
+        library_name="transformers.js",
+        tags=["onnx", "transformers.js"],
+    )
+
+
+def transformers_js_config(model: MiniForCausalLM, is_large: bool) -> dict[str, Any]:
+    """
+    The `config.json` for transformers.js, which knows a list of model types and not Mini. It takes the names of inputs
+    and the number of layers from there, and all else from the graph; so a Mini of any kind goes by the name of Llama.
+    """
+    names = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "tie_word_embeddings"),
+    )
+    # It takes these from here where `generation_config.json` has none, which for transformers means that there is none.
+    ids = {name: getattr(model.generation_config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    # Without a dtype, transformers.js looks for the quantized file in a browser.
+    own = {"dtype": "fp32", **({"use_external_data_format": True} if is_large else {})}
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **{name: getattr(model.config, name) for name in names},
+        **{name: token_id for name, token_id in ids.items() if token_id is not None},
+        "transformers.js_config": own,
+    }
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """The files of the tokenizer, with what transformers.js looks for in `tokenizer_config.json`."""
+    tokenizer.save_pretrained(out)
+    path = out / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("is_local", "local_files_only"):  # where it was loaded from
+        config.pop(name, None)
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    # Without this entry the text-generation pipeline leaves the special tokens out.
+    config["add_bos_token"] = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    if tokenizer.chat_template is not None:
+        config["chat_template"] = tokenizer.chat_template  # chat_template.jinja is not read
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_page(out: Path, node_modules: str | None) -> None:
+    """The page, which loads transformers.js from `vendor/` beside it, or from a CDN."""
+    library = CDN if node_modules is None else "./vendor"
+    for template in WEB.iterdir():
+        text = template.read_text(encoding="utf-8").replace("LIBRARY", library)
+        (out / template.name).write_text(text, encoding="utf-8")
+    if node_modules is not None:
+        (out / "vendor").mkdir()
+        for name in VENDORED:
+            shutil.copyfile(Path(node_modules, name), out / "vendor" / Path(name).name)
+
+
+def quantize(model: MiniForCausalLM, path: Path) -> None:
+    """The graph with the matrices of its projections in 8 bits, one scale for each output; activations as they come."""
+    logger = logging.getLogger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)  # it recommends a preparation that changes nothing here
+    try:
+        quantize_dynamic(
+            ir.to_proto(build_graph(model, share_embedding=False)),
+            path,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    finally:
+        logger.setLevel(before)
+
+
+def largest_difference(model: MiniForCausalLM, path: Path) -> float:
+    """The largest difference of logits between the model and a file, as a share of the largest logit."""
+    length = max(4, min(CHECKED_TOKENS, model.config.max_position_embeddings) // 4 * 4)
+    random = np.random.default_rng(0)
+    input_ids = random.integers(model.config.vocab_size, size=(2, length))
+    attention_mask = np.ones_like(input_ids)
+    attention_mask[1, : length // 4] = 0
+    position_ids = (attention_mask.cumsum(-1) - 1).clip(min=0)
+    feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    cache, logits = empty_cache(session, batch_size=2), []
+    for part in (slice(0, length // 2), slice(length // 2, length)):
+        now = {name: array[:, part] for name, array in feeds.items()}
+        now["attention_mask"] = attention_mask[:, : part.stop]
+        first, *present = session.run(None, {**now, **cache})
+        cache = dict(zip(cache, present, strict=True))
+        logits.append(first)
+    with torch.no_grad():
+        ours = (
+            copy.deepcopy(model).float().eval()(**{name: torch.tensor(array) for name, array in feeds.items()}).logits
+        )
+    is_token = attention_mask.astype(bool)
+    ours, theirs = ours.numpy()[is_token], np.concatenate(logits, axis=1)[is_token]
+    return float(np.abs(ours - theirs).max() / np.abs(ours).max())
+
+
+def empty_cache(session: onnxruntime.InferenceSession, batch_size: int) -> Mapping[str, np.ndarray]:
+    """The cache before the first token, name of the input to array."""
+    return {
+        value.name: np.zeros((batch_size, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+
+
+USAGE = """
+In Python, with `pip install onnxruntime transformers`:
+
+```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "PATH_OR_REPOSITORY"  # of a repository, the folder that huggingface_hub.snapshot_download gives
+tokenizer = AutoTokenizer.from_pretrained(folder)
+session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
+
+inputs = dict(tokenizer(["The", "Once upon"], padding=True, return_tensors="np"))
+inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clip(min=0)
+cache = {
+    value.name: np.zeros((len(inputs["input_ids"]), value.shape[1], 0, value.shape[3]), np.float32)
+    for value in session.get_inputs()
+    if value.name.startswith("past_key_values.")
+}
+written = []
+for _ in range(100):
+    logits, *present = session.run(None, {**inputs, **cache})
+    cache = dict(zip(cache, present))
+    inputs["input_ids"] = logits[:, -1:].argmax(-1)
+    inputs["attention_mask"] = np.pad(inputs["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
+    inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
+    written.append(inputs["input_ids"])
+for ids in np.concatenate(written, axis=1):
+    print(tokenizer.decode(ids, skip_special_tokens=True))
+```
+
+In JavaScript, with `npm install @huggingface/transformers`:
+
+```js
+import { pipeline } from "@huggingface/transformers";
+
+const generator = await pipeline("text-generation", "PATH_OR_REPOSITORY");
+const [{ generated_text }] = await generator("The", { max_new_tokens: 100, do_sample: false });
+console.log(generated_text);
+```
+
+In a browser: the folder is a page that writes. `python -m http.server --directory PATH` serves it.
+"""

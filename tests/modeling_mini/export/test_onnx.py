@@ -1,0 +1,380 @@
+"""ONNX: the graph in onnxruntime, the folder in Node by transformers.js, and the page in Chromium."""
+
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from configuration_mini import MiniConfig
+from filelock import FileLock
+from modeling_mini import MiniForCausalLM
+from modeling_mini.export import export, onnx
+from modeling_mini.export.__main__ import run
+from modeling_mini.export.onnx import TRANSFORMERS_JS, VENDORED, empty_cache, largest_difference
+from modeling_mini.export.onnx_graph import ACTIVATIONS, build_graph
+from onnx_ir import to_proto
+from tokenization import ByteTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2CLS
+
+NODE, NPM = shutil.which("node"), shutil.which("npm")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+CONTEXT = 48
+PROMPT, PROMPTS = "the ", ["héllo", "a", "import 日本\n"]
+
+
+def rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, **parameters}}
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grouped-query": {},
+    "multi-head, layernorm, untied": {"num_key_value_heads": 4, "tie_word_embeddings": False},
+    "multi-query, rmsnorm": {"num_key_value_heads": 1, "norm_type": "rmsnorm"},
+    "qk_norm, layernorm": {"qk_norm": True},
+    "qk_norm, rmsnorm, biases": {"qk_norm": True, "norm_type": "rmsnorm", "attention_bias": True, "mlp_bias": True},
+    "wide heads, large epsilon": {"head_dim": 32, "norm_eps": 0.1},
+    "half of each head": rope("default", partial_rotary_factor=0.5),
+    "linear": rope("linear", factor=2.0),
+    "dynamic": rope("dynamic", factor=4.0),
+    "proportional": rope("proportional", partial_rotary_factor=0.5),
+    "yarn": rope("yarn", factor=2.0, original_max_position_embeddings=24),
+    "llama3": rope(
+        "llama3", factor=2.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=24
+    ),
+    "longrope": rope(
+        "longrope",
+        factor=2.0,
+        original_max_position_embeddings=24,
+        short_factor=[1.0 + i / 10 for i in range(8)],
+        long_factor=[2.0 + i for i in range(8)],
+    ),
+}
+
+
+def make_model(**fields: Any) -> MiniForCausalLM:
+    """A model far from its initial state, so that what it writes varies: large matrices, norms and biases at random."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MiniConfig(**{**sizes, "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, **fields})
+    model = MiniForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            around = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(around + 0.3 * torch.randn_like(parameter))
+    # Without an end, every text is as long as it was asked for.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def session_of(model: MiniForCausalLM) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(to_proto(build_graph(model)).SerializeToString(), options)
+
+
+def greedy(session: onnxruntime.InferenceSession, input_ids: np.ndarray, mask: np.ndarray, tokens: int) -> np.ndarray:
+    """The tokens (batch, tokens) that onnxruntime writes, with a cache."""
+    feeds = {"input_ids": input_ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clip(min=0)}
+    cache, written = empty_cache(session, len(input_ids)), []
+    for _ in range(tokens):
+        logits, *present = session.run(None, {**feeds, **cache})
+        cache = dict(zip(cache, present, strict=True))
+        feeds["input_ids"] = logits[:, -1:].argmax(-1)
+        feeds["attention_mask"] = np.pad(feeds["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
+        feeds["position_ids"] = feeds["position_ids"][:, -1:] + 1
+        written.append(feeds["input_ids"])
+    return np.concatenate(written, axis=1)
+
+
+@pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
+def test_greedy_output_equals_minis(fields: dict[str, Any]) -> None:
+    """Three rows with different padding, and one without: from the prompt far beyond the context."""
+    model = make_model(**fields)
+    session = session_of(model)
+    input_ids = torch.randint(8, 264, (3, 10))
+    mask = torch.ones_like(input_ids)
+    mask[1, :4] = mask[2, :9] = 0
+    input_ids[mask == 0] = 0
+    for rows in (slice(0, 1), slice(0, 3)):
+        ids, seen = input_ids[rows], mask[rows]
+        expected = model.generate(ids, attention_mask=seen, max_new_tokens=2 * CONTEXT, do_sample=False)[:, 10:]
+        assert len(set(expected.flatten().tolist())) > 10, "a text that varies"
+        assert greedy(session, ids.numpy(), seen.numpy(), 2 * CONTEXT).tolist() == expected.tolist()
+
+
+def test_names_and_shapes() -> None:
+    """Those that transformers.js looks for; it takes `batch_size` from the prompt and 0 for other names."""
+    session = session_of(make_model())
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    past = ["batch_size", 2, "past_sequence_length", 16]
+    assert shapes == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "total_sequence_length"],
+        "position_ids": ["batch_size", "sequence_length"],
+        **{f"past_key_values.{layer}.{kind}": past for layer in range(2) for kind in ("key", "value")},
+    }
+    assert [value.name for value in session.get_outputs()] == [
+        "logits", "present.0.key", "present.0.value", "present.1.key", "present.1.value"
+    ]  # fmt: skip
+    assert session.get_outputs()[0].shape == ["batch_size", "sequence_length", 264]
+
+
+@pytest.mark.parametrize("hidden_act", ACTIVATIONS)
+def test_activations(hidden_act: str) -> None:
+    model = make_model(num_hidden_layers=1, hidden_act=hidden_act)
+    ids = torch.arange(8, 28).view(2, 10)
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(10).expand(2, -1)}
+    with torch.no_grad():
+        expected = model(ids).logits
+    session = session_of(model)
+    logits = session.run(None, {**{name: array.numpy() for name, array in feeds.items()}, **empty_cache(session, 2)})[0]
+    torch.testing.assert_close(torch.tensor(logits), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_activation_is_written_or_refused() -> None:
+    refused = sorted(set(ACT2CLS) - set(ACTIVATIONS))
+    assert set(ACTIVATIONS) <= set(ACT2CLS) and len(refused) <= 5
+    for name in refused:
+        with pytest.raises(ValueError, match=f"There is no ONNX for hidden_act '{name}'; there is for gelu, "):
+            build_graph(MiniForCausalLM(MiniConfig.preset("tiny", hidden_act=name)))
+
+
+def test_what_is_not_a_plain_mini_is_refused() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ValueError, match="this model is a LlamaForCausalLM: make it a Mini first"):
+        build_graph(LlamaForCausalLM(LlamaConfig(vocab_size=264, **sizes)))
+    model = make_model()
+    model.model.layers[1].mlp.up_proj = torch.nn.Sequential(model.model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match=r"'model\.layers\.1\.mlp\.up_proj' is a Sequential that it does not know"):
+        build_graph(model)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("onnx") / "checkpoint"
+    make_model().save_pretrained(folder)
+    ByteTokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path) -> Path:
+    return export("onnx", checkpoint, checkpoint.with_name("exported"), q8=True)
+
+
+@functools.cache
+def written_by_mini(checkpoint: Path, prompt: str, tokens: int) -> str:
+    model, tokenizer = MiniForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    output = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def snippet(folder: Path, language: str) -> str:
+    code = re.search(rf"```{language}\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    return code.replace('"PATH_OR_REPOSITORY"', json.dumps(str(folder)))
+
+
+def test_the_card_in_python(checkpoint: Path, exported: Path, capsys: pytest.CaptureFixture) -> None:
+    exec(snippet(exported, "python"), {})
+    texts = [written_by_mini(checkpoint, prompt, 100) for prompt in ("The", "Once upon")]
+    assert capsys.readouterr().out == "".join(
+        f"{text.removeprefix(prompt)}\n" for prompt, text in zip(("The", "Once upon"), texts, strict=True)
+    )
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    difference = float(re.search(r"differed from Mini's by (\S+) of", card)[1])
+    assert 0 < difference < 1e-5 and "library_name: transformers.js" in card
+
+
+def test_eight_bits(checkpoint: Path, exported: Path) -> None:
+    exact, quantized = exported / "onnx" / "model.onnx", exported / "onnx" / "model_quantized.onnx"
+    model = MiniForCausalLM.from_pretrained(checkpoint)
+    types = {tensor.data_type for tensor in onnx_initializers(quantized) if tensor.dims == [64, 96]}
+    assert types == {3}, "the matrices are INT8"
+    assert 1e-3 < largest_difference(model, quantized) < 0.3
+    assert quantized.stat().st_size < 0.6 * exact.stat().st_size
+    # The logits are wide apart here, so rounding seldom changes which is the largest.
+    ids = np.random.default_rng(1).integers(8, 264, (1, 40))
+    first, second = (
+        onnxruntime.InferenceSession(path).run(["logits"], {
+            "input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(40)[None],
+            **empty_cache(onnxruntime.InferenceSession(path), 1),
+        })[0].argmax(-1)
+        for path in (exact, quantized)
+    )  # fmt: skip
+    print((first == second).mean())
+    assert (first == second).mean() > 0.8
+
+
+def onnx_initializers(path: Path) -> list:
+    import onnx
+
+    return onnx.load(path).graph.initializer
+
+
+def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    """With weights in a second file, as beyond two gigabytes, and in bfloat16, which becomes float32."""
+    model = MiniForCausalLM.from_pretrained(checkpoint).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "checkpoint")
+    shutil.copy(checkpoint / "tokenizer.json", tmp_path / "checkpoint")
+    shutil.copy(checkpoint / "tokenizer_config.json", tmp_path / "checkpoint")
+    monkeypatch.setattr(onnx, "LARGEST_FILE", 100_000)
+    run(["onnx", str(tmp_path / "checkpoint"), str(tmp_path / "out")])
+    out = tmp_path / "out"
+    assert f"{out / 'onnx' / 'model.onnx_data'} (" in capsys.readouterr().out
+    assert (out / "onnx" / "model.onnx").stat().st_size < 20_000
+    assert largest_difference(model.float(), out / "onnx" / "model.onnx") < 1e-5
+    config = json.loads((out / "config.json").read_text())
+    assert config["transformers.js_config"] == {"dtype": "fp32", "use_external_data_format": True}
+    assert not (out / "onnx" / "model_quantized.onnx").exists() and not (out / "vendor").exists()
+    assert (
+        f"npm/@huggingface/transformers@{TRANSFORMERS_JS}/dist/transformers.min.js" in (out / "worker.js").read_text()
+    )
+
+
+def test_bad_input(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"node_modules must be a folder into which npm .* is missing\.$"):
+        run(["onnx", str(checkpoint), str(tmp_path / "out"), "--node_modules", str(tmp_path)])
+    # A graph that computes something else is not left behind.
+    other = make_model(norm_eps=0.1)
+    monkeypatch.setattr(onnx, "build_graph", lambda model, **_: build_graph(other))
+    with pytest.raises(ValueError, match=r"^onnxruntime gives other logits than the model \(by \de.\d\d of"):
+        export("onnx", checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def node_modules() -> Path:
+    """Where npm installed transformers.js, once for all runs of the tests on a machine."""
+    if NODE is None or NPM is None:
+        pytest.skip("there is no Node.js here")
+    folder = Path(tempfile.gettempdir(), f"mini-transformers-js-{TRANSFORMERS_JS}")
+    with FileLock(f"{folder}.lock"):
+        if not all((folder / "node_modules" / name).is_file() for name in VENDORED):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            # The scripts of packages would fetch what a GPU needs.
+            command = [NPM, "install", "--ignore-scripts", "--no-audit", "--no-fund"]
+            command.append(f"@huggingface/transformers@{TRANSFORMERS_JS}")
+            result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
+            if result.returncode:
+                pytest.skip(f"npm could not install transformers.js: {result.stderr.strip()[-300:]}")
+    return folder / "node_modules"
+
+
+IN_NODE = """
+import { AutoTokenizer, pipeline } from "@huggingface/transformers";
+
+const { folder, prompts, texts, tokens, messages } = JSON.parse(process.argv[1]);
+const tokenizer = await AutoTokenizer.from_pretrained(folder);
+const ids = texts.map((text) => tokenizer(text).input_ids.tolist()[0].map(Number));
+const decoded = ids.map((each) => tokenizer.decode(each, { skip_special_tokens: true }));
+const chat = tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true });
+const written = {};
+for (const dtype of ["fp32", "q8"]) {
+  const generator = await pipeline("text-generation", folder, { dtype });
+  const outputs = await generator(prompts, { max_new_tokens: tokens, do_sample: false });
+  written[dtype] = outputs.map(([{ generated_text }]) => generated_text);
+}
+console.log(JSON.stringify({ ids, decoded, chat, written }));
+"""
+
+
+def in_node(node_modules: Path, code: str, *arguments: str) -> str:
+    result = subprocess.run(
+        [NODE, "--input-type=module", "--eval", code, *arguments], cwd=node_modules.parent,
+        capture_output=True, text=True, encoding="utf-8", timeout=120, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_in_node(node_modules: Path, checkpoint: Path, exported: Path) -> None:
+    """transformers.js: the same ids, the same chat, the same text as Mini; a padded batch, and the card's snippet."""
+    texts = ["", "héllo 日本\n 🎉\t x", "<|eos|> is text <|user|>", "\x00\x7f\u2028 é"]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    request = {"folder": str(exported), "prompts": PROMPTS, "texts": texts, "tokens": 60, "messages": messages}
+    answer = json.loads(in_node(node_modules, IN_NODE, json.dumps(request)))
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = [tokenizer(text).input_ids for text in texts]
+    assert answer["ids"] == ids
+    assert answer["decoded"] == [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+    assert answer["chat"] == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # The prompts have different lengths, so two of them are padded.
+    assert answer["written"]["fp32"] == [written_by_mini(checkpoint, prompt, 60) for prompt in PROMPTS]
+    assert [text[:6] for text in answer["written"]["q8"]] == [text[:6] for text in answer["written"]["fp32"]]
+    assert in_node(node_modules, snippet(exported, "js")) == written_by_mini(checkpoint, "The", 100) + "\n"
+
+
+@pytest.fixture
+def page_folder(node_modules: Path, checkpoint: Path, tmp_path: Path) -> Path:
+    return export("onnx", checkpoint, tmp_path / "page", node_modules=str(node_modules))
+
+
+@pytest.fixture
+def served(page_folder: Path) -> Iterator[str]:
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=str(page_folder))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
+def test_in_a_browser(served: str, checkpoint: Path) -> None:
+    """The page writes what Mini writes, asks nobody but the server of its folder, and stops when it is told to."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        context = browser.new_context()
+        elsewhere, wrong = [], []
+        context.on(
+            "request", lambda request: request.url.startswith((served, "data:")) or elsewhere.append(request.url)
+        )
+        page = context.new_page()
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(served)
+        page.wait_for_selector("#write:enabled")
+        page.fill("#prompt", PROMPT)
+        page.fill("#tokens", "60")
+        page.fill("#temperature", "0")
+        page.click("#write")
+        page.wait_for_function("document.querySelector('#status').textContent.startsWith('60 tokens, ')")
+        expected = written_by_mini(checkpoint, PROMPT, 60).rstrip("\ufffd")
+        assert page.text_content("#text") == expected and len(expected) > 40
+
+        page.fill("#tokens", "100000")
+        page.fill("#temperature", "0.7")
+        page.click("#write")
+        page.wait_for_function("document.querySelector('#text').textContent.length > 100")
+        assert page.text_content("#status") == "Writing"
+        page.click("#stop")
+        page.wait_for_function("document.querySelector('#status').textContent.includes(' per second')")
+        stopped = int(page.text_content("#status").split()[0])
+        assert 60 < stopped < 100_000 and page.is_enabled("#write")
+        assert elsewhere == [] and wrong == []
+        browser.close()
