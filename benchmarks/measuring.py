@@ -19,23 +19,32 @@ from transformers import LlamaConfig
 
 
 @dataclass
-class PlaceSettings:
-    """Where to measure, and where the figures go."""
+class OutputSettings:
+    """Where the figures go."""
 
-    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
     output: str | None = option(None, "file to write the JSON to as well")
 
     def __post_init__(self) -> None:
-        if self.device is None:
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
         if self.output is not None and not Path(self.output).absolute().parent.is_dir():
             raise ValueError(f"There is no folder for the output {self.output!r}.")
 
 
+@dataclass
+class PlaceSettings(OutputSettings):
+    """Where to measure, and where the figures go."""
+
+    device: str | None = option(None, "cpu or cuda; default: the GPU if there is one", choices=("cpu", "cuda"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        elif self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
+
+
 def run_benchmark(
-    settings_class: type[PlaceSettings],
+    settings_class: type[OutputSettings],
     description: str,
     measure: Callable[[Any], dict[str, Any]],
     show: Callable[[dict[str, Any], Any], None],

@@ -1,0 +1,166 @@
+"""
+What docs/SCALING.md computes with: how fast one process encodes, reads and streams a corpus and writes a checkpoint.
+
+    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--size gpt2] [--output FILE]
+
+The text is Python's own standard library, repeated. Each figure is the best of three, because the disk and its cache
+have moods; reading is from the page cache. The last line is JSON.
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from entry_points_mini import option
+from measuring import OutputSettings, machine, run_benchmark
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from training_mini.arguments import DataArguments, parse_arguments
+from training_mini.batches import RowMaker, TrainingBatches
+from training_mini.checkpoints import damage_of, states_of
+from training_mini.corpus import load_corpus
+from training_mini.documents import standard_library_files
+from training_mini.loop import Trainer
+from training_mini.streaming import StreamBatches
+from transformers import PreTrainedTokenizerFast
+
+ROUNDS = 3
+WINDOWS, CONTEXT = 512, 1024
+BPE_ENTRIES = 8000
+
+
+@dataclass
+class ScalingSettings(OutputSettings):
+    """How much to measure with."""
+
+    megabytes: int = option(200, "text to encode as bytes, to read and to stream")
+    bpe_megabytes: int = option(20, f"text to encode as BPE with {BPE_ENTRIES:,} entries")
+    size: str = option("gpt2", "the model whose checkpoint is written")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("megabytes", "bpe_megabytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def best_seconds(action: Callable[[Path], object]) -> float:
+    """The shortest time of an action, which gets an empty folder each time."""
+    seconds = []
+    for _ in range(ROUNDS):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            action(Path(folder))
+            seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def write_text(path: Path, sources: list[str], megabytes: int, form: Callable[[str], str]) -> None:
+    """The sources, again and again, up to so many megabytes of text; `form` is what is written of each."""
+    left = megabytes * 10**6
+    with open(path, "w", encoding="utf-8") as file:
+        while left > 0:
+            for source in sources:
+                file.write(form(source))
+                left -= len(source.encode())
+                if left <= 0:
+                    break
+
+
+def save_bpe(folder: Path, sources: list[str]) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=BPE_ENTRIES, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(sources, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def corpus_of(dataset: Path, cache: Path, **settings: Any):
+    return load_corpus(DataArguments(dataset=str(dataset), cache_dir=str(cache), **settings), 10**6, False)
+
+
+def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
+    sources = [path.read_text(encoding="utf-8", errors="replace") for path in standard_library_files()]
+    text, some, records, bpe = (folder / name for name in ("text.txt", "some.txt", "text.jsonl", "bpe"))
+    write_text(text, sources, settings.megabytes, str)
+    write_text(some, sources, settings.bpe_megabytes, str)
+    write_text(records, sources, settings.megabytes, lambda source: json.dumps({"text": source}) + "\n")
+    save_bpe(bpe, sources[: len(sources) // 4])
+
+    as_bytes = best_seconds(lambda cache: corpus_of(text, cache))
+    as_bpe = best_seconds(lambda cache: corpus_of(some, cache, tokenizer=str(bpe)))
+    encoded = corpus_of(some, folder / "cache", tokenizer=str(bpe))
+    bpe_tokens = len(encoded.train) + len(encoded.validation)
+
+    corpus = corpus_of(text, folder / "cache")
+    batches = TrainingBatches(corpus.train, RowMaker(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
+    steps = max(1, len(corpus.train) // (WINDOWS * CONTEXT))
+    reading = best_seconds(lambda _: [list(batches.micro_batches(step)) for step in range(steps)])
+
+    def stream(cache: Path) -> None:
+        ids = corpus_of(records, cache, streaming=True).train
+        rows = StreamBatches(ids, RowMaker(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
+        for step in range(steps):
+            list(rows.micro_batches(step))
+
+    return {
+        "encoding_bytes_megabytes_per_second": text.stat().st_size / as_bytes / 1e6,
+        "encoding_bpe_megabytes_per_second": some.stat().st_size / as_bpe / 1e6,
+        "bytes_per_bpe_token": some.stat().st_size / bpe_tokens,
+        "reading_tokens_per_second": steps * WINDOWS * CONTEXT / reading,
+        "streaming_tokens_per_second": steps * WINDOWS * CONTEXT / best_seconds(stream),
+    }
+
+
+def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, float]:
+    flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --warmup_steps 0 --max_steps 1".split()
+    trainer = Trainer(parse_arguments([*flags, "--output_dir", str(folder / "run")]))
+    for parameter in trainer.unwrapped_model.parameters():
+        parameter.grad = parameter.detach() * 1e-3
+    trainer.optimizers[0].step()  # the moments exist from the first step on
+    writing, checking = [], []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        trainer.save()
+        writing.append(time.perf_counter() - start)
+        (state,) = states_of(folder / "run")
+        start = time.perf_counter()
+        assert damage_of(state) == ""
+        checking.append(time.perf_counter() - start)
+    size = sum(path.stat().st_size for path in state.iterdir())
+    return {
+        "checkpoint_bytes": size,
+        "checkpoint_bytes_per_parameter": size / trainer.unwrapped_model.num_parameters(),
+        "checkpoint_seconds": min(writing),
+        "checkpoint_check_seconds": min(checking),
+    }
+
+
+def measure(settings: ScalingSettings) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        data = measure_data(settings, Path(folder))
+        return {**data, **measure_checkpoint(settings, Path(folder)), "machine": machine("cpu")}
+
+
+def show(results: dict[str, Any], settings: ScalingSettings) -> None:
+    table = Table("", "", title="One process", show_header=False)
+    for name, value in results.items():
+        if name != "machine":
+            table.add_row(name.replace("_", " "), f"{value:,.2f}" if value < 1000 else f"{value:,.0f}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    run_benchmark(ScalingSettings, __doc__, measure, show)
