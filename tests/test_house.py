@@ -19,6 +19,7 @@ FLOORS = [
     ("modeling_mini", 2),
     ("training_mini", 4),
     ("generation_mini", 4),
+    ("sharing_mini", 4),
     ("train_accelerate", 5),
     ("generate", 5),
     ("push_to_hub", 5),

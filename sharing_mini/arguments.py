@@ -1,0 +1,66 @@
+"""The settings of a push: fields are the flags of `push_to_hub.py`."""
+
+import re
+from dataclasses import dataclass
+
+from entry_points_mini import ArgumentParser, option
+
+SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass
+class SharingArguments:
+    """Where to, under what name, and how careful."""
+
+    dry_run: bool = option(False, "show every file, its size and the card, and touch nothing")
+    private: bool = option(False, "a repository that only you and your organization see")
+    revision: str = option("main", "branch to push to; it is made where there is none")
+    tag: str | None = option(None, "name for this version, such as v1")
+    create_pr: bool = option(False, "propose the files as a pull request, and change no branch")
+    commit_message: str = option("Upload model", "title of the commit")
+    license: str | None = option(None, "the model's licence, such as apache-2.0 (default: asked for on a terminal)")
+    token: str | None = option(None, "access token (default: HF_TOKEN, or that of `hf auth login`)")
+    replace: bool = option(False, "push also where the repository holds a model of another architecture")
+    base_model: str | None = option(None, "Hub name of the model that an adapter belongs to, if it is a folder here")
+    format: str | None = option(None, "push an export instead: native, gguf or onnx")
+    max_shard_size: str = option("5GB", "weights larger than this are split into files of at most this size")
+    space: bool = option(False, "also push the demo page, as a Space of the same name")
+    no_verify: bool = option(False, "do not load the model in a clean process before the upload and from the Hub after")
+
+    def __post_init__(self) -> None:
+        if not SHARD_SIZE.fullmatch(self.max_shard_size):
+            raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {self.max_shard_size!r}.")
+        if not self.commit_message.strip():
+            raise ValueError("commit_message must not be empty.")
+        if self.create_pr and self.tag is not None:
+            raise ValueError("tag names a version that is there: it goes on when the pull request is merged.")
+        if self.create_pr and self.revision != "main":
+            raise ValueError("create_pr proposes a change of main: give it without --revision.")
+        if self.create_pr and self.space:
+            raise ValueError("space shows the model of main: give it without --create_pr.")
+        if self.space and self.format not in (None, "native"):
+            raise ValueError(f"space runs the model in transformers, and not as {self.format}.")
+        if self.space and self.revision != "main":
+            raise ValueError("space shows the model of main: give it without --revision.")
+        if self.base_model is not None and not NAME.fullmatch(self.base_model):
+            raise ValueError(f"base_model must be a name on the Hub, such as user/name, got {self.base_model!r}.")
+
+
+def check_name(repository: str) -> None:
+    """Raises ValueError for what cannot be the name of a repository."""
+    if not NAME.fullmatch(repository) or "--" in repository or ".." in repository or repository.endswith(".git"):
+        raise ValueError(
+            f"{repository!r} is no name on the Hub: it must be user/name or organization/name, of letters, digits, "
+            f"'-', '_' and '.'."
+        )
+
+
+def parse_arguments(argv: list[str]) -> tuple[str, str, SharingArguments]:
+    """The run or checkpoint, the repository, and the settings from the command line."""
+    parser = ArgumentParser(SharingArguments, description="Share a model on the Hub.")
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run, checkpoint, adapter or export folder")
+    parser.add_argument("repository", metavar="user/name", help="where it goes")
+    arguments, places = parser.parse(argv)
+    check_name(places.repository)
+    return places.source, places.repository, arguments

@@ -1,0 +1,70 @@
+"""
+A stranger's process: it knows transformers and torch, and nothing of Mini but what lies in the folder or repository.
+
+Run by `verification.py` as a file of its own: a request as JSON on standard input, and the answer as JSON in the last
+line of standard output.
+"""
+
+import json
+import sys
+from typing import Any
+
+MINI = ("configuration_mini", "modeling_mini", "generation_mini", "sharing_mini", "tokenization", "training_mini")
+
+
+def load(request: dict[str, Any]) -> tuple[Any, Any]:
+    """The model, with nothing missing and nothing left over, and its tokenizer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, options = request["place"], {"trust_remote_code": request["trust_remote_code"]}
+    if request["revision"] is not None:
+        options["revision"] = request["revision"]
+    if request["kind"] == "adapter":
+        from peft import PeftModel
+
+        base = AutoModelForCausalLM.from_pretrained(request["base"], trust_remote_code=request["trust_remote_code"])
+        tokenizer = AutoTokenizer.from_pretrained(request["base"], trust_remote_code=request["trust_remote_code"])
+        revision = {name: value for name, value in options.items() if name == "revision"}
+        return PeftModel.from_pretrained(base, place, **revision), tokenizer
+    model, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+    for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[name]:
+            keys = sorted(map(str, report[name]))
+            raise ValueError(
+                f"the weights do not fit the configuration, {name.replace('_', ' ')}: {', '.join(keys[:3])}"
+            )
+    return model, AutoTokenizer.from_pretrained(place, **options)
+
+
+def main() -> None:
+    request = json.load(sys.stdin)
+    import torch
+    from transformers import set_seed
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    model, tokenizer = load(request)
+    model.eval()
+    inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    most = max(1, min(request["tokens"], model.config.max_position_embeddings - inputs["input_ids"].shape[1]))
+    with torch.no_grad():
+        logits = model(**inputs).logits.float()
+        greedy = model.generate(**inputs, do_sample=False, max_new_tokens=most)[0].tolist()
+        set_seed(request["seed"])
+        sample = model.generate(**inputs, do_sample=True, max_new_tokens=most)[0]
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model's predictions are not finite")
+    answer = {
+        "ids": greedy,
+        "logits": logits[0, -1, :8].tolist(),
+        "sample": tokenizer.decode(sample, skip_special_tokens=True),
+        "class": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "loaded_of_mini": [name for name in sys.modules if name.split(".")[0] in MINI],
+    }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

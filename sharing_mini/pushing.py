@@ -1,0 +1,217 @@
+"""A push from beginning to end: look, prove, describe, send, prove again."""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from modeling_mini.loading import find_checkpoint
+from rich.console import Console
+
+from .arguments import SharingArguments, check_name
+from .card import PROMPT, gather, write_card
+from .hub import Hub
+from .space import write_space
+from .staging import CARD, Source, Staged, check_secrets, files_of, find_source, stage
+from .upload import Pushed, Repository, check_architecture, check_card
+from .verification import Proof, check_listing, check_same, prove
+
+console = Console(stderr=True)
+
+
+@dataclass
+class Result:
+    """
+    What came out, for the report of the entry point.
+
+    Attributes:
+        sizes: of the files, by path in the repository.
+        pushed, space: `None` after a dry run.
+        verified: whether the model was loaded from the Hub and wrote the same.
+    """
+
+    repository: str
+    arguments: SharingArguments
+    sizes: dict[str, int]
+    card: str
+    pushed: Pushed | None = None
+    space: Pushed | None = None
+    verified: bool = False
+    notices: list[str] = field(default_factory=list)
+
+
+def push(
+    source: str,
+    repository: str,
+    arguments: SharingArguments | None = None,
+    notify: Callable[[str], None] = lambda sentence: console.print(
+        sentence, highlight=False, markup=False, soft_wrap=True
+    ),
+) -> Result:
+    """
+    Shares what lies in a run, checkpoint, adapter or export folder.
+
+    Args:
+        repository: `user/name`.
+        notify: gets sentences on the way.
+
+    Raises:
+        ValueError: for what the user has to set right, in one sentence; nothing has been made public then.
+        ConnectionError: for what may be right later; the same call goes on where this one ended.
+    """
+    arguments = arguments or SharingArguments()
+    check_name(repository)
+    with tempfile.TemporaryDirectory(prefix="mini-push-") as temporary:
+        folder = Path(temporary)
+        found = exported(source, arguments.format, folder) if arguments.format else find_source(source)
+        (folder / "model").mkdir()
+        staged = stage(found, folder / "model", arguments.max_shard_size, arguments.token)
+        base = base_of(staged, arguments)
+        hub = None
+        if not arguments.dry_run:
+            hub = Hub(repository, arguments.token, notify)
+            hub.user = hub.try_to("log in", hub.api.whoami)["name"]
+            check_secrets(staged, hub.token)
+        target = Repository(hub, repository, revision=arguments.revision) if hub is not None else None
+        if target is not None:
+            check_target(target, staged, arguments)
+        facts = gather(found, staged, repository)
+        license = arguments.license or facts.metadata.get("license") or ask_for_license()
+        proof = None
+        if not arguments.no_verify:
+            notify("Loading the folder in a clean process ...")
+            prompt = prompt_of(found.run)
+            proof = prove(staged, str(staged.folder), prompt, base)
+        named = None if arguments.revision == "main" or arguments.create_pr else arguments.revision
+        write_card(facts, staged, license, proof, named)
+        check_secrets(staged, hub.token if hub is not None else arguments.token)
+        result = Result(
+            repository, arguments, {name: path.stat().st_size for name, path in staged.files.items()},
+            (staged.folder / CARD).read_text(encoding="utf-8"),
+        )  # fmt: skip
+        if license is None:
+            result.notices.append("It has no licence, so nobody else may use it: --license apache-2.0, for instance.")
+        space_folder = folder / "space"
+        if arguments.space:
+            space_folder.mkdir()
+            write_space(repository, staged, space_folder, license)
+            result.sizes |= {f"space: {name}": path.stat().st_size for name, path in files_of(space_folder).items()}
+        if hub is None:
+            return result
+        send(result, target, staged, proof, space_folder, notify)
+        return result
+
+
+def exported(source: str, format: str, folder: Path) -> Source:
+    """An export of a checkpoint, made on the way."""
+    from modeling_mini.export import FORMATS, export
+
+    if format not in ("native", "gguf", "onnx"):
+        raise ValueError(f"format must be native, gguf or onnx, got {format!r} ({', '.join(FORMATS)} can be exported).")
+    checkpoint = find_checkpoint(source)
+    found = find_source(str(export(format, checkpoint, folder / format)))
+    return Source(found.folder, None, found.kind)
+
+
+def base_of(staged: Staged, arguments: SharingArguments) -> str | None:
+    """
+    Where the model of an adapter is to be loaded from; the staged adapter gets its name on the Hub.
+
+    Raises:
+        ValueError: if strangers could not find it.
+    """
+    if staged.kind != "adapter":
+        if arguments.base_model is not None:
+            raise ValueError("base_model belongs to an adapter, and this is a whole model.")
+        return None
+    trained_on = staged.config.get("base_model_name_or_path") or ""
+    is_local = Path(trained_on).is_dir()
+    if arguments.base_model is None and (is_local or trained_on.count("/") != 1 or trained_on.startswith((".", "/"))):
+        raise ValueError(
+            f"The adapter was trained on {trained_on!r}, which is a folder here: push that first, and name it by "
+            f"--base_model user/name."
+        )
+    if arguments.base_model is not None:
+        staged.config["base_model_name_or_path"] = arguments.base_model
+        path = staged.folder / "adapter_config.json"
+        path.write_text(json.dumps(staged.config, indent=2) + "\n", encoding="utf-8")
+    return str(Path(trained_on).resolve()) if is_local else staged.config["base_model_name_or_path"]
+
+
+def check_target(target: Repository, staged: Staged, arguments: SharingArguments) -> None:
+    """What can be known before the work: the repository is there where it has to be, and fits the model."""
+    information = target.information()
+    if information is None:
+        if arguments.create_pr:
+            raise ValueError(
+                f"There is no repository {target.name!r} to propose a change of: push without --create_pr."
+            )
+        return
+    if arguments.private and not information.private:
+        raise ValueError(
+            f"{target.name!r} exists and is public: push without --private, to another name, or make it private in its "
+            f"settings first."
+        )
+    if not arguments.replace:
+        check_architecture(target, staged)
+
+
+def prompt_of(run: Path | None) -> str:
+    """What the run let its model continue, or a word."""
+    path = run / "samples.jsonl" if run is not None else None
+    if path is not None and path.is_file():
+        for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+            try:
+                return json.loads(line)["prompt"]
+            except (json.JSONDecodeError, KeyError):
+                continue
+    return PROMPT
+
+
+def ask_for_license() -> str | None:
+    """A licence is the user's to choose: it is asked for where somebody can answer."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    return (
+        console.input("Licence of the model, such as apache-2.0, mit or cc-by-4.0 (empty: none yet): ").strip() or None
+    )
+
+
+def send(
+    result: Result, target: Repository, staged: Staged, proof: Proof | None, space_folder: Path,
+    notify: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Everything that changes the Hub, and the look at what came of it."""
+    arguments, hub = result.arguments, target.hub
+    check_card(hub, staged.folder / CARD)
+    if arguments.tag is not None:
+        target.check_tag(arguments.tag, staged.files, staged.kind)
+    if not arguments.create_pr:
+        target.create(arguments.private)
+    notify(f"Uploading {len(staged.files)} files, {sum(p.stat().st_size for p in staged.files.values()):,} bytes ...")
+    result.pushed = target.push(staged.files, arguments.commit_message, staged.kind, arguments.create_pr)
+    if arguments.tag is not None:
+        target.tag(arguments.tag, result.pushed.commit)
+    check_listing(staged, target.listing(result.pushed.commit), target.name)
+    if proof is not None:
+        notify("Loading it from the Hub in a clean process ...")
+        after = prove(
+            staged,
+            target.name,
+            proof.prompt,
+            staged.config.get("base_model_name_or_path"),
+            result.pushed.commit,
+            hub.token,
+        )
+        if after is not None:
+            check_same(proof, after, target.name)
+            result.verified = True
+    if arguments.space:
+        space = Repository(hub, target.name, type="space")
+        check_card(hub, space_folder / CARD, "space")
+        space.create(arguments.private, sdk="gradio")
+        result.space = space.push(files_of(space_folder), arguments.commit_message)
+        if arguments.private:
+            result.notices.append("The model is private: give the Space a secret HF_TOKEN that may read it.")

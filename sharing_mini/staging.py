@@ -1,0 +1,256 @@
+"""
+What goes up: a copy of the files that a model is made of, each looked at before it is shown to the world.
+
+A file that is not known, a pickle, something that looks like a token or key, or a weight that is no number ends the
+push before anything is sent.
+"""
+
+import json
+import re
+import shutil
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from modeling_mini.loading import ADAPTER_CONFIG, MODEL_CONFIG, find_checkpoint
+from modeling_mini.remote_code import remote_code_files
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+CARD, CURVES = "README.md", "curves.png"
+COMMON = [r"README\.md", r"LICENSE(\.txt|\.md)?", r"curves\.png"]
+TOKENIZER = [
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",
+    r"merges\.txt",
+    r"chat_template\.jinja",
+]
+MODEL = [
+    r"(config|generation_config)\.json",
+    r"model(-\d{5}-of-\d{5})?\.safetensors",
+    r"model\.safetensors\.index\.json",
+]
+ADAPTER = [r"adapter_config\.json", r"adapter_model\.safetensors"]
+CODE = [re.escape(name) for name in remote_code_files()]
+# What from_pretrained looks at.
+LOADED = [*TOKENIZER, *MODEL, *ADAPTER, *CODE]
+# What a folder of each kind may hold, as regular expressions of the path in it.
+EXPECTED = {
+    "model": [*COMMON, *TOKENIZER, *MODEL],
+    "adapter": [*COMMON, *TOKENIZER, *ADAPTER],
+    "gguf": [*COMMON, r"[\w.-]+\.gguf"],
+    "onnx": [
+        *COMMON, *TOKENIZER, r"(config|generation_config)\.json", r"(onnx/)?[\w.-]+\.onnx(_data(_\d+)?|\.data)?",
+        r"[\w-]+\.(html|js|mjs)",
+    ],
+}  # fmt: skip
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".png")
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".msgpack")
+SECRETS = {
+    "a Hugging Face token": r"\b(hf|api_org)_[A-Za-z0-9]{30,}",
+    "an OpenAI or Anthropic key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{50,})",
+    "an AWS key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}",
+    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a Weights & Biases key": r"(?i)\bwandb[\w. ]*key\W{1,4}[0-9a-f]{40}\b",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    "a password in an address": r"\b[a-z][a-z0-9+]*://[^\s/:@\"']+:[^\s/:@\"']+@",
+}
+
+
+@dataclass
+class Source:
+    """
+    What the user named.
+
+    Attributes:
+        folder: the files of the model.
+        run: the run that made it, if it is there.
+        kind: a key of `EXPECTED`.
+    """
+
+    folder: Path
+    run: Path | None
+    kind: str
+
+
+@dataclass
+class Staged:
+    """
+    The files as they will be on the Hub, in a folder of their own.
+
+    Attributes:
+        config: of the model or the adapter; empty for formats that have none.
+    """
+
+    folder: Path
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """Path in the repository to path here."""
+        return files_of(self.folder)
+
+    @property
+    def has_code(self) -> bool:
+        return "auto_map" in self.config
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """All files of a folder, by their path in it."""
+    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def find_source(name: str) -> Source:
+    """
+    Raises:
+        ValueError: if there is no model under that name here.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        raise ValueError(f"There is no run or checkpoint folder {name!r}.")
+    for kind, pattern in (("gguf", "*.gguf"), ("onnx", "*.onnx"), ("onnx", "onnx/*.onnx")):
+        if any(folder.glob(pattern)):
+            return Source(folder, None, kind)
+    folder = Path(find_checkpoint(name))
+    run = folder.parent if (folder.parent / "config.yaml").is_file() else None
+    return Source(folder, run, "adapter" if not (folder / MODEL_CONFIG).is_file() else "model")
+
+
+def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | None = None) -> Staged:
+    """
+    Copies the files, after a look at each.
+
+    Args:
+        into: a folder that is empty.
+        token: is looked for too.
+
+    Raises:
+        ValueError: for what must not go up, or is missing, naming the file.
+    """
+    check_files(source)
+    for path in sorted(source.folder.rglob("*")):
+        if path.is_file():
+            target = into / path.relative_to(source.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    if source.run is not None and (source.run / CURVES).is_file():
+        shutil.copyfile(source.run / CURVES, into / CURVES)
+    staged = Staged(into, source.kind)
+    name = {"adapter": ADAPTER_CONFIG, "gguf": None}.get(source.kind, MODEL_CONFIG)
+    if name is not None:
+        staged.config = read_json(into / name)
+    for path in staged.files.values():
+        if path.suffix == ".safetensors":
+            check_weights(path)
+    check_secrets(staged, token)
+    split_weights(staged, max_shard_size)
+    return staged
+
+
+def check_files(source: Source) -> None:
+    """Nothing is there that should not be, and nothing is missing."""
+    expected = list(EXPECTED[source.kind])
+    if source.kind == "model" and "auto_map" in read_json(source.folder / MODEL_CONFIG):
+        expected += CODE
+    for path in sorted(source.folder.rglob("*")):
+        name = path.relative_to(source.folder).as_posix()
+        if path.is_dir():
+            continue
+        if is_pickle(path):
+            raise ValueError(
+                f"{name!r} in {str(source.folder)!r} is a pickle, which can run code on the machine that loads it: "
+                f"save weights as safetensors (save_pretrained does), and remove it."
+            )
+        if not any(re.fullmatch(pattern, name) for pattern in expected):
+            raise ValueError(
+                f"{name!r} in {str(source.folder)!r} is none of the files that a shared {source.kind} consists of: "
+                f"remove it, or move it elsewhere."
+            )
+    needed = {
+        "model": ("tokenizer.json",), "adapter": ("adapter_model.safetensors",), "onnx": ("tokenizer.json",)
+    }  # fmt: skip
+    for name in needed.get(source.kind, ()):
+        if not (source.folder / name).is_file():
+            raise ValueError(f"{str(source.folder)!r} is not complete: {name} is missing.")
+    if source.kind == "model":
+        index = source.folder / "model.safetensors.index.json"
+        shards = set(read_json(index).get("weight_map", {}).values()) if index.is_file() else {"model.safetensors"}
+        for name in sorted(shards):
+            if not (source.folder / name).is_file():
+                raise ValueError(f"{str(source.folder)!r} is not complete: {name} is missing.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return value
+
+
+def is_pickle(path: Path) -> bool:
+    """By its name, or by what it begins with: a file that is renamed stays what it is."""
+    if path.suffix.lower() in PICKLES:
+        return True
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start == b"PK" and zipfile.is_zipfile(path):  # what torch.save writes
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(".pkl") for name in archive.namelist())
+    return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5
+
+
+def check_weights(path: Path) -> None:
+    """Every weight is a number."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (no dictionary)
+                tensor = file.get_tensor(name)
+                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                    raise ValueError(
+                        f"The weights are broken: {name} in {path.name} holds NaN or infinity. Push an earlier "
+                        f"checkpoint."
+                    )
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is damaged or cut short ({error}).") from None
+
+
+def check_secrets(staged: Staged, token: str | None = None) -> None:
+    """Nothing that is text looks like a token or a key; the message does not repeat it."""
+    patterns = {**SECRETS, **({"your token": re.escape(token)} if token else {})}
+    for name, path in staged.files.items():
+        if path.suffix in WEIGHTS:
+            continue
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        for what, pattern in patterns.items():
+            expression = re.compile(pattern)
+            for number, line in enumerate(lines, start=1):
+                if expression.search(line):
+                    raise ValueError(
+                        f"{name}, line {number}, has what looks like {what}: remove it, and revoke it if it is real."
+                    )
+
+
+def split_weights(staged: Staged, max_shard_size: str) -> None:
+    """Weights that are large become several files with an index, as `from_pretrained` reads them."""
+    path = staged.folder / "model.safetensors"
+    if staged.kind != "model" or not path.is_file() or path.stat().st_size <= bytes_of(max_shard_size):
+        return
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    path.unlink()
+    save_torch_state_dict(tensors, staged.folder, max_shard_size=max_shard_size, metadata=metadata)
+
+
+def bytes_of(size: str) -> int:
+    """The bytes of a size such as 5GB, in the units of the Hub (1000)."""
+    number, unit = re.fullmatch(r"([\d.]+)\s*(\w+)", size).groups()
+    return int(float(number) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit])

@@ -1,0 +1,140 @@
+"""
+Proof that a stranger can use what is shared: the folder before the upload, and the repository after it, are loaded in a
+process that is as bare as theirs, and have to write the same.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import sha
+
+from .staging import Staged
+
+CLEAN_PROCESS = Path(__file__).with_name("clean_process.py")
+TOKENS, SEED = 60, 42
+
+
+@dataclass
+class Proof:
+    """
+    What the model did.
+
+    Attributes:
+        ids: of a greedy text, the prompt first.
+        sample: a text drawn with the settings of its generation config.
+    """
+
+    prompt: str
+    ids: list[int]
+    logits: list[float]
+    sample: str
+    parameters: int
+
+
+def prove(
+    staged: Staged,
+    place: str,
+    prompt: str,
+    base: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Proof | None:
+    """
+    Loads a folder, or a repository at a revision, in a clean process and lets it write.
+
+    Args:
+        base: where the model of an adapter is.
+        token: for a repository; with it the process may use the network, and without it only this machine.
+
+    Returns:
+        `None` for a format whose runtime is not installed here.
+
+    Raises:
+        ValueError: if it cannot be loaded, with the reason.
+    """
+    if staged.kind in ("gguf", "onnx"):
+        return prove_export(staged, place) if revision is None else None
+    request = {
+        "place": place, "kind": staged.kind, "prompt": prompt, "base": base, "revision": revision, "tokens": TOKENS,
+        "seed": SEED, "trust_remote_code": staged.has_code or staged.kind == "adapter",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="mini-clean-") as folder:
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+        environment |= {"HF_MODULES_CACHE": f"{folder}/modules", "TRANSFORMERS_VERBOSITY": "error"}
+        environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        if revision is None:
+            environment["HF_HUB_OFFLINE"] = "1"
+        else:
+            # An empty cache: nothing that lies here already may help.
+            environment |= {"HF_HUB_CACHE": f"{folder}/hub", "HF_HUB_OFFLINE": "0"}
+            if token is not None:
+                environment["HF_TOKEN"] = token
+        # -P: the folder of the program, which is Mini's, is not searched for modules.
+        result = subprocess.run(
+            [sys.executable, "-P", str(CLEAN_PROCESS)], input=json.dumps(request), env=environment, cwd=folder,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {result.returncode}"
+        raise ValueError(f"In a process without Mini, {place!r} does not load: {reason}")
+    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    if answer["loaded_of_mini"]:
+        raise ValueError(f"The process was not clean: it found {answer['loaded_of_mini'][0]} outside of {place!r}.")
+    return Proof(prompt, answer["ids"], answer["logits"], answer["sample"], answer["parameters"])
+
+
+def check_same(before: Proof, after: Proof, place: str) -> None:
+    """Raises ValueError if what the Hub gives out writes anything else than what was sent."""
+    near = all(abs(a - b) <= 1e-4 * max(1.0, abs(a)) for a, b in zip(before.logits, after.logits, strict=True))
+    if before.ids != after.ids or not near:
+        raise ValueError(f"{place!r} on the Hub does not write what the folder here writes: do not use it, push again.")
+
+
+def check_listing(staged: Staged, listing: dict[str, tuple[int, str]], place: str) -> None:
+    """
+    Args:
+        listing: of the repository, path to size and checksum (SHA-256 of a large file, that of git for others).
+
+    Raises:
+        ValueError: if a file is missing there, or another one.
+    """
+    for name, path in staged.files.items():
+        if name not in listing or listing[name] not in checksums(path):
+            raise ValueError(f"{name} in {place!r} on the Hub is not the file that was sent: push again.")
+
+
+def checksums(path: Path) -> list[tuple[int, str]]:
+    """Size and checksum of a file, as the Hub gives them for a large file and for others."""
+    content = path.read_bytes()
+    return [(len(content), hashlib.sha256(content).hexdigest()), (len(content), sha.git_hash(content))]
+
+
+def prove_export(staged: Staged, place: str) -> Proof | None:
+    """What can be made sure of with the runtimes that are here: that each file loads."""
+    folder = Path(place)
+    if staged.kind == "gguf" and importlib.util.find_spec("gguf") is not None:
+        import gguf
+
+        for path in folder.glob("*.gguf"):
+            try:
+                gguf.GGUFReader(path)
+            except (ValueError, IndexError, OSError) as error:
+                raise ValueError(f"{path.name} cannot be read: {error}") from None
+    if staged.kind == "onnx" and importlib.util.find_spec("onnxruntime") is not None:
+        import onnxruntime
+
+        for path in folder.rglob("*.onnx"):
+            try:
+                onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            except Exception as error:  # onnxruntime's own types have no common base
+                raise ValueError(f"{path.name} does not load: {' '.join(str(error).split())}") from None
+    return None

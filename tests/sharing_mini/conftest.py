@@ -1,0 +1,64 @@
+"""A Hub for a test, and folders to push to it."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import sharing_mini.hub
+import torch
+from hub_server import HubServer
+from huggingface_hub import constants
+from modeling_mini import MiniConfig, MiniForCausalLM
+from tokenization import ByteTokenizer
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
+    """A Hub on loopback that this process and those that it starts talk to, with a token at hand."""
+    home = tmp_path_factory.mktemp("hub-home")
+    with HubServer().running() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name, value in server.environment(home).items():
+            monkeypatch.setenv(name, value)
+        huggingface_hub.utils.close_session()
+        yield server
+        huggingface_hub.utils.close_session()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses before further tries, in seconds, that were asked for and not made."""
+    asked: list[float] = []
+    clock = SimpleNamespace(sleep=asked.append)
+    monkeypatch.setattr(sharing_mini.hub, "time", clock)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", clock)
+    return asked
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of a model that was never trained; tests that change it take a copy."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tokenizer = ByteTokenizer(model_max_length=64)
+    MiniForCausalLM(MiniConfig(vocab_size=len(tokenizer), **SHAPE)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
