@@ -156,7 +156,7 @@ def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ou
     native, difference = checked_native(model)
     name = type(native).__name__
     with writing(out):
-        native.save_pretrained(out)
+        native.save_pretrained(out, state_dict=weights_to_save(native))
         tokenizer.save_pretrained(out)
         name_as_before(out / "config.json")
     usage = """
@@ -184,6 +184,14 @@ transformers serve PATH_OR_REPOSITORY
         library_name="transformers",
         tags=[native.config.model_type],
     )
+
+
+def weights_to_save(native: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights; for StableLM a tied head once more, because MLX does not tie that one, and others do not mind."""
+    weights = native.state_dict()
+    if native.config.tie_word_embeddings and native.config.model_type == "stablelm":
+        weights["lm_head.weight"] = native.lm_head.weight.detach().clone()
+    return weights
 
 
 def name_as_before(config_file: Path) -> None:

@@ -13,6 +13,7 @@ from configuration_mini import PRESETS, ROPE_TYPES, MiniConfig
 from modeling_mini.export import export
 from modeling_mini.export.mini import mini_config, to_mini
 from modeling_mini.export.native import native_config, to_native
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -155,6 +156,7 @@ def test_the_folder_needs_no_code_of_ours(checkpoint: Path, tmp_path: Path) -> N
     config = json.loads((out / "config.json").read_text())
     assert "auto_map" not in config
     assert (config["rope_theta"], config["partial_rotary_factor"], config["rope_scaling"]) == (10_000, 1, None)
+    assert "lm_head.weight" in load_file(out / "model.safetensors")  # MLX does not tie that of StableLM
     ours, tokenizer = AutoModelForCausalLM.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
     prompt = tokenizer("def f(", return_tensors="pt")
     expected = ours.generate(**prompt, max_new_tokens=40, do_sample=False)
