@@ -81,6 +81,10 @@ def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable
     """Why a model cannot be decoded by `decoding_step`; `None` if it can."""
     if model.training:
         return "the model is in training mode"
+    # Where peft's prompt and prefix tuning put what they have learned.
+    prepare = model.prepare_inputs_for_generation
+    if getattr(prepare, "__func__", None) is not type(model).prepare_inputs_for_generation:
+        return "something else prepares the inputs"
     if ALL_ATTENTION_FUNCTIONS.get(model.config._attn_implementation) is not sdpa_attention_forward:
         return "attention is not sdpa"
     if nn.modules.module._has_any_global_hook():

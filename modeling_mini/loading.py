@@ -1,6 +1,5 @@
 """From what a user calls a model to a model and its tokenizer."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from .quantization import quantization_config
+from .adapter_loading import base_of_adapter, with_adapter
+from .integrations import check_quantized_layers
+from .quantization import check_bitsandbytes, is_quantized, quantization_config
 
 RUNS_FOLDER = Path("runs")
 # In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
@@ -46,12 +47,13 @@ def find_checkpoint(model: str | None) -> str:
 
 
 def load_model(
-    model: str | None, adapter: str | None = None, **loading: Any
+    model: str | None, adapter: str | None = None, merge_quantized: bool = False, **loading: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     What `--model` and `--adapter` mean, ready to write. A folder of an adapter brings the name of its base with it.
 
     Args:
+        merge_quantized: see `with_adapter`.
         loading: passed to `load_checkpoint`.
 
     Raises:
@@ -67,7 +69,7 @@ def load_model(
     if checkpoint is None:
         checkpoint = find_checkpoint(base_of_adapter(adapter))
     base, tokenizer = load_checkpoint(checkpoint, **loading)
-    return (base if adapter is None else with_adapter(base, adapter)), tokenizer
+    return (base if adapter is None else with_adapter(base, adapter, merge_quantized)), tokenizer
 
 
 def load_checkpoint(
@@ -100,8 +102,9 @@ def load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, config)
-        if quantization is not None or getattr(config, "quantization_config", None) is not None:
+            options["quantization_config"] = quantization_config(quantization, config, place)
+        if quantization is not None or is_quantized(config):
+            check_bitsandbytes(place)
             options["device_map"] = {"": place}  # quantized weights are made where they stay
         model = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, **options
@@ -110,6 +113,7 @@ def load_checkpoint(
         raise ValueError(f"The weights in {name_or_path!r} are damaged or cut short ({error}).") from None
     except OSError as error:
         raise ValueError(f"No model could be loaded from {name_or_path!r}: {error}") from None
+    check_quantized_layers(model)  # Mini has done so; another model has not
     return (model if options else model.to(place)).eval(), tokenizer
 
 
@@ -148,43 +152,3 @@ def existing_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise ValueError("The device 'meta' holds no numbers.")
     return device
-
-
-def base_of_adapter(adapter: str) -> str:
-    """The model that an adapter says it was trained on."""
-    from peft import PeftConfig
-
-    try:
-        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    except (OSError, ValueError, TypeError) as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"No adapter could be loaded from {adapter!r}: {detail}") from None
-    if not base:
-        raise ValueError(f"The adapter {adapter!r} does not say which model it belongs to: name that by --model.")
-    return base
-
-
-def with_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """
-    A model with an adapter in it: merged into the weights, which costs nothing while writing, or beside them where they
-    are quantized.
-
-    Raises:
-        ValueError: if the adapter cannot be read, or does not fit the model.
-    """
-    from peft import PeftModel
-
-    base = base_of_adapter(adapter)
-    try:
-        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft asks by a name of yesterday
-            adapted = PeftModel.from_pretrained(model, adapter)
-    except SafetensorError as error:
-        raise ValueError(f"The weights of the adapter {adapter!r} are damaged or cut short ({error}).") from None
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
-        detail = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"The adapter {adapter!r}, which was trained on {base!r}, does not fit {model.name_or_path!r}: {detail}"
-        ) from None
-    if getattr(model, "is_quantized", False):
-        return adapted.eval()
-    return adapted.merge_and_unload().eval()

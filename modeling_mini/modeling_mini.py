@@ -310,6 +310,9 @@ class MiniPreTrainedModel(PreTrainedModel):
         `trust_remote_code=True` where Mini is not installed. A class defined elsewhere (a block swapped in an
         experiment) is left to transformers' own `register_for_auto_class`.
         """
+        if getattr(self, "is_quantized", False):
+            # transformers would undo what loading did, and cannot: reading quantized weights has no inverse there.
+            kwargs.setdefault("save_original_format", False)
         if type(self).__module__ != __name__:
             # A class loaded from a checkpoint of Mini has its map, which names files that are not written here.
             auto_map = getattr(self.config, "auto_map", None) or {}

@@ -1,54 +1,59 @@
-"""Loading in INT8 and INT4 through bitsandbytes, where it gets the shapes right."""
+"""Loading in INT8 and INT4 through bitsandbytes."""
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig
-
-# bitsandbytes stores 4-bit weights in blocks of 64 of a row, and its CPU kernel takes 32 rows at once. Other shapes end
-# in an assertion, or are silently read back wrong (docs/LOG.md).
-BLOCK_COLUMNS, BLOCK_ROWS = 64, 32
+from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 
-def quantization_config(kind: str, config: PreTrainedConfig) -> BitsAndBytesConfig:
+def quantization_config(kind: str, config: PreTrainedConfig, device: torch.device | None = None) -> BitsAndBytesConfig:
     """
-    How to quantize a model that is not quantized yet.
+    How to quantize a model that is not quantized yet. Shapes that bitsandbytes gets wrong show when it is loaded: see
+    `integrations.check_quantized_layers`.
 
     Args:
         kind: "8bit" (LLM.int8) or "4bit" (nf4 with double quantization).
+        device: where the model will be; a GPU if there is one, when absent.
 
     Raises:
-        ValueError: if bitsandbytes is missing, the checkpoint is quantized already, or a layer does not fit.
+        ValueError: if the checkpoint is quantized already, or bitsandbytes is missing or does not support the device.
     """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ValueError("Quantizing needs bitsandbytes: pip install bitsandbytes.") from None
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantized(config):
         raise ValueError("The checkpoint is quantized already: load it without load_in_8bit and load_in_4bit.")
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_bitsandbytes(device)
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    if unfit := unfit_for_4bit(config):
-        raise ValueError(
-            f"INT4 needs widths that are multiples of {BLOCK_COLUMNS} in and {BLOCK_ROWS} out; these layers have "
-            f"others: {', '.join(unfit)}. Load in INT8 instead."
-        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
 
 
-def unfit_for_4bit(config: PreTrainedConfig) -> list[str]:
-    """The linear layers that bitsandbytes would get wrong, as `name (out x in)`; those of a like shape once."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    shapes: dict[tuple[str, int, int], str] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            rows, columns = module.out_features, module.in_features
-            if rows % BLOCK_ROWS or columns % BLOCK_COLUMNS:
-                shapes.setdefault((name.rsplit(".")[-1], rows, columns), name)
-    return [f"{name} ({rows} x {columns})" for (_, rows, columns), name in shapes.items()]
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether the weights of a checkpoint are."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def check_bitsandbytes(device: torch.device) -> None:
+    """
+    Whether quantized weights can be used there.
+
+    Raises:
+        ValueError: if bitsandbytes is missing, or does not support the device.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError("Quantized weights need bitsandbytes: pip install bitsandbytes.") from None
+    if device.type not in bitsandbytes.supported_torch_devices:
+        there = ", ".join(sorted(bitsandbytes.supported_torch_devices))
+        raise ValueError(
+            f"bitsandbytes has no quantized weights on the device {str(device)!r}; it has them on {there}."
+        )
+    if device.type == "cuda" and not bitsandbytes.cextension.lib.compiled_with_cuda:
+        raise ValueError(
+            "bitsandbytes finds no library of its own for this GPU (python -m bitsandbytes says why): load without "
+            "quantizing, or with --device cpu."
+        )
