@@ -29,6 +29,7 @@ from training_mini.batches import RowMaker, TrainingBatches
 from training_mini.checkpoints import damage_of, states_of
 from training_mini.corpus import load_corpus
 from training_mini.documents import standard_library_files
+from training_mini.evaluation import compressor_bits_per_byte
 from training_mini.loop import Trainer
 from training_mini.streaming import StreamBatches
 from transformers import PreTrainedTokenizerFast
@@ -115,10 +116,13 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
         for step in range(steps):
             list(rows.micro_batches(step))
 
+    held_out = some.read_bytes()[: 10**7]
+    compressing = best_seconds(lambda _: compressor_bits_per_byte(held_out))
     return {
         "encoding_bytes_megabytes_per_second": text.stat().st_size / as_bytes / 1e6,
         "encoding_bpe_megabytes_per_second": some.stat().st_size / as_bpe / 1e6,
         "bytes_per_bpe_token": some.stat().st_size / bpe_tokens,
+        "compressing_megabytes_per_second": len(held_out) / compressing / 1e6,
         "reading_tokens_per_second": steps * WINDOWS * CONTEXT / reading,
         "streaming_tokens_per_second": steps * WINDOWS * CONTEXT / best_seconds(stream),
     }
