@@ -286,6 +286,39 @@ def decoding_step(
 # Many steps ----------------------------------------------------------------------------------------------------------
 
 
+class Turns:
+    """
+    Cosine and sine of the rotary embedding for the new tokens of a text.
+
+    Args:
+        position_ids: (batch or 1, any length), of which the last column is that of the last token of the prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, position_ids: torch.Tensor) -> None:
+        self.rotary_embedding = model.model.rotary_emb
+        self.weight = model.model.embed_tokens.weight  # of the type in which the model computes
+        self.has_table = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
+        self.first_positions = position_ids[:, -1:] + 1
+
+    def reserve(self, room: int) -> None:
+        """Computes those of the first `room` new tokens, where they do not depend on the length of the text."""
+        if self.has_table:
+            self.cos, self.sin = self.between(0, room)
+
+    def between(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the new tokens from `start` to `end`, (batch or 1, end - start, rotary_dim); half of sin negated."""
+        positions = self.first_positions + torch.arange(start, end, device=self.first_positions.device)
+        cos, sin = self.rotary_embedding(self.weight, positions)
+        half = sin.shape[-1] // 2
+        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+
+    def at(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of one new token, (batch or 1, 1, rotary_dim)."""
+        if self.has_table:
+            return self.cos[:, new : new + 1], self.sin[:, new : new + 1]
+        return self.between(new, new + 1)
+
+
 class Decoder:
     """
     The state of one call of `generate` between two steps: weights, cache and positions.
@@ -293,7 +326,7 @@ class Decoder:
     Args:
         cache: as the first forward over the prompt left it. It is read here, and written by `give_back`.
         attention_mask: (batch, length of the cache), 1 for tokens and 0 for padding; `None` without padding.
-        position_ids: (batch or 1, any length), of which the last column is that of the last tokens.
+        position_ids: as `Turns` takes them.
         room: how many tokens will follow at most.
     """
 
@@ -306,12 +339,10 @@ class Decoder:
         room: int,
     ) -> None:
         self.weights = Weights.of(model)
-        self.rotary_embedding = model.model.rotary_emb
-        self.has_fixed_turns = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
+        self.turns = Turns(model, position_ids)
         self.cache = cache
         self.length = self.prompt_length = cache.get_seq_length()
         self.max_length = self.length + room
-        self.first_positions = position_ids[:, -1:] + 1
         self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
         self.mask = attention_mask.bool()[:, None, None, :] if attention_mask is not None else None
         self.reserve(self.length + min(room, FIRST_ROOM))
@@ -322,27 +353,15 @@ class Decoder:
         self.whole = [F.pad(keys_and_values, (0, 0, 0, more)) for keys_and_values in self.filled]
         if self.mask is not None:
             self.whole_mask = F.pad(self.mask, (0, more), value=True)  # padding stands in the prompt alone
-        if self.has_fixed_turns:
-            self.cos, self.sin = self.turns(0, capacity - self.prompt_length)
+        self.turns.reserve(capacity - self.prompt_length)
         self.capacity = capacity
-
-    def turns(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of the new tokens from `start` to `end`, (batch or 1, end - start, rotary_dim)."""
-        positions = self.first_positions + torch.arange(start, end, device=self.first_positions.device)
-        cos, sin = self.rotary_embedding(self.weights.embedding, positions)
-        half = sin.shape[-1] // 2
-        return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The logits (batch, vocab_size) after these tokens (batch,), which are now part of the text."""
         if self.length == self.capacity:
             self.reserve(min(2 * self.capacity, self.max_length))
-        new = self.length - self.prompt_length
+        cos, sin = self.turns.at(self.length - self.prompt_length)
         self.length += 1
-        if self.has_fixed_turns:
-            cos, sin = self.cos[:, new : new + 1], self.sin[:, new : new + 1]
-        else:
-            cos, sin = self.turns(new, new + 1)
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
             self.mask = self.whole_mask.narrow(3, 0, self.length)
@@ -418,7 +437,11 @@ def decode(
             # The last token is never read.
             room = max_length - length
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
-            decoder = Decoder(model, cache, mask, position_ids, room)
+            step = model.compiled_step
+            if step is not None and step.suits(model, batch, mask):
+                decoder = step.decoder(model, cache, position_ids, room)
+            else:
+                decoder = Decoder(model, cache, mask, position_ids, room)
         with torch.inference_mode():
             logits = decoder.logits(next_tokens)
         logits = logits.to(copy=True, dtype=torch.float32)

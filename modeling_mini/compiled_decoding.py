@@ -1,0 +1,288 @@
+"""
+A decoding step as one native function: what `model.compile_decoding()` makes, and `generate` then uses.
+
+Without a compiler (decoding.py), a step of a small model is some hundred calls of torch, each a few microseconds long.
+Here the same step, written once more for one sequence and without a single product that torch would hand to a library,
+is exported and compiled by inductor into one function. Products of a matrix and a vector are multiplied and summed:
+inductor makes a loop of that which it can fuse with its neighbours, and at one sequence there is nothing to gain from
+blocking.
+
+The function is made once for a shape of model and a machine, in about half a minute, and kept in a file that later
+processes load in a second. It knows no weights: it is given those of the model at each step, as they lie, so that
+training, loading or merging in between are seen and nothing is copied. (A package of inductor can also be told where
+its constants lie; from Python that leaves it with pointers into memory that is freed.) The number of tokens in the
+cache is a variable of the function: it is never compiled again as a text grows.
+
+It adds the same numbers as the modules do, in another order: logits differ by rounding, some 1e-7 of their size. That
+is why it takes part in float32 alone. In bfloat16 such a difference would choose other tokens now and then.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from .decoding import FIRST_ROOM, Turns
+
+# What of a config decides over the step, beside the shapes of the weights.
+CONFIG_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+    "norm_type", "norm_eps", "qk_norm",
+)  # fmt: skip
+# The length with which the step is traced; the compiled one takes any.
+EXAMPLE_LENGTH = 20
+
+
+class StepOfModel(nn.Module):
+    """One token of one sequence: what `decoding_step` computes, in operations of which inductor makes loops."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, token_id: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, caches: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            token_id: (1,).
+            cos, sin: (rotary_dim,), at the position of the token. The first half of `sin` is negated.
+            caches: for each layer, the keys and beside them the values of the tokens before, (length, 2 *
+                key_value_heads, head_dim).
+
+        Returns:
+            The logits (1, vocab_size) after the token, and its own keys and values (layers, 2 * key_value_heads,
+            head_dim), which are for the caller to put into the caches.
+        """
+        config, body = self.model.config, self.model.model
+        kv_heads, rotary_dim = config.num_key_value_heads, cos.shape[-1]
+        hidden_states = body.embed_tokens.weight[token_id[0]]
+        new = []
+        for layer, cache in zip(body.layers[: config.num_hidden_layers], caches, strict=True):
+            attention, states = layer.self_attn, layer.input_layernorm(hidden_states)
+            query = attention.q_norm(product(attention.q_proj, states).view(-1, config.head_dim))
+            key = attention.k_norm(product(attention.k_proj, states).view(-1, config.head_dim))
+            value = product(attention.v_proj, states).view(-1, config.head_dim)
+            query, key = turned(query, cos, sin, rotary_dim), turned(key, cos, sin, rotary_dim)
+            new.append(torch.cat((key, value)))
+
+            # The token itself is not in the cache yet: it is the second term of each sum.
+            query = query.view(kv_heads, -1, config.head_dim) * attention.scaling
+            keys, values = cache.unsqueeze(2).split(kv_heads, dim=1)
+            scores, own_score = (keys * query).sum(-1), (key.unsqueeze(1) * query).sum(-1)
+            highest = torch.maximum(scores.amax(0), own_score)
+            weights, own_weight = (scores - highest).exp(), (own_score - highest).exp()
+            output = (weights.unsqueeze(-1) * values).sum(0) + own_weight.unsqueeze(-1) * value.unsqueeze(1)
+            output = output / (weights.sum(0) + own_weight).unsqueeze(-1)
+
+            hidden_states = hidden_states + product(attention.o_proj, output.flatten())
+            states = layer.post_attention_layernorm(hidden_states)
+            gated = layer.mlp.act_fn(product(layer.mlp.gate_proj, states)) * product(layer.mlp.up_proj, states)
+            hidden_states = hidden_states + product(layer.mlp.down_proj, gated)
+        return product(self.model.lm_head, body.norm(hidden_states)).unsqueeze(0), torch.stack(new)
+
+
+def product(projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
+    """A linear layer on one vector (in,), as multiply and sum."""
+    output = (projection.weight * states).sum(-1)
+    return output if projection.bias is None else output + projection.bias
+
+
+def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+    """The rotary embedding of queries or keys (heads, head_dim)."""
+    pairs, rest = states[:, :rotary_dim], states[:, rotary_dim:]
+    other = torch.cat((pairs[:, rotary_dim // 2 :], pairs[:, : rotary_dim // 2]), dim=-1)
+    return torch.cat((pairs * cos + other * sin, rest), dim=-1)
+
+
+class StepWithWeights(nn.Module):
+    """The step as a function of the weights too, and with none of its own: this is what is compiled."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        step = StepOfModel(model)
+        # In a function, not as a submodule, whose parameters would be its own.
+        self.step_with = lambda weights, arguments: torch.func.functional_call(step, weights, arguments)
+
+    def forward(
+        self,
+        token_id: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        caches: list[torch.Tensor],
+        weights: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `StepOfModel`, with the weights as `weights_of` names them."""
+        return self.step_with(weights, (token_id, cos, sin, caches))
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters of a model, by their names in `StepOfModel`; tied ones once."""
+    return dict(model.named_parameters(prefix="model"))
+
+
+class CompiledStep:
+    """
+    The native function for models of one shape.
+
+    Args:
+        path: the package that `write_package` wrote.
+        model: one of that shape.
+    """
+
+    def __init__(self, path: Path, model: PreTrainedModel) -> None:
+        # Not the package itself, whose call operator reads the description of its arguments anew at each call.
+        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = torch._inductor.aoti_load_package(
+            str(path)
+        ).loader.run
+        self.shape = self.shape_of(model)
+
+    def shape_of(self, model: PreTrainedModel) -> list[Any]:
+        """All that the function takes for granted of a model."""
+        layouts = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in weights_of(model).items()]
+        return [*(getattr(model.config, name) for name in CONFIG_FIELDS), *layouts]
+
+    def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether it computes what the model does: one sequence without padding, and the shape that was compiled."""
+        if batch != 1 or (attention_mask is not None and not attention_mask.all()):
+            return False
+        return self.shape_of(model) == self.shape
+
+    def decoder(
+        self, model: PreTrainedModel, cache: DynamicCache, position_ids: torch.Tensor, room: int
+    ) -> "CompiledDecoder":
+        """The state of one call of `generate`; the arguments are those of `Decoder`."""
+        return CompiledDecoder(self.run, list(weights_of(model).values()), cache, Turns(model, position_ids), room)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":
+        """A copy of a model shares it, which is given the weights of the copy when that generates."""
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """A pickled model comes back without it."""
+        return type(None), ()
+
+
+class CompiledDecoder:
+    """
+    What `Decoder` is for `decoding_step`, for a compiled step of one sequence. All keys and values lie in one tensor
+    (layers, length, 2 * key_value_heads, head_dim), in the order in which the step reads them.
+
+    Args:
+        run: the compiled step.
+        weights: the tensors that it takes after the caches.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[torch.Tensor]], list[torch.Tensor]],
+        weights: list[torch.Tensor],
+        cache: DynamicCache,
+        turns: Turns,
+        room: int,
+    ) -> None:
+        self.run = run
+        self.weights = weights
+        self.cache = cache
+        self.turns = turns
+        self.length = self.prompt_length = cache.get_seq_length()
+        self.max_length = self.length + room
+        # (1, key_value_heads, length, head_dim) of each layer
+        layers = [torch.cat((layer.keys, layer.values), dim=1)[0].transpose(0, 1) for layer in cache.layers]
+        self.whole = torch.stack(layers)
+        self.reserve(self.length + min(room, FIRST_ROOM))
+
+    def reserve(self, capacity: int) -> None:
+        """Moves the cache to where it has room for `capacity` tokens."""
+        self.whole = F.pad(self.whole[:, : self.length], (0, 0, 0, 0, 0, capacity - self.length))
+        self.turns.reserve(capacity - self.prompt_length)
+        self.capacity = capacity
+
+    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (1, vocab_size) after this token (1,), which is now part of the text."""
+        if self.length == self.capacity:
+            self.reserve(min(2 * self.capacity, self.max_length))
+        cos, sin = self.turns.at(self.length - self.prompt_length)
+        caches = self.whole.narrow(1, 0, self.length).unbind()
+        logits, keys_and_values = self.run([token_ids, cos[0, 0], sin[0, 0], *caches, *self.weights])
+        self.whole.select(1, self.length).copy_(keys_and_values)
+        self.length += 1
+        return logits
+
+    def give_back(self) -> None:
+        """The cache of transformers as its own loop would have left it."""
+        for layer, keys_and_values in zip(self.cache.layers, self.whole[:, : self.length], strict=True):
+            layer.keys, layer.values = keys_and_values.transpose(0, 1)[None].chunk(2, dim=1)
+
+
+def compile_step(model: PreTrainedModel) -> CompiledStep:
+    """
+    The compiled step for a model: from the file of an earlier call, or made now.
+
+    Raises:
+        ValueError: if the model is of a kind that is not compiled.
+        RuntimeError: if there is no compiler, or it fails.
+    """
+    weight = model.model.embed_tokens.weight
+    if weight.dtype != torch.float32 or weight.device.type != "cpu":
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(f"It is compiled for float32 on a CPU; this model is {kind} on a {weight.device.type}.")
+    path = package_path(model)
+    if path.is_file():
+        with contextlib.suppress(RuntimeError):  # a file that is damaged is made anew
+            return CompiledStep(path, model)
+    write_package(model, path)
+    return CompiledStep(path, model)
+
+
+def package_path(model: PreTrainedModel) -> Path:
+    """Where the step for models of this shape is kept, under a name of all that decides over what it is."""
+    weights = {name: (list(tensor.shape), tensor.stride()) for name, tensor in model.named_parameters()}
+    parts = {
+        "config": {name: getattr(model.config, name) for name in CONFIG_FIELDS},
+        "rotary_dim": 2 * len(model.model.rotary_emb.inv_freq),
+        "weights": weights,
+        "source": Path(__file__).read_text(encoding="utf-8"),
+        "versions": [torch.__version__, transformers.__version__, platform.machine(), platform.processor()],
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+    name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"
+    return Path(folder, "decoding", f"{name}.pt2")
+
+
+def write_package(model: PreTrainedModel, path: Path) -> None:
+    """
+    Exports and compiles the step.
+
+    Raises:
+        RuntimeError: if there is no compiler, or it fails.
+    """
+    config = model.config
+    shape = (EXAMPLE_LENGTH, 2 * config.num_key_value_heads, config.head_dim)
+    # Two tensors: given one for both, export would take them for the same input.
+    cos, sin = (torch.rand(2 * len(model.model.rotary_emb.inv_freq)) for _ in range(2))
+    caches = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
+    length, weights = torch.export.Dim("length", min=1), weights_of(model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad():
+        exported = torch.export.export(
+            StepWithWeights(model),
+            (torch.zeros(1, dtype=torch.long), cos, sin, caches, weights),
+            dynamic_shapes=(None, None, None, [{0: length}] * len(caches), dict.fromkeys(weights)),
+        )
+        written = torch._inductor.aoti_compile_and_package(exported, package_path=os.path.join(folder, path.name))
+        os.replace(written, path)
