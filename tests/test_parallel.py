@@ -1,11 +1,14 @@
 """Several processes, on CPUs over gloo: they train as one does, and a launch that silently is another is refused."""
 
+import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import QUICK, ROOT, run_program
+from conftest import QUICK, ROOT, run_program, start_program
 from test_train_accelerate import losses, metrics, train, wait_for_steps, weights
 from torch.distributed.checkpoint import FileSystemReader
 from training_mini import parallel
@@ -25,18 +28,49 @@ ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6".split()
 
 
-def command(config: str, *arguments: object, flags: tuple[str, ...] = ()) -> list[str]:
+def command(config: str | None, *arguments: object, flags: tuple[str, ...] = ()) -> list[str]:
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-    launch += ["--config_file", str(CONFIGS / config), "--main_process_port", "0", *flags]
+    if config is None:
+        launch += "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    else:
+        launch += ["--config_file", str(CONFIGS / config)]
+    launch += ["--main_process_port", "0", *flags]
     return [*launch, str(ROOT / "train_accelerate.py"), *map(str, arguments)]
 
 
-def launch(config: str, cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """`accelerate launch` with one of the configurations, on two CPU processes with a thread each."""
+def launch(config: str | None, cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """`accelerate launch` with one of the configurations, or flags, on two CPU processes with a thread each."""
     return subprocess.run(
         command(config, *arguments), cwd=cwd, env={**os.environ, **ON_CPU, **environment},
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
+
+
+def forked(config: str | None, cwd: Path, *arguments: object) -> str:
+    """
+    What training printed on the processes that a configuration starts, or on one for `None`. They are forked, with the
+    variables that `accelerate launch` sets, which saves the imports of the launcher and of each process.
+    """
+    if config is None:
+        result = run_program("train_accelerate.py", *arguments, cwd=cwd, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    environment = {**ON_CPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if config == "cpu_fsdp2.yaml":
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    processes = [
+        start_program("train_accelerate.py", *arguments, cwd=cwd, **environment, RANK=rank, LOCAL_RANK=rank)
+        for rank in "01"
+    ]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs[0][0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def evaluations(run: Path) -> list[float]:
@@ -52,14 +86,26 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "name"), [("cpu.yaml", "DDP"), ("cpu_fsdp2.yaml", "FSDP2")])
-@pytest.mark.parametrize("parts", [1, 2])
-def test_two_processes_equal_one(config: str, name: str, parts: int, one: Path, tmp_path: Path) -> None:
-    flags = ("--gradient_accumulation_steps", parts, "--output_dir", "run")
-    result = launch(config, tmp_path, *QUICK, *SETTINGS, *flags)
-    assert result.returncode == 0, result.stderr
-    assert f"2 x cpu with 1 threads ({name})" in result.stdout
-    assert result.stdout.count("Trained 12 steps") == 1
+@pytest.mark.parametrize(
+    ("how", "spread", "parts"),
+    [
+        ("launched by cpu.yaml", "DDP", 1),
+        ("launched by flags", "DDP", 2),
+        ("launched by cpu_fsdp2.yaml", "FSDP2", 1),
+        ("forked cpu_fsdp2.yaml", "FSDP2", 2),
+    ],
+)
+def test_two_processes_equal_one(how: str, spread: str, parts: int, one: Path, tmp_path: Path) -> None:
+    arguments = (*QUICK, *SETTINGS, "--gradient_accumulation_steps", parts, "--output_dir", "run")
+    start, _, config = how.rpartition(" ")
+    if start == "forked":
+        output = forked(config, tmp_path, *arguments)
+    else:
+        result = launch(None if config == "flags" else config, tmp_path, *arguments)
+        assert result.returncode == 0, result.stderr
+        output = result.stdout
+    assert f"2 x cpu with 1 threads ({spread})" in output
+    assert output.count("Trained 12 steps") == 1
     run = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(one), abs=1e-5)
     assert evaluations(run) == pytest.approx(evaluations(one), abs=1e-5)
@@ -69,45 +115,57 @@ def test_two_processes_equal_one(config: str, name: str, parts: int, one: Path, 
         torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-4)
     saved = FileSystemReader(states_of(run)[-1]).read_metadata().state_dict_metadata
     chunks = len(saved["model.model.layers.0.mlp.up_proj.weight"].chunks)
-    assert chunks == (2 if config == "cpu_fsdp2.yaml" else 1), "a sharded matrix is saved in its parts"
+    assert chunks == (2 if spread == "FSDP2" else 1), "a sharded matrix is saved in its parts"
+
+
+@pytest.fixture(scope="module")
+def first_half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
+    """The folder of a run of six steps on the processes of a configuration, to be copied."""
+
+    @functools.cache
+    def of(config: str | None) -> Path:
+        cwd = tmp_path_factory.mktemp("half")
+        forked(config, cwd, *QUICK, *SETTINGS, "--max_steps", 6, "--output_dir", "run")
+        return cwd / "run"
+
+    return of
+
+
+def second_half(config: str | None, first: Path, cwd: Path) -> Path:
+    shutil.copytree(first, cwd / "run")
+    output = forked(config, cwd, "--resume", "--max_steps", 12, "--output_dir", "run")
+    assert "Resuming at step 6" in output
+    return cwd / "run"
+
+
+@pytest.fixture(scope="module")
+def resumed_on_one(first_half: Callable[[str | None], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the others are compared with; not `one`, because the cosine of the first half was that of six steps."""
+    return second_half(None, first_half(None), tmp_path_factory.mktemp("resumed"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["cpu.yaml", "cpu_fsdp2.yaml", None], ids=str)
 @pytest.mark.parametrize("second", ["cpu.yaml", "cpu_fsdp2.yaml", None], ids=str)
-def test_resumed_on_another_number_or_layout(first: str | None, second: str | None, tmp_path: Path, one: Path) -> None:
+def test_resumed_on_another_number_or_layout(
+    first: str | None,
+    second: str | None,
+    first_half: Callable[[str | None], Path],
+    resumed_on_one: Path,
+    tmp_path: Path,
+) -> None:
     """Saved on one process, two, or two with shards, a run goes on on any of them, with the same batches."""
     if first == second:
         pytest.skip("the same layout is what every other test resumes")
-    for config, arguments in (
-        (first, [*QUICK, *SETTINGS, "--max_steps", 6]),
-        (second, ["--resume", "--max_steps", 12]),
-    ):
-        arguments = [*arguments, "--output_dir", "run"]
-        if config is None:
-            result = run_program("train_accelerate.py", *arguments, cwd=tmp_path, OMP_NUM_THREADS="1")
-        else:
-            result = launch(config, tmp_path, *arguments)
-        assert result.returncode == 0, result.stderr
-    assert "Resuming at step 6" in result.stdout
-    half = tmp_path / "half"
-    # The cosine of the first half was that of a run of six steps: compare with one process that did the same.
-    for arguments in ([*QUICK, *SETTINGS, "--max_steps", 6], ["--resume", "--max_steps", 12]):
-        again = run_program(
-            "train_accelerate.py", *arguments, "--output_dir", "half", cwd=tmp_path, OMP_NUM_THREADS="1"
-        )
-        assert again.returncode == 0, again.stderr
-    assert losses(tmp_path / "run") == pytest.approx(losses(half), abs=1e-5)
-    assert evaluations(tmp_path / "run") == pytest.approx(evaluations(half), abs=1e-5)
+    run = second_half(second, first_half(first), tmp_path)
+    assert losses(run) == pytest.approx(losses(resumed_on_one), abs=1e-5)
+    assert evaluations(run) == pytest.approx(evaluations(resumed_on_one), abs=1e-5)
 
 
 @pytest.mark.slow
 def test_two_machines(one: Path, tmp_path: Path) -> None:
     """Two machine ranks on loopback, as two_nodes.yaml has them, on CPUs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
+    port, processes = free_port(), []
     for rank in (0, 1):
         flags = ("--machine_rank", str(rank), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port))
         arguments = command(

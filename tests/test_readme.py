@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_program
 from modeling_mini import MiniConfig, MiniForCausalLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,10 +81,7 @@ def test_pictures_and_links_exist() -> None:
 
 def test_flags_that_are_named_exist() -> None:
     help_texts = "".join(
-        subprocess.run(
-            [sys.executable, str(ROOT / program), "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        for program in ("train_accelerate.py", "generate.py")
+        run_program(program, "--help", cwd=ROOT).stdout for program in ("train_accelerate.py", "generate.py")
     )
     for flag in set(re.findall(r"`(--[a-z_]+)", README)) - {"--quiet"}:  # accelerate's own
         assert flag in help_texts, flag

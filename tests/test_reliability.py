@@ -1,6 +1,5 @@
 """What a run survives: kills, signals, damaged checkpoints, full disks, and gradients that are not finite."""
 
-import contextlib
 import json
 import math
 import os
@@ -8,96 +7,61 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import nursery
 import pytest
 import torch
-from conftest import QUICK, ROOT, run_program
+from conftest import QUICK, ROOT, run_program, start_program
 from safetensors.torch import load_file
-from test_train_accelerate import losses, metrics, one_sentence, train, wait_for_steps, weights
+from test_train_accelerate import losses, metrics, one_sentence, run_on_a_full_disk, train, wait_for_steps, weights
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import damage_of, states_of
 from training_mini.loop import Trainer, TrainingResult
 
-# Forks a child for each line of arguments on stdin, so that a trainer starts in milliseconds, not in the seconds that
-# importing torch takes: the instants of a kill then fall into training and saving, not into the start.
-NURSERY = """
-import os, sys
-import train_accelerate, training_mini.loop
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        sys.argv = ["train_accelerate.py", *line.split()]
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-        train_accelerate.main()
-    print(child, flush=True)
-    _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), flush=True)
-"""
 
-
-class Nursery:
-    """Starts trainers, kills them, and says how they ended."""
-
-    def __init__(self, cwd: Path) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], cwd=cwd, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert self.process.stdout.readline() == "ready\n"
-
-    def run(self, arguments: list[object], kill_after: float | None = None) -> int:
-        """The exit code of a trainer; minus the number of the signal if one ended it."""
-        self.process.stdin.write(" ".join(map(str, arguments)) + "\n")
-        self.process.stdin.flush()
-        child = int(self.process.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with contextlib.suppress(ProcessLookupError):  # it may be done already
-                os.kill(child, signal.SIGKILL)
-        return int(self.process.stdout.readline())
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait(timeout=60)
+def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
+    """The exit code of a trainer; minus the number of the signal if one ended it."""
+    # Forked, so that the instants of a kill fall into training and saving, not into seconds of imports.
+    process = nursery.Program([str(ROOT / "train_accelerate.py"), *map(str, arguments)], cwd, dict(os.environ), None)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.kill()
+    return process.wait(timeout=300)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not nursery.IS_POSSIBLE, reason="needs Linux")
 def test_fifty_kills(tmp_path: Path) -> None:
     """`kill -9` at 50 random instants of a run that saves at every step: it ends as an unbroken one, bit by bit."""
     settings = [*QUICK, "--max_steps", 400, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
-    nursery = Nursery(tmp_path)
+    nursery.server()  # starts once, and its start is not the run's
     began = time.monotonic()
-    assert nursery.run([*settings, "--output_dir", "whole"]) == 0
+    assert run(tmp_path, *settings, "--output_dir", "whole") == 0
     whole_seconds = time.monotonic() - began
     generator = random.Random(0)
-    run, kills, while_saving, steps = tmp_path / "parts", 0, 0, []
+    parts, kills, while_saving, steps = tmp_path / "parts", 0, 0, []
     while kills < 50:
-        has_state = bool(states_of(run))
+        has_state = bool(states_of(parts))
         how = ["--resume"] if has_state else [*settings, "--overwrite"]
-        code = nursery.run([*how, "--output_dir", "parts"], kill_after=generator.uniform(0.0, whole_seconds / 15))
+        code = run(tmp_path, *how, "--output_dir", "parts", kill_after=generator.uniform(0.0, whole_seconds / 15))
         if code == 0:  # done before 50 kills: once more from the beginning, with other instants
-            check_equal(run, tmp_path / "whole")
-            shutil.rmtree(run)
+            check_equal(parts, tmp_path / "whole")
+            shutil.rmtree(parts)
             continue
         assert code == -signal.SIGKILL
         kills += 1
-        states = states_of(run)
+        states = states_of(parts)
         assert [damage_of(state) for state in states] == [""] * len(states), "what has its name is complete"
-        while_saving += bool(list(run.glob("checkpoints/.*"))) + bool(list(run.glob(".best.*")))
+        while_saving += bool(list(parts.glob("checkpoints/.*"))) + bool(list(parts.glob(".best.*")))
         steps.append(json.loads((states[-1] / "trainer_state.json").read_text())["step"] if states else 0)
-        for folder in (run / "best", run / ".best.previous"):
+        for folder in (parts / "best", parts / ".best.previous"):
             if folder.is_dir():
                 load_file(folder / "model.safetensors")
                 break
-    assert nursery.run(["--resume", "--output_dir", "parts"]) == 0
-    nursery.close()
-    check_equal(run, tmp_path / "whole")
+    assert run(tmp_path, "--resume", "--output_dir", "parts") == 0
+    check_equal(parts, tmp_path / "whole")
     print(f"\n50 kills, {while_saving} while saving; checkpoints found at steps {steps}")
     assert while_saving >= 3 and len(set(steps)) >= 10, "the kills fell where they can hurt"
 
@@ -113,10 +77,9 @@ def check_equal(run: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "100000", "--output_dir", "run"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_program(
+        "train_accelerate.py", *QUICK, "--max_steps", 100_000, "--output_dir", "run", cwd=tmp_path, fresh=True
+    )
     wait_for_steps(tmp_path / "run", 5, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
@@ -131,10 +94,7 @@ def test_signal_inside_evaluation(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("0123456789 abcdef " * 400_000)
     arguments = [value if value != "sample" else "text.txt" for value in QUICK]
     arguments += "--validation_ratio 0.9 --eval_steps 3 --max_eval_tokens 0 --output_dir run --max_steps 6".split()
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train_accelerate.py"), *arguments],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    process = start_program("train_accelerate.py", *arguments, cwd=tmp_path)
     wait_for_steps(tmp_path / "run", 3, process)
     time.sleep(1)
     asked = time.monotonic()
@@ -196,17 +156,13 @@ def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     assert [state.name for state in states_of(tmp_path / "run")] == [f"step_{n}" for n in (4, 8, 9, 10, 11)]
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_full_disk_can_be_survived(tmp_path: Path) -> None:
     assert train(tmp_path, "--max_steps", 4, "--save_steps", 4, "--output_dir", "run").returncode == 0
-
-    def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
-    command = [sys.executable, str(ROOT / "train_accelerate.py"), "--resume", "--output_dir", "run"]
-    command += "--max_steps 12 --save_steps 2 --eval_steps 100 --on_save_error continue".split()
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=limit_file_size, check=False, timeout=120
-    )
+    result = run_on_a_full_disk(
+        tmp_path, "--resume", "--output_dir", "run", "--max_steps", 12, "--save_steps", 2, "--eval_steps", 100,
+        "--on_save_error", "continue",
+    )  # fmt: skip
     warnings = [line for line in result.stderr.splitlines() if line.startswith("warning: run/")]
     assert len(warnings) == 5, result.stderr  # steps 6, 8, 10, the best model, and step 12
     assert "step_6 could not be written (a file was cut short: the disk is full" in warnings[0]

@@ -180,6 +180,14 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path: Path) -> 
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
+def test_bf16_is_another_rounding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_here(tmp_path / "plain", "--max_steps", 5)
+    train_here(tmp_path / "bf16", "--max_steps", 5, "--bf16")
+    assert "bf16" in capsys.readouterr().out
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "plain")
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "plain"), abs=0.05)
+
+
 def test_document_attention(tmp_path: Path) -> None:
     trainer, _ = train_here(tmp_path / "run", "--max_steps", 4, "--document_attention")
     ids = torch.randint(8, 264, (200,)).numpy().astype("uint16")
