@@ -1,5 +1,6 @@
 """What every test needs: no network, small caches of its own, and ways to run the programs as a user does."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -51,8 +52,9 @@ def start_program(
         text=True,
     )
     if input is not None:
-        process.stdin.write(input)
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have ended already
+            process.stdin.write(input)
+            process.stdin.close()
         process.stdin = None
     return process
 

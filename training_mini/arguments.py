@@ -177,7 +177,7 @@ class RunArguments:
     bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)", nargs="?", const=True)
     tf32: bool | None = option(None, "TF32 in float32 products (default: where a GPU has it)", nargs="?", const=True)
     torch_compile: bool = option(False, "compile the model; slow to start, faster after")
-    compile_regions: bool = option(False, "compile one block for all: starts sooner, a little slower after")
+    compile_regions: bool = option(False, "with torch_compile: compile one block, for all of them")
     gradient_checkpointing: bool = option(False, "trade compute for memory")
 
     def __post_init__(self) -> None:
