@@ -15,6 +15,7 @@ def report(result: TrainingResult, arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on."""
     folder = result.folder
     prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
+    how = "--interactive" if result.is_chat else f'--prompt "{prompt}"'
     if result.stopped_by is not None:
         return (
             f"Stopped at step {result.state.step}; everything is in {folder}/checkpoints.\n"
@@ -34,7 +35,8 @@ def report(result: TrainingResult, arguments: Arguments) -> str:
             f"Last model   {folder}/final",
             f"Curves       {folder}/curves.png",
             f"Metrics      {folder}/metrics.jsonl",
-            f'\nWrite more:  python generate.py --model {folder} --prompt "{prompt}"',
+            *([f"Merged       {folder}/merged"] if arguments.adapter.merge else []),
+            f"\nWrite more:  python generate.py --model {folder} {how}",
             f"Train more:  python train_accelerate.py --resume --output_dir {folder} --max_steps {2 * steps}",
         )
     )

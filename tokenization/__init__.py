@@ -4,9 +4,10 @@ import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .base import BOS_ID, EOS_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, MiniTokenizer
+from .base import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, MiniTokenizer
 from .byte import ByteTokenizer
 from .char import CharTokenizer
+from .chat import encode_messages, marks_the_assistant
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -27,6 +28,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
 
 __all__ = [
     "BOS_ID",
+    "CHAT_TEMPLATE",
     "EOS_ID",
     "PAD_ID",
     "SPECIAL_TOKENS",
@@ -34,5 +36,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "MiniTokenizer",
+    "encode_messages",
     "load_tokenizer",
+    "marks_the_assistant",
 ]

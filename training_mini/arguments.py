@@ -10,16 +10,27 @@ from typing import Any, Literal
 import yaml
 from configuration_mini import PRESETS, MiniConfig, nearest_name
 from entry_points_mini import ArgumentParser, option
+from modeling_mini.loading import (
+    ADAPTER_CONFIG,
+    CHECKPOINTS_OF_A_RUN,
+    MODEL_CONFIG,
+    base_of_adapter,
+    find_checkpoint,
+)
 
 RUNS_FOLDER = Path("runs")
+DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 TRACKERS = ("tensorboard", "trackio", "wandb")
 
 
 @dataclass
 class ModelArguments:
-    """The shape of a new model: a preset, and any field of MiniConfig to replace in it."""
+    """The model to start from; or the shape of a new one: a preset, and any field of MiniConfig to replace in it."""
 
-    size: str = option("tiny", f"preset: {', '.join(PRESETS)}")
+    model: str | None = option(
+        None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer"
+    )
+    size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)")
     max_position_embeddings: int | None = option(None, "context length in tokens (default: the preset's)")
     hidden_size: int | None = option(None, "width of the residual stream (default: the preset's)")
     intermediate_size: int | None = option(None, "width of the SwiGLU layer (default: the preset's)")
@@ -33,10 +44,78 @@ class ModelArguments:
     attention_dropout: float | None = option(None, "dropout on attention weights (default: 0)")
     residual_dropout: float | None = option(None, "dropout on what a block adds (default: 0)")
 
+    def __post_init__(self) -> None:
+        if self.model is None:
+            self.size = self.size or "tiny"
+            return
+        given = [name for name in vars(self) if name not in ("model", *DROPOUTS) and getattr(self, name) is not None]
+        if given:
+            raise ValueError(
+                f"--model starts from a model that has its shape already: leave out {' and '.join(given)}, or leave "
+                f"out --model to train a new one."
+            )
+
     def model_config(self, **from_tokenizer: int) -> MiniConfig:
         """The configuration of the new model; `from_tokenizer` are the vocabulary size and the special ids."""
-        given = {name: value for name, value in vars(self).items() if name != "size" and value is not None}
+        shape = {name: value for name, value in vars(self).items() if name not in ("model", "size")}
+        given = {name: value for name, value in shape.items() if value is not None}
         return MiniConfig.preset(self.size, **given, **from_tokenizer)
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """What was asked for, by the name that the configuration of Mini has for it."""
+        return {name: getattr(self, name) for name in DROPOUTS if getattr(self, name) is not None}
+
+
+@dataclass
+class AdapterArguments:
+    """Training a few weights beside those of `--model`. Names are those of TRL, which takes them from peft."""
+
+    lora_r: int = option(0, "rank of a LoRA adapter, which is trained in place of the weights; 0: the weights")
+    lora_alpha: float | None = option(None, "the adapter counts lora_alpha / lora_r (default: twice lora_r)")
+    lora_dropout: float = option(0.0, "dropout on what goes into the adapter")
+    lora_target_modules: list[str] = option([], "layers to adapt, by the end of their names (default: all in blocks)")
+    lora_modules_to_save: list[str] = option([], "modules to train in full beside it, such as embed_tokens")
+    use_rslora: bool = option(False, "scale by the root of the rank: lora_alpha / sqrt(lora_r)")
+    use_dora: bool = option(False, "train the length of each weight vector apart from its direction")
+    load_in_4bit: bool = option(False, "keep the weights that are not trained in INT4 (QLoRA)")
+    load_in_8bit: bool = option(False, "keep the weights that are not trained in INT8")
+    merge: bool = option(False, "at the end, write the best model with the adapter merged into it to merged/")
+    merge_quantized: bool = option(False, "merge into the rounded weights of load_in_4bit or load_in_8bit")
+
+    def __post_init__(self) -> None:
+        check_least(self, 0, "lora_r")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("Give one of load_in_4bit and load_in_8bit.")
+        if not self.lora_r:
+            if self.quantization is not None:
+                raise ValueError(
+                    f"load_in_{self.quantization} rounds the weights, and rounded weights cannot be trained: give "
+                    f"--lora_r 8 too, which trains an adapter beside them, or leave it out."
+                )
+            defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
+            given = [name for name, default in defaults.items() if getattr(self, name) != default]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)}: this belongs to an adapter, so give --lora_r 8, or another rank."
+                )
+        if self.merge and self.quantization is not None and not self.merge_quantized:
+            raise ValueError(
+                f"merge after load_in_{self.quantization} keeps the rounding of the weights for good: the merged model "
+                f"is full in size and no better than its rounded base with the adapter; say --merge_quantized if you "
+                f"want that, or train without load_in_{self.quantization}."
+            )
+        if self.merge_quantized and not (self.merge and self.quantization is not None):
+            raise ValueError("merge_quantized goes with merge and one of load_in_4bit and load_in_8bit.")
+
+    @property
+    def quantization(self) -> str | None:
+        """What `modeling_mini.quantization` calls it."""
+        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
 
 
 @dataclass
@@ -46,15 +125,23 @@ class DataArguments:
     dataset: str = option(
         "python-stdlib",
         "python-stdlib (the source of Python's standard library), sample (a small generated text), "
-        "a file, a directory, a quoted glob, or the name of a dataset on the Hub",
+        "chat-sample and instruction-sample (a small generated lesson), "
+        "a file, a directory, a quoted glob, or the name of a dataset on the Hub; "
+        "records with messages, or with prompt and completion, are learned as such",
     )
     dataset_config: str | None = option(None, "configuration of a Hub dataset, where it has several")
     dataset_split: str = option("train", "split of a Hub dataset")
     streaming: bool = option(False, "train from the stream of a dataset, and store none of it")
     text_column: str | None = option(None, "column of .jsonl, .csv, .parquet or Hub data (default: found by name)")
-    tokenizer: str = option("byte", "byte, char, or the folder or Hub name of any tokenizer")
+    tokenizer: str | None = option(
+        None, "byte, char, or the folder or Hub name of any tokenizer (default: byte, or that of --model)"
+    )
     errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")
     validation_ratio: float = option(0.1, "share of the text that is held out")
+    assistant_only_loss: bool | None = option(
+        None, "learn what the assistant says, or the completion, alone (default: true for such records)",
+        nargs="?", const=True,
+    )  # fmt: skip
     document_attention: bool = option(False, "a token attends to its own document only, not to others in its row")
     cache_dir: str = option(
         os.environ.get("MINI_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "mini")),
@@ -189,6 +276,10 @@ class RunArguments:
             raise ValueError("compile_regions is a way of torch_compile: give both.")
 
 
+def default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def check_least(arguments: object, least: int, *names: str) -> None:
     """Raises `ValueError` for a value that is too small."""
     for name in names:
@@ -202,6 +293,7 @@ class Arguments:
     """The groups together."""
 
     model: ModelArguments
+    adapter: AdapterArguments
     data: DataArguments
     optimization: OptimizationArguments
     monitoring: MonitoringArguments
@@ -229,10 +321,19 @@ class Arguments:
 
 
 def default_run_name(arguments: Arguments) -> str:
-    """`tiny-python-stdlib`: the size and the last part of the dataset's name, in characters that every disk takes."""
+    """
+    `tiny-python-stdlib`: the size and the last part of the dataset's name, in characters that every disk takes. In
+    place of the size, the name of the run or folder that the run starts from; `-lora` at the end for an adapter.
+    """
+    start = Path(arguments.model.model) if arguments.model.model is not None else Path(arguments.model.size)
+    if start.name in CHECKPOINTS_OF_A_RUN and start.parent.name:
+        start = start.parent
     stem = Path(arguments.data.dataset.rstrip("/")).name.split(".")[0]
-    stem = "".join(character if character.isalnum() or character in "-_" else "-" for character in stem).strip("-")
-    return f"{arguments.model.size}-{stem or 'data'}"
+    names = (
+        "".join(character if character.isalnum() or character in "-_" else "-" for character in name).strip("-")
+        for name in (start.name, stem)
+    )
+    return "-".join(name or "data" for name in names) + ("-lora" if arguments.adapter.lora_r else "")
 
 
 def newest_run() -> Path:
@@ -241,6 +342,23 @@ def newest_run() -> Path:
     if not runs:
         raise ValueError(f"There is no run under {RUNS_FOLDER}/ to resume; start one without --resume.")
     return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def find_base(name: str) -> str:
+    """
+    The checkpoint folder or Hub name that `--model` means.
+
+    Raises:
+        ValueError: if there is none, or it is an adapter.
+    """
+    checkpoint = find_checkpoint(name)
+    folder = Path(checkpoint)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file():
+        raise ValueError(
+            f"{checkpoint!r} is an adapter for {base_of_adapter(checkpoint)!r}: train it further by --resume, or "
+            f"merge it by --resume --merge in its run and start from the folder merged."
+        )
+    return checkpoint
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
@@ -252,8 +370,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
     Raises:
         ValueError: for anything that cannot be a run, in one sentence.
     """
-    groups = [ModelArguments, DataArguments, OptimizationArguments, MonitoringArguments, RunArguments]
-    parser = ArgumentParser(groups, description="Train a Mini language model.")
+    groups = [
+        ModelArguments, AdapterArguments, DataArguments, OptimizationArguments, MonitoringArguments, RunArguments,
+    ]  # fmt: skip
+    parser = ArgumentParser(groups, description="Train a Mini language model, or go on with a trained one.")
     parser.add_argument("--config", default=None, help="YAML file with any of these settings")
     known, _ = parser.parse_known_args(argv)
     yaml_path = known.config
@@ -267,8 +387,17 @@ def parse_arguments(argv: list[str]) -> Arguments:
             )
         yaml_path = folder / "config.yaml"
         argv = [*argv, f"--output_dir={folder}"]
-    model, data, optimization, monitoring, run, *_ = parser.parse(argv, yaml_path)
-    model.model_config()  # refuses a shape that cannot work before any data is read
+    model, adapter, data, optimization, monitoring, run, *_ = parser.parse(argv, yaml_path)
+    if model.model is None:
+        if adapter.lora_r:
+            raise ValueError("An adapter belongs to a trained model: name it by --model, or leave out --lora_r.")
+        model.model_config()  # refuses a shape that cannot work before any data is read
+        data.tokenizer = data.tokenizer or "byte"
+    else:
+        model.model = find_base(model.model)
+        if data.tokenizer not in (None, model.model):
+            raise ValueError(f"The model {model.model!r} has a tokenizer of its own: leave out --tokenizer.")
+        data.tokenizer = model.model
     if optimization.dropout_start is not None and run.torch_compile:
         raise ValueError("A dropout that changes would compile the model anew at each step: leave out --torch_compile.")
-    return Arguments(model, data, optimization, monitoring, run)
+    return Arguments(model, adapter, data, optimization, monitoring, run)

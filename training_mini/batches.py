@@ -16,6 +16,7 @@ import torch
 
 from .shards import ShardedIds
 
+NOT_LEARNED = -100  # the target that every loss of torch and transformers leaves out
 _FEISTEL_ROUNDS = 4
 
 
@@ -64,7 +65,7 @@ class Batch:
     """
     Attributes:
         inputs: what the model takes: `input_ids` (rows, length), and `position_ids` alike where documents are apart.
-        targets: (rows, length), the token that follows each input.
+        targets: (rows, length), the token that follows each input; -100 where it does not count.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -152,6 +153,10 @@ class TrainingBatches:
             offset = int(key_of(int(key))) % (slack + 1)
             starts[rows] = offset + permute(positions[rows], self.windows_per_epoch, key) * self.context_length
         return starts
+
+    def learned_tokens(self, step: int) -> int:
+        """The tokens of a global batch that the loss is a mean over."""
+        return self.batch_size * self.context_length
 
     def micro_batches(
         self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1

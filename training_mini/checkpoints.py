@@ -22,13 +22,22 @@ import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object
 from files_mini import WRITE_ERRORS, not_written, reason_of, replace_folder
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 from transformers import PreTrainedConfig
 
-from .arguments import OptimizationArguments
+from .adaptation import is_adapted
+from .arguments import Arguments
 from .averaging import WeightAverage
 from .parallel import Parallel
 
+PARTS_OF_AN_ADAPTER = (
+    "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"
+)  # fmt: skip
 CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"
 
@@ -77,6 +86,10 @@ class Weights:
     optimizers: list[torch.optim.Optimizer]
     average: WeightAverage | None
 
+    @property
+    def is_adapted(self) -> bool:
+        return is_adapted(self.parallel.accelerator.unwrap_model(self.model))
+
     def save(self, folder: Path) -> None:
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.save_state(str(folder))
@@ -96,18 +109,27 @@ class Weights:
         tensors = self._tensors()
         with may_be_alone():
             dcp.load(tensors, checkpoint_id=folder)
-        set_state_dict(
-            self.model,
-            self.optimizers,
-            model_state_dict=tensors["model"],
-            optim_state_dict=tensors["optimizer"],
-        )
+        if self.is_adapted:  # its tensors are the parameters themselves
+            set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
+        else:
+            set_state_dict(
+                self.model,
+                self.optimizers,
+                model_state_dict=tensors["model"],
+                optim_state_dict=tensors["optimizer"],
+            )
         for optimizer, groups in zip(self.optimizers, settings, strict=True):
             for group, values in zip(optimizer.param_groups, groups, strict=True):
                 group.update(values)
 
     def _tensors(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizers)
+        if self.is_adapted:
+            # What does not learn is in the checkpoint that the run started from.
+            unwrapped = self.parallel.accelerator.unwrap_model(self.model)
+            model = {name: p.detach() for name, p in unwrapped.named_parameters() if p.requires_grad}
+            optimizer = get_optimizer_state_dict(self.model, self.optimizers)
+        else:
+            model, optimizer = get_state_dict(self.model, self.optimizers)
         tensors = {"model": model, "optimizer": optimizer}
         if self.average is not None:
             tensors["average"] = self.average.averages
@@ -266,9 +288,20 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-def methods_of(arguments: OptimizationArguments) -> dict[str, Any]:
-    """The optimizer, and whether there is an average of the weights."""
-    return {"optimizer": arguments.optimizer, "average of the weights": arguments.ema_decay > 0}
+def methods_of(arguments: Arguments) -> dict[str, Any]:
+    """The optimizer, whether there is an average of the weights, and what makes an adapter the one that it is."""
+    optimization, adapter = arguments.optimization, arguments.adapter
+    methods = {"optimizer": optimization.optimizer, "average of the weights": optimization.ema_decay > 0}
+    if adapter.lora_r:
+        methods |= {name: getattr(adapter, name) for name in PARTS_OF_AN_ADAPTER}
+        methods |= {"quantization": adapter.quantization, "weights of --model": digest_of(arguments.model.model)}
+    return methods
+
+
+def digest_of(checkpoint: str) -> str | None:
+    """A hash of the weights in a folder; `None` for a name of the Hub."""
+    files = sorted(Path(checkpoint).glob("*.safetensors"))
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()[:20] if files else None
 
 
 def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:

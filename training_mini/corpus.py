@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from files_mini import replace_folder, write_text
-from tokenization import ByteTokenizer, CharTokenizer, MiniTokenizer, load_tokenizer
+from tokenization import CHAT_TEMPLATE, ByteTokenizer, CharTokenizer, MiniTokenizer, load_tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from .arguments import DataArguments
 from .documents import PIECE_SIZE, DocumentSource, open_source, open_stream
+from .examples import Examples, character_tokenizer, kind_of, open_examples, write_examples
 from .monitoring import progress_bar
 from .shards import ShardedIds, ShardWriter, shard_name
 from .streaming import TokenStream
@@ -39,23 +40,30 @@ class Corpus:
     """
     Attributes:
         train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document. Of a dataset that is
-            only streamed, `train` is the stream.
+            only streamed, `train` is the stream. Of records that are examples to learn from, both are `Examples`.
         tokenizer: what made them.
         bytes_per_token: bytes of text per id, `(vocabulary,)`: what turns nats per token into bits per byte.
         settings: what decides the ids, by name: the content, the tokenizer, and how one was applied to the other.
+        kind: of examples, what they are: conversations ("messages") or a prompt and its "completion".
+        marks_what_is_said: of examples, whether it is known which part of them the model is to say.
+        end_ids: of examples, the special tokens that end what is said.
     """
 
     name: str
-    train: ShardedIds | TokenStream
-    validation: np.ndarray
+    train: ShardedIds | TokenStream | Examples
+    validation: np.ndarray | Examples
     tokenizer: PreTrainedTokenizerBase
     bytes_per_token: np.ndarray
     settings: dict[str, Any]
+    kind: str | None = None
+    marks_what_is_said: bool = False
+    end_ids: tuple[int, ...] = ()
 
     @property
     def train_size(self) -> str:
         """How much there is to train on, for people."""
-        return "a stream" if isinstance(self.train, TokenStream) else f"{len(self.train):,} tokens"
+        unit = "tokens" if self.kind is None else "examples"
+        return "a stream" if isinstance(self.train, TokenStream) else f"{len(self.train):,} {unit}"
 
     def text_of(self, ids: np.ndarray) -> bytes:
         """The bytes of text that a span of the corpus stands for."""
@@ -81,6 +89,7 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
     if is_encoded(arguments):
         return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
     source = open_source(arguments)
+    kind = kind_of(source, arguments.text_column)
     tokenizer = make_tokenizer(arguments)
     cache = Path(arguments.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
@@ -92,6 +101,9 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
         "errors": arguments.errors,
         "text_column": arguments.text_column,
     }
+    if kind is not None:
+        template = tokenizer.chat_template if tokenizer is not None else CHAT_TEMPLATE
+        settings |= {"kind": kind, "chat_template": short_hash(str(template))}
     folder = cache / "corpora" / short_hash(json.dumps(settings))
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -99,7 +111,10 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
             partial.mkdir()
-            encode_corpus(source, tokenizer, arguments, settings, partial, show_progress)
+            if kind is None:
+                encode_corpus(source, tokenizer, arguments, settings, partial, show_progress)
+            else:
+                encode_examples(source, kind, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
     return open_corpus(source.name, folder)
 
@@ -118,6 +133,10 @@ def open_corpus(name: str, folder: Path) -> Corpus:
     """
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(folder / "tokenizer")
+    if "kind" in facts:
+        train, validation = (open_examples(folder, split, facts["dtype"]) for split in ("train", "validation"))
+        about = facts["kind"], facts["marks_what_is_said"], tuple(facts["end_ids"])
+        return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"], *about)
     train = ShardedIds(folder, "train", facts["dtype"], facts["train_shards"])
     validation = ShardedIds(folder, "validation", facts["dtype"], [facts["validation_tokens"]])[:]
     return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"])
@@ -166,7 +185,7 @@ def short_hash(text: str) -> str:
 
 def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was asked for; `None` for characters, which are known only when the text has been read."""
-    if arguments.tokenizer == "byte":
+    if arguments.tokenizer in (None, "byte"):
         return ByteTokenizer()
     if arguments.tokenizer == "char":
         return None
@@ -269,6 +288,23 @@ def encode_corpus(
         "settings": settings,
     }
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def encode_examples(
+    source: DocumentSource,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    arguments: DataArguments,
+    settings: dict[str, Any],
+    folder: Path,
+    show_progress: bool,
+) -> None:
+    """As `encode_corpus`, for records that are examples to learn from."""
+    tokenizer = tokenizer or character_tokenizer(source)
+    with progress_bar(f"Encoding {source.name}", None, "examples", show_progress) as advance:
+        facts = write_examples(source, kind, tokenizer, arguments.validation_ratio, folder, advance)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_text(folder / FACTS, json.dumps({"dataset": source.name, **facts, "settings": settings}, indent=2) + "\n")
 
 
 def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:

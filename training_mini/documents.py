@@ -10,23 +10,26 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from configuration_mini import nearest_name
 
 from .arguments import DataArguments
+from .sample_examples import chat_examples, instruction_examples
 
 PIECE_SIZE = 1 << 22  # bytes
-BUILT_IN = ("python-stdlib", "sample")
+BUILT_IN = ("python-stdlib", "sample", "chat-sample", "instruction-sample")
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 RECORD_SUFFIXES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 TEXT_COLUMNS = ("text", "content", "document", "story", "code")
 
 Document = tuple[str, Iterator[bytes]]
+Record = tuple[str, dict[str, Any]]  # what errors call it, and its columns
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class DocumentSource:
         digest: computes a hash of the content itself; calls its argument with the number of bytes gone through.
         read: starts an iteration over the documents, always in the same order.
         total_bytes: what `digest` and `read` will go through, for a progress bar; `None` where nobody knows.
+        records: starts an iteration over the records, where that is what there is.
     """
 
     name: str
@@ -47,6 +51,7 @@ class DocumentSource:
     digest: Callable[[Callable[[int], None]], str]
     read: Callable[[], Iterator[Document]]
     total_bytes: int | None = None
+    records: Callable[[], Iterator[Record]] | None = None
 
 
 def open_source(arguments: DataArguments) -> DocumentSource:
@@ -61,6 +66,8 @@ def open_source(arguments: DataArguments) -> DocumentSource:
         return file_source(name, standard_library_files(), arguments)
     if name == "sample":
         return DocumentSource(name, "sample-1", lambda advance: "sample-1", sample_documents)
+    if name in SAMPLES_OF_EXAMPLES:
+        return sample_of_examples(name)
     path = Path(name)
     if path.is_file():
         return file_source(name, [path], arguments)
@@ -118,6 +125,22 @@ def sample_documents() -> Iterator[Document]:
         yield f"sample {number}", iter([("\n".join(sentences) + "\n").encode()])
 
 
+SAMPLES_OF_EXAMPLES = {"chat-sample": chat_examples, "instruction-sample": instruction_examples}
+
+
+def sample_of_examples(name: str) -> DocumentSource:
+    """A generated sample of conversations, or of prompts and completions."""
+    examples = SAMPLES_OF_EXAMPLES[name]()
+    content = json.dumps(examples)
+    digest = hashlib.sha256(content.encode()).hexdigest()
+
+    def records() -> Iterator[Record]:
+        for number, example in enumerate(examples):
+            yield f"{name} record {number}", example
+
+    return DocumentSource(name, digest, lambda advance: digest, lambda: iter(()), records=records)
+
+
 def file_source(name: str, files: list[Path], arguments: DataArguments) -> DocumentSource:
     """Documents of files: a text file is one, and so is each record of a .jsonl, .csv or .parquet file."""
     stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
@@ -133,12 +156,20 @@ def file_source(name: str, files: list[Path], arguments: DataArguments) -> Docum
     def read() -> Iterator[Document]:
         for file in files:
             if base_suffix(file) in RECORD_SUFFIXES:
-                yield from read_records(file, arguments.text_column)
+                yield from record_documents(str(file), read_records(file), arguments.text_column)
             else:
                 yield str(file), read_pieces(file)
 
+    def records() -> Iterator[Record]:
+        for file in files:
+            for number, record in enumerate(read_records(file)):
+                yield f"{file} record {number}", record
+
     total_bytes = sum(size for _, size, _ in stats)
-    return DocumentSource(name, json.dumps([stats, arguments.text_column]), digest, read, total_bytes)
+    has_records = all(base_suffix(file) in RECORD_SUFFIXES for file in files)
+    return DocumentSource(
+        name, json.dumps([stats, arguments.text_column]), digest, read, total_bytes, records if has_records else None
+    )
 
 
 def read_pieces(file: Path) -> Iterator[bytes]:
@@ -154,8 +185,8 @@ def read_pieces(file: Path) -> Iterator[bytes]:
         raise ValueError(f"{file} is not a complete {compression} file: {error}") from None
 
 
-def read_records(file: Path, text_column: str | None) -> Iterator[Document]:
-    """One document for each record of a file of records, read as a stream."""
+def read_records(file: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file of records, read as a stream."""
     # Here, because datasets and pandas take a second to import and most corpora do not need them.
     import datasets
     import pandas
@@ -165,12 +196,12 @@ def read_records(file: Path, text_column: str | None) -> Iterator[Document]:
     builder = RECORD_SUFFIXES[base_suffix(file)]
     try:
         records = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True)
-        yield from record_documents(str(file), records, text_column)
+        yield from records
     except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, pandas.errors.ParserError) as error:
         raise ValueError(f"{file} could not be read as {builder}: {error.__cause__ or error}") from None
 
 
-def record_documents(name: str, records: "datasets.IterableDataset", text_column: str | None) -> Iterator[Document]:  # noqa: F821
+def record_documents(name: str, records: Iterable[dict[str, Any]], text_column: str | None) -> Iterator[Document]:
     """Documents of the text column of a dataset."""
     column = None
     for number, record in enumerate(records):
@@ -186,12 +217,22 @@ def record_documents(name: str, records: "datasets.IterableDataset", text_column
 
 
 def find_text_column(name: str, record: dict, text_column: str | None) -> str:
-    """The column that was asked for, one of the usual name, or the only one that holds text."""
+    """
+    The column that was asked for, one of the usual name, or the only one that holds text.
+
+    Raises:
+        ValueError: if there is none, or the records are conversations, which no caller of this can learn from.
+    """
     if text_column is not None:
         if text_column not in record:
             hint = nearest_name(text_column, list(record)) or f"; its columns are {', '.join(record)}."
             raise ValueError(f"{name} has no column {text_column!r}{hint}")
         return text_column
+    if kind_of_examples(record) is not None:
+        raise ValueError(
+            f"{name} has {' and '.join(record)}, which are not streamed: leave out --streaming, or name the "
+            f"column that is text by --text_column."
+        )
     for kind in (str, type(None)):  # the record at hand may be one without text
         for column in TEXT_COLUMNS:
             if column in record and isinstance(record[column], kind):
@@ -200,6 +241,13 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
     if len(columns) != 1:
         raise ValueError(f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text.")
     return columns[0]
+
+
+def kind_of_examples(record: dict[str, Any]) -> str | None:
+    """What a record with these columns teaches: "messages", "completion", or nothing but its text."""
+    if "messages" in record:
+        return "messages"
+    return "completion" if "prompt" in record and "completion" in record else None
 
 
 def hub_source(arguments: DataArguments) -> DocumentSource:
@@ -211,6 +259,7 @@ def hub_source(arguments: DataArguments) -> DocumentSource:
         quick_key=f"{key} {arguments.text_column}",
         digest=lambda advance: key,
         read=lambda: record_documents(arguments.dataset, dataset, arguments.text_column),
+        records=lambda: ((f"{arguments.dataset} record {i}", record) for i, record in enumerate(dataset)),
     )
 
 

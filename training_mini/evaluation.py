@@ -5,13 +5,14 @@ import lzma
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .batches import RowMaker
+from .batches import Batch, RowMaker
 
 
 @dataclass(frozen=True)
@@ -36,40 +37,84 @@ def perplexity_of(loss: float) -> float:
     return math.exp(min(loss, 700.0))  # e^709 is the largest double
 
 
+class HeldOut(Protocol):
+    """
+    What is never trained on.
+
+    Attributes:
+        ids: the tokens that are predicted, `(tokens,)`.
+        bytes: how many bytes of text they stand for.
+    """
+
+    ids: np.ndarray
+    bytes: int
+
+    def groups(self, process: int, num_processes: int, share: int) -> list[Any]:
+        """The turns of one of the processes, `share` rows at a time: what `make` takes."""
+
+    def make(self, group: Any) -> Batch:
+        """The batch of a turn."""
+
+    def windows(self, count: int) -> torch.Tensor:
+        """The first inputs, `(count, length)` at most."""
+
+
+class HeldOutText:
+    """
+    Text in windows of one context that do not overlap; every token is predicted once.
+
+    Args:
+        ids: `(tokens,)`.
+        bytes_per_token: `(vocabulary,)`.
+    """
+
+    def __init__(self, ids: np.ndarray, bytes_per_token: np.ndarray, rows: RowMaker) -> None:
+        self.ids, self.rows = ids, rows
+        self.bytes = max(1, int(bytes_per_token[ids].sum()))
+
+    def groups(self, process: int, num_processes: int, share: int) -> list[tuple[list[int], int]]:
+        """Where the windows of each turn start, and how long they are."""
+        length = self.rows.context_length
+        starts = range(process * length, len(self.ids), num_processes * length)
+        full = [start for start in starts if start + length <= len(self.ids)]
+        groups = [(full[i : i + share], length) for i in range(0, len(full), share)]
+        # The last window may be shorter; it goes alone.
+        return groups + [([start], len(self.ids) - start) for start in starts[len(full) :]]
+
+    def make(self, group: tuple[list[int], int]) -> Batch:
+        starts, length = group
+        return self.rows.make(self.ids, starts, length)
+
+    def windows(self, count: int) -> torch.Tensor:
+        length = min(self.rows.context_length, len(self.ids))
+        starts = range(0, len(self.ids) - length + 1, length)[:count]
+        return self.rows.make(self.ids, starts, length).inputs["input_ids"]
+
+
 def evaluate(
     model: nn.Module,
-    ids: np.ndarray,
-    bytes_per_token: np.ndarray,
-    rows: RowMaker,
+    held_out: HeldOut,
     batch_size: int,
     accelerator: Accelerator,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """
-    Predicts every token of `ids` once, in windows of one context that do not overlap, shared out over all processes.
+    Predicts every token that is held out once, shared out over all processes.
 
     Nats and bytes are summed, never averaged over batches, so the figure is the same for any batch size and any number
     of processes.
 
     Args:
-        batch_size: windows at a time, over all processes.
+        batch_size: rows at a time, over all processes.
         should_stop: asked between batches, by all processes together; if it says yes, the result is `None`.
     """
-    length = rows.context_length
-    share = max(1, batch_size // accelerator.num_processes)
-
-    def groups_of(process: int) -> list[tuple[list[int], int]]:
-        """Where the windows of each of its turns start, and how long they are."""
-        starts = range(process * length, len(ids), accelerator.num_processes * length)
-        full = [start for start in starts if start + length <= len(ids)]
-        groups = [(full[i : i + share], length) for i in range(0, len(full), share)]
-        # The last window may be shorter; it goes alone.
-        return groups + [([start], len(ids) - start) for start in starts[len(full) :]]
-
-    groups = groups_of(accelerator.process_index)
+    processes = accelerator.num_processes
+    share = max(1, batch_size // processes)
+    groups = held_out.groups(accelerator.process_index, processes, share)
     # All processes take as many turns, some with nothing to add in the last: they ask `should_stop`, and a sharded
     # model gathers its weights, together.
-    turns = max(len(groups_of(process)) for process in range(accelerator.num_processes))
+    turns = max(len(held_out.groups(process, processes, share)) for process in range(processes))
+    idle = held_out.groups(0, processes, share)[0]
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     was_training = model.training
     model.eval()
@@ -78,8 +123,7 @@ def evaluate(
             for turn in range(turns):
                 if should_stop():
                     return None
-                group, group_length = groups[turn] if turn < len(groups) else ([0], min(length, len(ids)))
-                batch = rows.make(ids, group, group_length).to(accelerator.device)
+                batch = held_out.make(groups[turn] if turn < len(groups) else idle).to(accelerator.device)
                 with accelerator.autocast():
                     logits = model(**batch.inputs, use_cache=False).logits
                 if turn < len(groups):
@@ -89,8 +133,8 @@ def evaluate(
     finally:
         model.train(was_training)
     total_nats = accelerator.reduce(nats, reduction="sum").item()
-    total_bytes = max(1, int(bytes_per_token[ids].sum()))
-    return Evaluation(loss=total_nats / len(ids), bits_per_byte=total_nats / math.log(2) / total_bytes)
+    bits_per_byte = total_nats / math.log(2) / held_out.bytes
+    return Evaluation(loss=total_nats / len(held_out.ids), bits_per_byte=bits_per_byte)
 
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:

@@ -14,10 +14,12 @@ import torch
 from accelerate.utils import set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from modeling_mini.analysis.cost import ModelCost
+from tokenization import encode_messages
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from .adaptation import describe, merged_model
 from .arguments import Arguments
 from .averaging import WeightAverage
 from .batches import Batch, key_of
@@ -46,6 +48,7 @@ from .regularization import dropout_at, regularized_loss, set_dropout
 from .signals import StopRequest
 from .utilization import memory_bytes, peak_flops
 
+SAMPLES = 2  # of examples that are held out
 INNER_WINDOWS = 4  # held-out windows on which the model is looked into
 
 
@@ -61,6 +64,7 @@ class TrainingResult:
     compressors: dict[str, float]
     evaluated_bytes: int
     samples: list[str]
+    is_chat: bool
     is_main_process: bool
 
 
@@ -96,7 +100,7 @@ class Trainer:
             set_seed(self.run.seed)
             model = make_model(arguments, self.corpus)
             self.config = model.config
-            self.batches = make_batches(arguments, self.corpus, self.config)
+            self.batches, self.held_out = make_batches(arguments, self.corpus, self.config)
         except BaseException:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()  # only if it is empty: this run has not begun
@@ -104,7 +108,7 @@ class Trainer:
         self.state = TrainerState(
             corpus=self.corpus.settings,
             architecture=architecture_of(self.config),
-            methods=methods_of(self.optimization),
+            methods=methods_of(arguments),
             tracker_id=uuid.uuid4().hex[:8],
         )
         on_cpu_in_float32 = self.accelerator.device.type == "cpu" and self.accelerator.mixed_precision == "no"
@@ -119,14 +123,13 @@ class Trainer:
         decay = self.optimization.ema_decay
         self.average = WeightAverage(self.unwrapped_model, decay) if decay else None
         self.weights = Weights(self.parallel, self.model, self.optimizers, self.average)
-        self.tokens_per_step = self.optimization.train_batch_size * self.config.max_position_embeddings
         self.parts = self.optimization.gradient_accumulation_steps
+        self.tokens_per_step = self.optimization.train_batch_size * self.config.max_position_embeddings
 
-        self.held_out = self.corpus.validation[: self.monitoring.max_eval_tokens or None]
-        held_out_text = self.corpus.text_of(self.held_out)
+        held_out_text = self.corpus.text_of(self.held_out.ids)
         self.held_out_bytes = len(held_out_text)
         self.compressors = compressor_bits_per_byte(held_out_text)
-        self.tokens_per_byte = len(self.held_out) / max(1, int(self.corpus.bytes_per_token[self.held_out].sum()))
+        self.tokens_per_byte = len(self.held_out.ids) / self.held_out.bytes
 
     def train(self) -> TrainingResult:
         """The loop: steps, and what is due between them."""
@@ -168,7 +171,8 @@ class Trainer:
         if self.peak_flops is not None:
             cost = ModelCost(self.config)
             self.flops_per_token = cost.training_flops_per_token(self.config.max_position_embeddings)
-        self.monitor.say(self.description())
+        for line in self.description():
+            self.monitor.say(line)
         self.loss_sum = torch.zeros((), device=self.accelerator.device)
         self.counted_steps = self.clipped_steps = 0
         self.grad_norm = math.nan
@@ -202,7 +206,7 @@ class Trainer:
             fits = True
             try:
                 with self.parallel.without_reduction(self.model):
-                    self.accelerator.backward(self.loss(Batch({"input_ids": ids}, ids))[0])
+                    self.accelerator.backward(self.loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -226,8 +230,8 @@ class Trainer:
         elif self.run.torch_compile:
             self.model.compile()
 
-    def description(self) -> str:
-        """One line of what is about to happen."""
+    def description(self) -> list[str]:
+        """Lines of what is about to happen."""
         accelerator, corpus = self.accelerator, self.corpus
         beginning = f"Resuming at step {self.state.step}" if self.state.step else "Training"
         precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
@@ -236,11 +240,19 @@ class Trainer:
         parts = f", batches in {self.parts} parts" if self.parts > 1 else ""
         peak = f", MFU of {self.peak_flops / 1e12:g} TFLOP/s each" if self.peak_flops else ""
         parameters = f"{self.unwrapped_model.num_parameters() / 1e6:.2f}M parameters"
-        return (
+        lines = [
             f"{beginning}: {parameters} on {corpus.train_size} of {corpus.name} "
             f"({len(corpus.validation):,} held out), "
             f"{accelerator.num_processes} x {accelerator.device.type}{threads}{spread}, {precision}{parts}{peak}."
-        )
+        ]
+        if self.arguments.model.model is not None:
+            rows = self.optimization.train_batch_size // accelerator.num_processes // self.parts
+            is_bf16, checkpointing = accelerator.mixed_precision == "bf16", self.run.gradient_checkpointing
+            about = describe(self.unwrapped_model, rows, self.config.max_position_embeddings, is_bf16, checkpointing)
+            lines.append(f"From {self.arguments.model.model}: {about}.")
+        if corpus.kind is not None and (notes := self.batches.rows.notes()):
+            lines.append(notes)
+        return lines
 
     def loop(self) -> Evaluation | None:
         """Trains until the run is done, or asked to stop; gives the evaluation of the last step, if there was one."""
@@ -275,12 +287,12 @@ class Trainer:
         ended_early = 0 < patience <= self.state.evaluations_since_best
         return ended_early or self.state.step >= self.optimization.max_steps
 
-    def loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, batch: Batch, learned_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The loss to minimise and the cross-entropy to report: this process's share of the mean over the tokens of the
-        whole global batch, in parts that the averaging of gradients over processes adds up again.
+        The loss to minimise and the cross-entropy to report: this process's share of the mean over the `learned_tokens`
+        of the whole global batch, in parts that the averaging of gradients over processes adds up again.
         """
-        tokens = self.tokens_per_step // self.accelerator.num_processes
+        tokens = learned_tokens / self.accelerator.num_processes
         if not (self.optimization.label_smoothing or self.optimization.z_loss):
             targets = batch.targets
             loss = self.model(
@@ -305,10 +317,11 @@ class Trainer:
         micro_batches = self.batches.micro_batches(
             step, accelerator.process_index, accelerator.num_processes, self.parts
         )
+        learned_tokens = self.batches.learned_tokens(step)
         for number, batch in enumerate(micro_batches, start=1):
             is_last = number == self.parts
             with contextlib.nullcontext() if is_last else self.parallel.without_reduction(self.model):
-                loss, part = self.loss(batch.to(accelerator.device))
+                loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
                 # DeepSpeed divides by the number of parts, which the loss already is.
                 accelerator.backward(loss * self.parts if self.parallel.is_deepspeed else loss)
             cross_entropy += part
@@ -390,11 +403,7 @@ class Trainer:
     def log_internals(self) -> None:
         """Records the model from within, on held-out text."""
         if self.accelerator.is_main_process:
-            rows = self.batches.rows
-            length = min(rows.context_length, len(self.held_out))
-            starts = range(0, len(self.held_out) - length + 1, length)[:INNER_WINDOWS]
-            windows = rows.make(self.held_out, starts, length).inputs["input_ids"]
-            self.inner_metrics |= inner_metrics(self.unwrapped_model, windows)
+            self.inner_metrics |= inner_metrics(self.unwrapped_model, self.held_out.windows(INNER_WINDOWS))
         self.monitor.record(self.state.step, self.inner_metrics)
         self.inner_metrics = {}
 
@@ -408,8 +417,6 @@ class Trainer:
             evaluation = evaluate(
                 self.model,
                 self.held_out,
-                self.corpus.bytes_per_token,
-                self.batches.rows,
                 self.optimization.train_batch_size // self.parts,
                 self.accelerator,
                 self.stop.agreed,
@@ -473,14 +480,31 @@ class Trainer:
             raise OSError(failure)
 
     def finish(self, evaluation: Evaluation) -> TrainingResult:
-        """Writes the last model, and lets it write."""
+        """Writes the last model, and the best one merged if it was asked for, and lets the model write."""
         self.save_model("final", evaluation)
+        if self.arguments.adapter.merge:
+            self.save_merged(evaluation)
         return self.result(evaluation, self.sample())
+
+    def save_merged(self, evaluation: Evaluation) -> None:
+        """Writes the model that the run started from with the best adapter in it, as a checkpoint folder."""
+        failure = ""
+        if self.accelerator.is_main_process:
+            merged = merged_model(self.arguments, self.folder / "best")
+            card = model_card(merged, self.arguments, self.state, evaluation, self.compressors)
+            try:
+                save_checkpoint_folder(merged, self.corpus.tokenizer, self.folder / "merged", card)
+            except OSError as error:
+                failure = str(error)
+        failure = self.parallel.from_main(failure)
+        if failure:
+            raise OSError(failure)
 
     def sample(self) -> list[str]:
         """What the model makes of the prompts, as far as its context goes; also in `samples.jsonl`."""
-        default = "def " if self.corpus.name == "python-stdlib" else "\n"
-        tokenizer, length = self.corpus.tokenizer, self.config.max_position_embeddings
+        corpus, length = self.corpus, self.config.max_position_embeddings
+        # The form of a conversation is in its special tokens.
+        is_chat = corpus.kind == "messages"
         samples = []
         # Prompts have other shapes than batches, and would be compiled one by one.
         with self.averaged(), torch.compiler.set_stance("force_eager"):
@@ -489,19 +513,34 @@ class Trainer:
                 return []
             was_training = model.training
             model.eval()
-            for prompt in self.monitoring.sample_prompts or [default]:
+            for prompt, prompt_ids in self.prompts():
                 set_seed(self.run.seed)
-                ids = tokenizer(prompt, return_tensors="pt").input_ids[:, : length - 1].to(model.device)
+                ids = torch.tensor([prompt_ids[: length - 1]], device=model.device)
                 output = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
                     max_length=length,
-                    min_new_tokens=(length - ids.shape[1]) // 2,
+                    min_new_tokens=(length - ids.shape[1]) // 2 if corpus.kind is None else None,
                 )
-                samples.append({"prompt": prompt, "text": tokenizer.decode(output[0], skip_special_tokens=True)})
+                text = corpus.tokenizer.decode(output[0], skip_special_tokens=not is_chat)
+                samples.append({"prompt": prompt, "text": text})
             model.train(was_training)
         self.monitor.record_samples(self.state.step, samples)
         return [sample["text"] for sample in samples]
+
+    def prompts(self) -> list[tuple[str, list[int]]]:
+        """What the model is asked to go on from: text and ids. Of examples, the first that are held out."""
+        corpus, given = self.corpus, self.monitoring.sample_prompts
+        tokenizer = corpus.tokenizer
+        if corpus.kind is not None and not given:
+            prompts = [self.held_out.rows.prompt(number) for number in range(min(SAMPLES, len(corpus.validation)))]
+            return [(tokenizer.decode(ids, skip_special_tokens=True), ids.tolist()) for ids in prompts]
+        if corpus.kind == "messages":
+            turns = [[{"role": "user", "content": prompt}] for prompt in given]
+            ids = [encode_messages(tokenizer, turn, add_generation_prompt=True)[0] for turn in turns]
+            return list(zip(given, ids, strict=True))
+        default = "def " if corpus.name == "python-stdlib" else "\n"
+        return [(prompt, tokenizer(prompt).input_ids) for prompt in given or [default]]
 
     def result(self, evaluation: Evaluation | None = None, samples: list[str] | None = None) -> TrainingResult:
         return TrainingResult(
@@ -513,5 +552,6 @@ class Trainer:
             compressors=self.compressors,
             evaluated_bytes=self.held_out_bytes,
             samples=samples or [],
+            is_chat=self.corpus.kind == "messages",
             is_main_process=self.accelerator.is_main_process,
         )

@@ -22,8 +22,9 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from .adaptation import blank_copy
 from .arguments import Arguments, OptimizationArguments
 
 ON_CPUS = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {} train_accelerate.py ..."
@@ -51,6 +52,13 @@ class Parallel:
         if (self.is_sharded or self.accelerator.state.deepspeed_plugin) and arguments.monitoring.internals_steps:
             raise ValueError("--internals_steps looks into a whole model, and this launch shards it; leave it out.")
         self.is_deepspeed = self.accelerator.state.deepspeed_plugin is not None
+        if arguments.adapter.lora_r and self.is_deepspeed:
+            raise ValueError("--lora_r does not work with DeepSpeed here; an adapter is small, so DDP will do.")
+        if arguments.adapter.quantization is not None and self.is_sharded:
+            raise ValueError(
+                f"load_in_{arguments.adapter.quantization} does not work with FSDP2 here; rounded weights are small, "
+                f"so DDP will do."
+            )
         if self.is_deepspeed:
             plugin = self.accelerator.state.deepspeed_plugin
             optimization = arguments.optimization
@@ -121,9 +129,8 @@ class Parallel:
             return unwrapped if self.accelerator.is_main_process else None
         if not self.accelerator.is_main_process:
             return None
-        copy = AutoModelForCausalLM.from_config(unwrapped.config)
+        copy = blank_copy(unwrapped)
         copy.load_state_dict(state)
-        copy.generation_config = unwrapped.generation_config
         return copy
 
     def anyone(self, flag: bool) -> bool:

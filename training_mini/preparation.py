@@ -3,13 +3,19 @@
 import shutil
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
+from modeling_mini.loading import load_checkpoint
+from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from .adaptation import adapt
 from .arguments import Arguments
 from .batches import RowMaker, TrainingBatches
 from .checkpoints import architecture_of, check_state, methods_of, read_state, states_of
 from .corpus import Corpus, is_encoded, make_tokenizer, tokenizer_key
+from .evaluation import HeldOut, HeldOutText
+from .packing import ExampleBatches, ExampleRows, HeldOutExamples
 from .streaming import StreamBatches, TokenStream
 
 
@@ -33,12 +39,14 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         except (OSError, ValueError, TypeError):
             return  # damaged: the one before it is used, and checked, when it is loaded
         from_tokenizer = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
-        architecture = architecture_of(arguments.model.model_config())
-        known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
+        known = {}
+        if arguments.model.model is None:  # else its shape is known once it is loaded
+            architecture = architecture_of(arguments.model.model_config())
+            known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
         corpus = {}
         if not is_encoded(arguments.data):  # else it has its own tokenizer
             corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
-        check_state(arguments.output_dir, state, corpus, known, methods_of(arguments.optimization))
+        check_state(arguments.output_dir, state, corpus, known, methods_of(arguments))
 
 
 def claim_folder(arguments: Arguments, accelerator: Accelerator) -> Path:
@@ -74,7 +82,22 @@ def empty(folder: Path) -> None:
 
 
 def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
-    """A new model of the right vocabulary, with sampling settings that suit small models."""
+    """
+    The model that learns: a new one of the right vocabulary, with sampling settings that suit small models, or a
+    trained one, with an adapter around it if that was asked for. It knows how what it is taught to say ends.
+    """
+    model = new_model(arguments, corpus) if arguments.model.model is None else trained_model(arguments)
+    corpus.tokenizer.model_max_length = model.config.max_position_embeddings
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known] if known is not None else []
+    if new := [token for token in corpus.end_ids if token not in known]:
+        model.generation_config.eos_token_id = [*known, *new]
+    if arguments.run.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return adapt(model, arguments.adapter) if arguments.adapter.lora_r else model
+
+
+def new_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
     tokenizer = corpus.tokenizer
     bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     token_ids = {
@@ -83,19 +106,68 @@ def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     }
     config = arguments.model.model_config(vocab_size=len(tokenizer), **token_ids)
-    tokenizer.model_max_length = config.max_position_embeddings
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8, top_p=0.95)
-    if arguments.run.gradient_checkpointing:
-        model.activation_checkpointing_enable()
     return model
 
 
-def make_batches(arguments: Arguments, corpus: Corpus, config: PreTrainedConfig) -> TrainingBatches | StreamBatches:
-    """The global batches of every step."""
+def trained_model(arguments: Arguments) -> PreTrainedModel:
+    """
+    The checkpoint of `--model`, with the dropout that was asked for.
+
+    Raises:
+        ValueError: if it cannot be loaded, or is no checkpoint that can be trained.
+    """
+    name, quantization = arguments.model.model, arguments.adapter.quantization
+    model, _ = load_checkpoint(name, dtype=torch.float32, quantization=quantization)
+    if getattr(model, "is_quantized", False) and not arguments.adapter.lora_r:
+        raise ValueError(
+            f"The weights of {name!r} are quantized and cannot be trained: give --lora_r 8 for an adapter."
+        )
+    for field, probability in arguments.model.dropouts.items():
+        if not hasattr(model.config, field):
+            raise ValueError(f"The model {name!r} has no {field}.")
+        setattr(model.config, field, probability)
+        for module in model.modules():
+            part = getattr(module, field, None)
+            if isinstance(part, nn.Dropout):
+                part.p = probability
+            elif isinstance(part, float):
+                setattr(module, field, probability)
+    return model
+
+
+def make_batches(
+    arguments: Arguments, corpus: Corpus, config: PreTrainedConfig
+) -> tuple[TrainingBatches | StreamBatches | ExampleBatches, HeldOut]:
+    """
+    The global batches of every step, and what is held out.
+
+    Raises:
+        ValueError: if there is too little to learn from.
+    """
+    batch_size, seed = arguments.optimization.train_batch_size, arguments.run.seed
+    max_eval_tokens = arguments.monitoring.max_eval_tokens
+    said_only = arguments.data.assistant_only_loss
+    if corpus.kind is not None:
+        if said_only and not corpus.marks_what_is_said:
+            raise ValueError(
+                "The chat template of the tokenizer does not mark what the assistant says by {% generation %}, so "
+                "nobody knows what to learn; --assistant_only_loss false learns every token."
+            )
+        settings = config.max_position_embeddings, config.pad_token_id or 0, said_only is not False
+        rows, held_out_rows = (ExampleRows(examples, *settings) for examples in (corpus.train, corpus.validation))
+        return ExampleBatches(rows, batch_size, seed), HeldOutExamples(
+            held_out_rows, corpus.bytes_per_token, max_eval_tokens
+        )
+    if said_only:
+        raise ValueError(
+            f"assistant_only_loss needs records with messages, or with prompt and completion, and "
+            f"{arguments.data.dataset!r} is text."
+        )
     separator = config.eos_token_id if arguments.data.document_attention else None
     rows = RowMaker(config.max_position_embeddings, config.bos_token_id, separator)
-    batch_size, seed = arguments.optimization.train_batch_size, arguments.run.seed
+    held_out = HeldOutText(corpus.validation[: max_eval_tokens or None], corpus.bytes_per_token, rows)
     if isinstance(corpus.train, TokenStream):
-        return StreamBatches(corpus.train, rows, batch_size, seed)
-    return TrainingBatches(corpus.train, rows, batch_size, seed)
+        return StreamBatches(corpus.train, rows, batch_size, seed), held_out
+    return TrainingBatches(corpus.train, rows, batch_size, seed), held_out

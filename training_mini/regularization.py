@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .arguments import OptimizationArguments
+from .batches import NOT_LEARNED
 
 
 def regularized_loss(
@@ -20,9 +21,10 @@ def regularized_loss(
 
     Args:
         logits: (batch, length, vocabulary).
-        targets: (batch, length).
+        targets: (batch, length); -100 counts nothing.
     """
-    logits = logits.float()
+    counts = targets != NOT_LEARNED
+    logits, targets = logits[counts].float(), targets[counts]
     log_partition = logits.logsumexp(dim=-1)
     cross_entropy = log_partition - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
     loss = cross_entropy

@@ -131,6 +131,10 @@ class StreamBatches:
         """Whole epochs that the reading of the stream has completed; it reads ahead by up to a block."""
         return float(self.stream.epoch)
 
+    def learned_tokens(self, step: int) -> int:
+        """The tokens of a global batch that the loss is a mean over."""
+        return self.batch_size * self.rows.context_length
+
     def micro_batches(
         self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
     ) -> Iterator[Batch]:

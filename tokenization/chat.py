@@ -1,0 +1,67 @@
+"""From messages to ids by a tokenizer's chat template, with what people wrote in them kept apart from its own marks."""
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+# Unicode promises that these are in no text. One of them splits what would otherwise be read as a special token.
+NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+) -> tuple[list[int], list[bool]]:
+    """
+    The ids of a conversation, and for each whether the assistant says it: its text and the mark that ends its turn.
+
+    `apply_chat_template` would read `<|end|>` in a message as the end of the turn; here it stays the text that it is.
+    Where the template does not mark what the assistant says (by `{% generation %}`), nothing counts as said by it.
+
+    Raises:
+        ValueError: if there is no chat template, or it refuses the messages.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("The tokenizer has no chat template, so it cannot read messages.")
+    special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
+    used = "".join(message["content"] for message in messages)
+    split = next((character for character in NONCHARACTERS if character not in used), None)
+    if split is None:
+        raise ValueError("The messages hold every noncharacter of Unicode from U+FDD0 to U+FDEF, which no text does.")
+    kept_apart = []
+    for message in messages:
+        content = message["content"]
+        for token in special:
+            content = content.replace(token, token[0] + split + token[1:])
+        kept_apart.append({**message, "content": content})
+    template = tokenizer.get_chat_template()
+    try:
+        texts, spans = render_jinja_template(
+            [kept_apart],
+            chat_template=template,
+            return_assistant_tokens_mask=marks_the_assistant(tokenizer),
+            add_generation_prompt=add_generation_prompt,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:  # a template is a program of its own
+        raise ValueError(f"The chat template refuses the messages: {error}") from None
+    said = spans[0] if spans else []
+    ids: list[int] = []
+    is_said: list[bool] = []
+    start = 0
+    for piece in texts[0].split(split):
+        encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids += encoding["input_ids"]
+        is_said += [
+            any(first <= start + begin and start + end <= last for first, last in said)
+            for begin, end in encoding["offset_mapping"]
+        ]
+        start += len(piece) + len(split)
+    return ids, is_said
+
+
+def marks_the_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template says which part the assistant says."""
+    return bool(GENERATION_MARK.search(tokenizer.get_chat_template()))
