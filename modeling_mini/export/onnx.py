@@ -263,5 +263,6 @@ const [{ generated_text }] = await generator("The", { max_new_tokens: 100, do_sa
 console.log(generated_text);
 ```
 
-In a browser: the folder is a page that writes. `python -m http.server --directory PATH` serves it.
+In a browser: the folder holds a page that writes. Any web server of files will do, for example
+`python -m http.server --directory FOLDER`.
 """

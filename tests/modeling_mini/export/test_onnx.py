@@ -24,7 +24,7 @@ from modeling_mini.export.__main__ import run
 from modeling_mini.export.onnx import TRANSFORMERS_JS, VENDORED, empty_cache, largest_difference
 from modeling_mini.export.onnx_graph import ACTIVATIONS, build_graph
 from onnx_ir import to_proto
-from tokenization import ByteTokenizer
+from tokenization import ByteTokenizer, CharTokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2CLS
 
@@ -280,18 +280,22 @@ def node_modules() -> Path:
 IN_NODE = """
 import { AutoTokenizer, pipeline } from "@huggingface/transformers";
 
-const { folder, prompts, texts, tokens, messages } = JSON.parse(process.argv[1]);
-const tokenizer = await AutoTokenizer.from_pretrained(folder);
-const ids = texts.map((text) => tokenizer(text).input_ids.tolist()[0].map(Number));
-const decoded = ids.map((each) => tokenizer.decode(each, { skip_special_tokens: true }));
-const chat = tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true });
+const { folder, tokenizers, prompts, texts, tokens, messages } = JSON.parse(process.argv[1]);
+const tokenized = [];
+for (const place of tokenizers) {
+  const tokenizer = await AutoTokenizer.from_pretrained(place);
+  const ids = texts.map((text) => tokenizer(text).input_ids.tolist()[0].map(Number));
+  const decoded = ids.map((each) => tokenizer.decode(each, { skip_special_tokens: true }));
+  const chat = tokenizer.apply_chat_template(messages, { tokenize: false, add_generation_prompt: true });
+  tokenized.push({ ids, decoded, chat });
+}
 const written = {};
 for (const dtype of ["fp32", "q8"]) {
   const generator = await pipeline("text-generation", folder, { dtype });
   const outputs = await generator(prompts, { max_new_tokens: tokens, do_sample: false });
   written[dtype] = outputs.map(([{ generated_text }]) => generated_text);
 }
-console.log(JSON.stringify({ ids, decoded, chat, written }));
+console.log(JSON.stringify({ tokenized, written }));
 """
 
 
@@ -305,17 +309,20 @@ def in_node(node_modules: Path, code: str, *arguments: str) -> str:
 
 
 @pytest.mark.slow
-def test_in_node(node_modules: Path, checkpoint: Path, exported: Path) -> None:
+def test_in_node(node_modules: Path, checkpoint: Path, exported: Path, tmp_path: Path) -> None:
     """transformers.js: the same ids, the same chat, the same text as Mini; a padded batch, and the card's snippet."""
-    texts = ["", "héllo 日本\n 🎉\t x", "<|eos|> is text <|user|>", "\x00\x7f\u2028 é"]
+    texts = ["", "héllo 日本\n 🎉\t x", "<|eos|> is text <|user|>", "\x00\x7f\u2028 é", "unknown: ß"]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-    request = {"folder": str(exported), "prompts": PROMPTS, "texts": texts, "tokens": 60, "messages": messages}
+    characters = CharTokenizer.from_text("".join(texts[:4]))
+    onnx.write_tokenizer(characters, tmp_path)
+    request = {"folder": str(exported), "tokenizers": [str(exported), str(tmp_path)], "tokens": 60}
+    request |= {"prompts": PROMPTS, "texts": texts, "messages": messages}
     answer = json.loads(in_node(node_modules, IN_NODE, json.dumps(request)))
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids = [tokenizer(text).input_ids for text in texts]
-    assert answer["ids"] == ids
-    assert answer["decoded"] == [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
-    assert answer["chat"] == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    for tokenizer, theirs in zip((ByteTokenizer(), characters), answer["tokenized"], strict=True):
+        ids = [tokenizer(text).input_ids for text in texts]
+        assert theirs["ids"] == ids
+        assert theirs["decoded"] == [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+        assert theirs["chat"] == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     # The prompts have different lengths, so two of them are padded.
     assert answer["written"]["fp32"] == [written_by_mini(checkpoint, prompt, 60) for prompt in PROMPTS]
     assert [text[:6] for text in answer["written"]["q8"]] == [text[:6] for text in answer["written"]["fp32"]]
