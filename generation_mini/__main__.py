@@ -27,6 +27,10 @@ def run(arguments: GenerationArguments) -> None:
     if arguments.batch_file is not None:
         batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
     model, tokenizer = load_model(arguments.model, adapter=arguments.adapter, **arguments.loading())
+    if arguments.compile:
+        if not hasattr(model, "compile_decoding"):
+            raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
+        model.compile_decoding()
     if arguments.seed is not None:
         set_seed(arguments.seed)
     assistant = None

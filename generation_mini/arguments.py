@@ -64,6 +64,7 @@ class GenerationArguments:
     output: str | None = option(None, ".jsonl for the texts of --batch_file; the same call again goes on with it")
     batch_size: int = option(32, "prompts of --batch_file at once")
     stats: bool = option(False, "say how fast it was")
+    compile: bool = option(False, "compile the decoding of one text: half a minute once, then several times as fast")
     assistant: str | None = option(None, "smaller model of the same tokenizer that drafts (assisted decoding)")
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")
     dtype: str = option("auto", f"of the weights: {', '.join(DTYPES)} (as they were saved)")
@@ -103,6 +104,8 @@ class GenerationArguments:
                 raise ValueError(
                     f"num_return_sequences ({self.num_return_sequences}) must not exceed num_beams ({self.num_beams})."
                 )
+        if self.compile and (self.batch_file is not None or self.num_return_sequences > 1 or self.assistant):
+            raise ValueError("compile goes with none of --batch_file, --num_return_sequences and --assistant.")
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
 

@@ -23,6 +23,7 @@ import json
 import os
 import platform
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,8 @@ def write_package(model: PreTrainedModel, path: Path) -> None:
     caches = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
     length, weights = torch.export.Dim("length", min=1), weights_of(model)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
         exported = torch.export.export(
             StepWithWeights(model),
             (torch.zeros(1, dtype=torch.long), cos, sin, caches, weights),

@@ -150,6 +150,16 @@ def test_dtype_and_device(quick_run: Path) -> None:
     assert "There is no device 'gpu' here" in one_sentence(generate(quick_run, "--device", "gpu"))
 
 
+@pytest.mark.slow
+def test_compile(quick_run: Path) -> None:
+    arguments = ("--prompt", "the ", "--max_tokens", 40, "--temperature", 0)
+    compiled = generate(quick_run, *arguments, "--compile")
+    assert (compiled.returncode, compiled.stderr) == (0, ""), compiled.stderr
+    assert compiled.stdout == generate(quick_run, *arguments).stdout
+    quantized = generate(quick_run, *arguments, "--compile", "--load_in_8bit")
+    assert quantized.returncode == 0 and "Decoding is not compiled, and goes on without" in quantized.stderr
+
+
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_quantized(quick_run: Path, kind: str) -> None:
     model, _ = load_model(str(quick_run), quantization=kind)

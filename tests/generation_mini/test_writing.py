@@ -258,6 +258,7 @@ def test_each_sampling_setting_reaches_the_model(model, name: str) -> None:
         (["--num_beams", "2", "--stream"], "num_beams goes with none of --stream"),
         (["--stop", ""], "stop must not hold an empty string"),
         (["--batch_file", "a.txt"], "batch_file and output belong together"),
+        (["--compile", "--num_return_sequences", "2"], "compile goes with none of --batch_file"),
         (["--batch_file", "a", "--output", "b", "--prompt", "c"], "batch_file goes with none of --prompt"),
         (["--batch_file", "a", "--output", "b", "--assistant", "c"], "assistant drafts for one text at a time"),
         (["--dtype", "float8"], "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),
