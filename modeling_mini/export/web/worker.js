@@ -38,7 +38,7 @@ async function load() {
     await messagesRead();
     return forward(inputs);
   };
-  postMessage({ ready: true });
+  postMessage({ context: model.config.max_position_embeddings });
 }
 
 async function write({ prompt, tokens, temperature }) {

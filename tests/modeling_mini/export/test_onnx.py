@@ -366,6 +366,7 @@ def test_in_a_browser(served: str, checkpoint: Path) -> None:
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.goto(served)
         page.wait_for_selector("#write:enabled")
+        assert page.text_content("#status") == f"Ready, with a context of {CONTEXT} tokens"
         page.fill("#prompt", PROMPT)
         page.fill("#tokens", "60")
         page.fill("#temperature", "0")
