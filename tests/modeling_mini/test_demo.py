@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import ROOT
 from generation_mini.arguments import GenerationArguments
+from modeling_mini import demo
 from modeling_mini.demo import Character, as_html, follow
 from modeling_mini.loading import load_model
 from PIL import Image
@@ -157,9 +158,19 @@ def test_in_a_browser(quick_run: Path, tmp_path: Path) -> None:
         (["--modle", "a"], "did you mean 'model'?"),
     ],
 )
-def test_bad_input(arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_bad_input(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["modeling_mini.demo", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        demo.main()
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in errors and errors.count("\n") == 1
+
+
+def test_bad_input_of_the_command(tmp_path: Path) -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "modeling_mini.demo", *arguments], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-m", "modeling_mini.demo", "--port", "0"], cwd=tmp_path, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
-    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+    assert result.returncode == 2 and result.stderr == "error: port must be from 1 to 65535, got 0.\n"

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,14 +12,13 @@ import datasets
 import numpy as np
 import pytest
 import zstandard
+from conftest import ROOT, run_program, start_program
 from tokenization import ByteTokenizer, CharTokenizer
 from training_mini import corpus as corpus_module
 from training_mini import documents as documents_module
 from training_mini.arguments import DataArguments
 from training_mini.corpus import Corpus, load_corpus, whole_characters
 from training_mini.documents import open_source
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -318,23 +315,22 @@ def test_encoded_folder_is_a_dataset_anywhere(load, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    program = r"""
+    program = tmp_path / "load.py"
+    program.write_text(rf"""
 import re, sys
+sys.path.append({str(ROOT)!r})
 from training_mini.arguments import DataArguments
 from training_mini.corpus import load_corpus
 load_corpus(DataArguments(dataset=sys.argv[1], cache_dir=sys.argv[2], tokenizer=sys.argv[3]))
 # Not getrusage, whose peak includes that of the parent before exec.
 print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) // 1024)
-"""
+""")
     peaks = {}
     for megabytes in (16, 160):
         path = tmp_path / f"{megabytes}.txt"
         path.write_bytes(("abcdefghijklmné\n" * 65536)[: 1 << 20].encode() * megabytes)
         for tokenizer in ("byte", "char"):
-            result = subprocess.run(
-                [sys.executable, "-c", program, path, tmp_path / "cache", tokenizer],
-                cwd=ROOT, capture_output=True, text=True, check=True,
-            )  # fmt: skip
+            result = run_program(program, path, tmp_path / "cache", tokenizer, cwd=ROOT)
             peaks[megabytes, tokenizer] = int(result.stdout)
     for tokenizer in ("byte", "char"):
         assert peaks[160, tokenizer] - peaks[16, tokenizer] < 60, peaks
@@ -343,11 +339,15 @@ print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) // 
 @pytest.mark.slow
 def test_killed_while_encoding_starts_again_cleanly(load, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"0123456789abcdef" * (1 << 22))
-    program = (
-        "import sys; from training_mini.arguments import DataArguments; from training_mini.corpus import load_corpus"
-    )
-    program += f"; load_corpus(DataArguments(dataset={str(tmp_path / 'a.txt')!r}, cache_dir={str(cache)!r}))"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    program = tmp_path / "load.py"
+    program.write_text(f"""
+import sys
+sys.path.append({str(ROOT)!r})
+from training_mini.arguments import DataArguments
+from training_mini.corpus import load_corpus
+load_corpus(DataArguments(dataset={str(tmp_path / "a.txt")!r}, cache_dir={str(cache)!r}))
+""")
+    process = start_program(program, cwd=ROOT)
     deadline = time.monotonic() + 60
     while not list(cache.glob("corpora/*.partial/train-*.bin")) and process.poll() is None:
         assert time.monotonic() < deadline
