@@ -4,12 +4,14 @@ and long prompts, greedy and sampling, with and without a cache.
 
     python benchmarks/decoding.py [--size small] [--batch_sizes 1 8 64] [--prompts 16 1000] [--tokens 200]
 
-"Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop. Medians over the
-rounds; the last line is JSON.
+"Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop; "Mini, compiled"
+after `compile_decoding()`, for one sequence. llama.cpp and onnxruntime take part with one sequence, greedy, where they
+are installed. Medians over the rounds; the last line is JSON.
 """
 
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +38,9 @@ from measuring import (  # isort: skip
     peak_resident_memory,
     run_benchmark,
 )
+from runtimes import RUNTIMES, installed_runtimes, make_runtime  # isort: skip
 
-FAST, LOOP, LLAMA = "Mini", "Mini, loop", "Llama"
+COMPILED, FAST, LOOP, LLAMA = "Mini, compiled", "Mini", "Mini, loop", "Llama"
 CONTENDERS = (FAST, LOOP, LLAMA)
 MANNERS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.9}}
 # Without a cache each token costs a whole forward: a few tell enough, and are compared with as many with a cache.
@@ -54,6 +57,8 @@ class Settings(PlaceSettings):
     tokens: int = option(200, "tokens to write after the prompt")
     rounds: int = option(5, "how often each contender has its turn; the median counts")
     bf16: bool = option(False, "weights in bfloat16")
+    compile: bool = option(True, "also measure compiled decoding (half a minute of compiling the first time)")
+    runtimes: list[str] = option(list(RUNTIMES), "others that take part where they are installed")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +68,16 @@ class Settings(PlaceSettings):
         for name in ("tokens", "rounds"):
             if getattr(self, name) < 1 + (name == "tokens"):
                 raise ValueError(f"{name} must be at least {1 + (name == 'tokens')}, got {getattr(self, name)}.")
+        if unknown := set(self.runtimes) - set(RUNTIMES):
+            raise ValueError(f"runtimes are {', '.join(RUNTIMES)}, not {', '.join(sorted(unknown))}.")
+        if self.device != "cpu" or self.bf16:  # the same weights, on the same processor
+            self.compile, self.runtimes = False, []
+        self.runtimes = [name for name in self.runtimes if name in installed_runtimes()]
+
+    def contenders(self, batch_size: int, manner: str) -> list[str]:
+        """Who takes part in a case."""
+        compiled = [COMPILED] if self.compile and batch_size == 1 else []
+        return [*compiled, *CONTENDERS, *(self.runtimes if batch_size == 1 and manner == "greedy" else [])]
 
     @property
     def mini_config(self) -> MiniConfig:
@@ -88,15 +103,22 @@ def make_model(contender: str, settings: Settings) -> PreTrainedModel:
     # All write the same number of tokens.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    if contender == COMPILED:
+        model.compile_decoding()
+        assert model.compiled_step is not None
     with mock.patch.object(modeling_mini, "decode", wraps=modeling_mini.decode) as fast_path:
-        seconds_of(model, Case(contender, 1, 4, "greedy", True, 2), settings)
-    assert fast_path.called == (contender == FAST)
+        run_model(model, Case(contender, 1, 4, "greedy", True, 2), settings)
+    assert fast_path.called == (contender in (FAST, COMPILED))
     return model
 
 
-def seconds_of(model: PreTrainedModel, case: Case, settings: Settings) -> float:
-    """The time of one call."""
-    ids = torch.randint(8, model.config.vocab_size, (case.batch_size, case.prompt), device=settings.device)
+def prompt_of(case: "Case") -> torch.Tensor:
+    return torch.randint(8, 264, (case.batch_size, case.prompt))
+
+
+def run_model(model: PreTrainedModel, case: Case, settings: Settings) -> float:
+    """The seconds of one call of `generate`."""
+    ids = prompt_of(case).to(settings.device)
     switch = {"fast_decoding": False} if case.contender == LOOP else {}
     start = time.perf_counter()
     output = model.generate(
@@ -121,7 +143,7 @@ def cases_of(settings: Settings) -> list[Case]:
         for batch_size in settings.batch_sizes
         for prompt in settings.prompts
         for manner in MANNERS
-        for contender in CONTENDERS
+        for contender in settings.contenders(batch_size, manner)
         for tokens in (settings.tokens, 1)
         if tokens > 1 or manner == "greedy"
     ]
@@ -143,29 +165,44 @@ def peak_memory(contender: str, settings: Settings) -> int | None:
     before = 0 if on_gpu else peak_resident_memory(reset=True)
     model = make_model(contender, settings)
     case = Case(contender, max(settings.batch_sizes), max(settings.prompts), "greedy", True, settings.tokens)
-    seconds_of(model, case, settings)
+    run_model(model, case, settings)
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_memory()
     return peak - before if peak is not None and before is not None else None
 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
-    models = {contender: make_model(contender, settings) for contender in CONTENDERS}
+    models = {
+        name: make_model(name, settings) for name in (COMPILED, *CONTENDERS) if name != COMPILED or settings.compile
+    }
     cases = cases_of(settings)
-    turns = {case: lambda case=case: seconds_of(models[case.contender], case, settings) for case in cases}
-    seconds = in_turns(turns, settings.rounds)
+    context = max(settings.prompts) + settings.tokens
+    with tempfile.TemporaryDirectory() as folder:
+        runtimes = {
+            name: make_runtime(name, models[FAST], Path(folder), context, torch.get_num_threads())
+            for name in settings.runtimes
+        }
+
+        def seconds_of(case: Case) -> float:
+            if case.contender in runtimes:
+                return runtimes[case.contender].seconds(prompt_of(case)[0].tolist(), case.tokens)
+            return run_model(models[case.contender], case, settings)
+
+        seconds = in_turns({case: lambda case=case: seconds_of(case) for case in cases}, settings.rounds)
     median = {case: statistics.median(values) for case, values in seconds.items()}
     rows = []
     for case in cases:
         if case.tokens != settings.tokens or not case.use_cache:
             continue
         of_llama = median[case._replace(contender=LLAMA)]
+        first = median[case._replace(manner="greedy", tokens=1)]
         rows.append(
             {
                 **case._asdict(),
                 "tokens_per_second": case.batch_size * case.tokens / median[case],
                 "times_llama": of_llama / median[case],
-                "seconds_to_first_token": median[case._replace(manner="greedy", tokens=1)],
+                "seconds_to_first_token": first,
+                "seconds_per_further_token": (median[case] - first) / (case.tokens - 1),
                 "seconds": seconds[case],
             }
         )
@@ -193,7 +230,7 @@ def show(results: dict[str, Any], settings: Settings) -> None:
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     for heading in ("batch", "prompt", "", ""):
         table.add_column(heading)
-    for heading in ("tokens/s", "times\nLlama", "first\ntoken ms"):
+    for heading in ("tokens/s", "times\nLlama", "first\ntoken ms", "each\nfurther ms"):
         table.add_column(heading, justify="right")
     for row in results["rows"]:
         table.add_row(
@@ -204,6 +241,7 @@ def show(results: dict[str, Any], settings: Settings) -> None:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['times_llama']:.2f}x",
             f"{1000 * row['seconds_to_first_token']:,.1f}",
+            f"{1000 * row['seconds_per_further_token']:,.2f}",
         )
     console.print(table)
     gain = results["cache_gain"]
@@ -211,7 +249,9 @@ def show(results: dict[str, Any], settings: Settings) -> None:
         console.print(f"With a cache, {gain['tokens']} tokens after {prompt:,} come {factor:.1f} times sooner.")
     peaks = {name: peak for name, peak in results["peak_memory_bytes"].items() if peak is not None}
     console.print("Peak memory of the largest case: " + ", ".join(f"{n} {p / 1e6:,.0f} MB" for n, p in peaks.items()))
-    console.print("llama.cpp and onnxruntime do not take part: Mini writes no files for them yet.")
+    for name in RUNTIMES:
+        if name not in settings.runtimes:
+            console.print(f"{name} does not take part: it is not installed, or not asked for.")
 
 
 if __name__ == "__main__":
