@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, __main__, export, module_of
 from peft import LoraConfig, get_peft_model
 from tokenization import ByteTokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from .conftest import random_model, same_parameters
 
@@ -104,3 +104,13 @@ def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
         export("native", folder, out, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "out"]
+
+
+def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    rounded = AutoModelForCausalLM.from_pretrained(
+        checkpoint, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}
+    )
+    rounded.save_pretrained(tmp_path / "int8")
+    ByteTokenizer().save_pretrained(tmp_path / "int8")
+    with pytest.raises(ValueError, match="int8' is quantized: export the checkpoint that it was made of"):
+        export("native", tmp_path / "int8", tmp_path / "out")
