@@ -93,8 +93,12 @@ def load_whole_adapter(
         )
         weights = dict(model.named_parameters(remove_duplicate=False))
         loaded = {id(weight) for key, weight in weights.items() if key not in info.missing_keys}
-        # What is tied to another weight is missing only by its second name.
-        missing = {key for key in info.missing_keys if key not in weights or id(weights[key]) not in loaded}
+        # What is tied to another weight is missing only by its second name; and other adapters are not in this file.
+        missing = {
+            key
+            for key in info.missing_keys
+            if (adapter_name or "default") in key.split(".") and (key not in weights or id(weights[key]) not in loaded)
+        }
         if wrong := sorted({*missing, *info.unexpected_keys, *(key for key, *_ in info.mismatched_keys)}):
             detail = f"{len(wrong)} of its weights are in the file alone or in the model alone, first {wrong[0]}."
     except SafetensorError as error:
