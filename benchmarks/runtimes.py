@@ -42,6 +42,8 @@ class OnnxRuntime:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Between two calls its threads would wait in a loop, on the cores of whoever has the next turn.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         graph = export("onnx", checkpoint, folder / "onnx") / "onnx" / "model.onnx"
         self.session = onnxruntime.InferenceSession(str(graph), options)
 
