@@ -143,7 +143,7 @@ def obstacle(backend: dict[str, Any]) -> str | None:
 
 def without_generation_marks(template: str) -> str:
     """
-    A chat template without the tags that mark what an assistant-only loss sees: only transformers knows them. A
+    A chat template without the tags that mark what an assistant-only loss sees, which are no Jinja of everybody's. A
     condition that always holds leaves the white space as it was.
     """
     template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", template)
