@@ -121,11 +121,11 @@ def commit_of_code(staged: Staged) -> str | None:
 def write_card(facts: Facts, staged: Staged, license: str | None, proof: Proof | None, revision: str | None) -> None:
     """Writes `README.md` into the staged folder."""
     data = card_data(facts, staged, license)
-    if staged.kind in ("gguf", "onnx") and (staged.folder / CARD).is_file():
-        # The exporter wrote how to run it; only what it could not know is added.
+    if is_export(facts, staged):
+        # The exporter wrote how to run it, and what equals Mini; only what it could not know is added.
         text = ModelCard.load(staged.folder / CARD, ignore_metadata_errors=True).text.strip()
         text = text.replace("PATH_OR_REPOSITORY", facts.repository)
-        sections = [text, licence(license)]
+        sections = [text, evaluation(facts, staged), sample(proof), licence(license), reproduction(facts)]
     else:
         sections = [
             introduction(facts, staged, proof),
@@ -143,15 +143,23 @@ def write_card(facts: Facts, staged: Staged, license: str | None, proof: Proof |
     (staged.folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8")
 
 
+def is_export(facts: Facts, staged: Staged) -> bool:
+    """Whether the folder is one of `modeling_mini.export`, with its card: a Mini that brings no code of Mini."""
+    if not (staged.folder / CARD).is_file() or staged.kind == "adapter":
+        return False
+    return staged.kind in ("gguf", "onnx") or ("mini" in facts.metadata.get("tags", []) and not staged.has_code)
+
+
 def card_data(facts: Facts, staged: Staged, license: str | None) -> ModelCardData:
     """The metadata: that of the card in the folder, and what the push adds."""
     metadata = dict(facts.metadata)
     metadata.setdefault("pipeline_tag", "text-generation")
     if staged.kind in ("model", "adapter"):
         metadata["library_name"] = "peft" if staged.kind == "adapter" else "transformers"
-    tags = (
-        ["mini", *metadata.get("tags", [])] if staged.config.get("model_type") == "mini" else metadata.get("tags", [])
-    )
+    # peft names the base among the tags too, by the place on the disk where it lay.
+    tags = [tag for tag in metadata.pop("tags", []) if not tag.startswith("base_model:")]
+    if staged.config.get("model_type") == "mini":
+        tags.insert(0, "mini")
     if staged.kind == "adapter":
         metadata["base_model"] = staged.config["base_model_name_or_path"]
     if tags:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from modeling_mini.loading import find_checkpoint
 from rich.console import Console
 
 from .arguments import SharingArguments, check_name
@@ -110,9 +109,9 @@ def exported(source: str, format: str, folder: Path) -> Source:
 
     if format not in ("native", "gguf", "onnx"):
         raise ValueError(f"format must be native, gguf or onnx, got {format!r} ({', '.join(FORMATS)} can be exported).")
-    checkpoint = find_checkpoint(source)
-    found = find_source(str(export(format, checkpoint, folder / format)))
-    return Source(found.folder, None, found.kind)
+    original = find_source(source)
+    found = find_source(str(export(format, original.folder, folder / format)))
+    return Source(found.folder, original.run, found.kind)
 
 
 def base_of(staged: Staged, arguments: SharingArguments) -> str | None:

@@ -48,6 +48,7 @@ EXPECTED = {
 }  # fmt: skip
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".png")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".msgpack")
+NOT_OF_THE_FOLDER = (".cache/huggingface/", ".git/", ".gitattributes")
 SECRETS = {
     "a Hugging Face token": r"\b(hf|api_org)_[A-Za-z0-9]{30,}",
     "an OpenAI or Anthropic key": r"\bsk-[A-Za-z0-9_-]{20,}",
@@ -101,8 +102,9 @@ class Staged:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """All files of a folder, by their path in it."""
-    return {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    """The files of a folder, by their path in it, without what `hf download` and git put beside them for themselves."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in paths.items() if not name.startswith(NOT_OF_THE_FOLDER)}
 
 
 def find_source(name: str) -> Source:
@@ -133,11 +135,9 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
         ValueError: for what must not go up, or is missing, naming the file.
     """
     check_files(source)
-    for path in sorted(source.folder.rglob("*")):
-        if path.is_file():
-            target = into / path.relative_to(source.folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+    for name, path in files_of(source.folder).items():
+        (into / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, into / name)
     if source.run is not None and (source.run / CURVES).is_file():
         shutil.copyfile(source.run / CURVES, into / CURVES)
     staged = Staged(into, source.kind)
@@ -157,10 +157,7 @@ def check_files(source: Source) -> None:
     expected = list(EXPECTED[source.kind])
     if source.kind == "model" and "auto_map" in read_json(source.folder / MODEL_CONFIG):
         expected += CODE
-    for path in sorted(source.folder.rglob("*")):
-        name = path.relative_to(source.folder).as_posix()
-        if path.is_dir():
-            continue
+    for name, path in files_of(source.folder).items():
         if is_pickle(path):
             raise ValueError(
                 f"{name!r} in {str(source.folder)!r} is a pickle, which can run code on the machine that loads it: "

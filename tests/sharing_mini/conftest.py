@@ -10,7 +10,6 @@ import pytest
 import sharing_mini.hub
 import torch
 from hub_server import HubServer
-from huggingface_hub import constants
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
 
@@ -25,16 +24,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactor
     """A Hub on loopback that this process and those that it starts talk to, with a token at hand."""
     home = tmp_path_factory.mktemp("hub-home")
     with HubServer().running() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        for name, value in server.environment(home).items():
-            monkeypatch.setenv(name, value)
-        huggingface_hub.utils.close_session()
+        server.use(monkeypatch, home)
         yield server
-        huggingface_hub.utils.close_session()
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ class Repository:
             pull_request = self.pull_requests.get(int(match[1]))
             if pull_request is not None:
                 return pull_request["head"]
-        name = revision.removeprefix("refs/heads/")
+        name = "main" if revision == "HEAD" else revision.removeprefix("refs/heads/")
         found = self.branches.get(name) or self.tags.get(revision) or (revision if revision in self.commits else None)
         if found is None:
             raise Refused(404, f"Invalid rev id: {revision}", "RevisionNotFound")
@@ -143,6 +143,7 @@ class HubServer:
 
     Attributes:
         url: what HF_ENDPOINT has to be.
+        storage: where large files are.
         users: tokens and the names they stand for.
         organizations: those that a user may write to, by name of the user.
         read_only: tokens that may not write.
@@ -169,6 +170,8 @@ class HubServer:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        # Another host for the clients, as on the Hub: they must not follow a HEAD there, nor send their token.
+        self.storage = self.url.replace("127.0.0.1", "localhost")
 
     def environment(self, home: Path) -> dict[str, str]:
         """What makes a process talk to this Hub, with a token; `home` is for its caches."""
@@ -176,6 +179,20 @@ class HubServer:
             "HF_ENDPOINT": self.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": self.token,
             "HF_HOME": str(home),
         }  # fmt: skip
+
+    def use(self, monkeypatch: Any, home: Path) -> None:
+        """Makes this process, and those that it starts, talk to this Hub: the client has read its settings already."""
+        import huggingface_hub
+        from huggingface_hub import constants
+
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", self.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name, value in self.environment(home).items():
+            monkeypatch.setenv(name, value)
+        huggingface_hub.utils.close_session()
 
     @property
     def token(self) -> str:
@@ -309,10 +326,10 @@ class HubServer:
             answer = dict(wanted)
             if wanted["oid"] not in self.objects:
                 header = {}
-                url = f"{self.url}/lfs-storage/{wanted['oid']}?X-Amz-Signature=secret"
+                url = f"{self.storage}/lfs-storage/{wanted['oid']}?X-Amz-Signature=secret"
                 if self.part_size is not None and wanted["size"] > self.part_size:
                     count = -(-wanted["size"] // self.part_size)
-                    parts = f"{self.url}/lfs-parts/{wanted['oid']}"
+                    parts = f"{self.storage}/lfs-parts/{wanted['oid']}"
                     header = {
                         "chunk_size": str(self.part_size),
                         **{str(n + 1): f"{parts}/{n + 1}" for n in range(count)},
@@ -483,8 +500,18 @@ class HubServer:
             self.objects[etag] = content
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))}
             # As the Hub does: large files come from elsewhere, at an address that is signed.
-            return Response(302, b"", headers | {"Location": f"{self.url}/cdn/{etag}?Signature=secret"})
+            return Response(302, b"", headers | {"Location": f"{self.storage}/cdn/{etag}?Signature=secret"})
         return ranged(request, content, headers | {"ETag": f'"{blob_oid(content)}"'})
+
+    def raw(self, request: Request, type: str, name: str, revision: str, path: str) -> Response:
+        """What git holds: of a large file, the pointer."""
+        repository = self.repository(request, type, name)
+        oid = repository.resolve(revision)
+        files = repository.commits[oid]["tree"]
+        if path not in files:
+            raise Refused(404, "Entry not found", "EntryNotFound")
+        content, is_lfs = files[path]
+        return ranged(request, lfs_pointer(content) if is_lfs else content, {"X-Repo-Commit": oid})
 
     def cdn(self, request: Request, oid: str) -> Response:
         return ranged(request, self.objects[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
@@ -508,10 +535,15 @@ def ranged(request: Request, content: bytes, headers: dict[str, str]) -> Respons
 def path_information(path: str, content: bytes, is_lfs: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": blob_oid(content)}
     if is_lfs:
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{lfs_oid(content)}\nsize {len(content)}\n"
-        entry["oid"] = blob_oid(pointer.encode())
+        pointer = lfs_pointer(content)
+        entry["oid"] = blob_oid(pointer)
         entry["lfs"] = {"oid": lfs_oid(content), "size": len(content), "pointerSize": len(pointer)}
     return entry
+
+
+def lfs_pointer(content: bytes) -> bytes:
+    text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{lfs_oid(content)}\nsize {len(content)}\n"
+    return text.encode()
 
 
 def errors_in_metadata(metadata: Any, type_: str) -> list[str]:
@@ -570,6 +602,7 @@ ROUTES = [
     ("GET", REPO + "/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?", "tree"),
     ("POST", REPO + "/paths-info/(?P<revision>[^/]+)", "paths_information"),
     ("GET", PAGE + "/resolve/(?P<revision>[^/]+|refs/pr/[0-9]+)/(?P<path>.+)", "resolve"),
+    ("GET", PAGE + "/raw/(?P<revision>[^/]+)/(?P<path>.+)", "raw"),
     ("GET", "/cdn/(?P<oid>[0-9a-f]{64})", "cdn"),
     ("GET", "/api/agent-harnesses", "nothing"),
 ]

@@ -1,0 +1,155 @@
+"""The card says what is known, and nothing else."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import sharing_mini.card
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from modeling_mini.remote_code import remote_code_files
+from sharing_mini.arguments import SharingArguments
+from sharing_mini.pushing import push
+from sharing_mini.staging import Staged, find_source, stage
+from sharing_mini.verification import Proof
+
+
+def card_of(source: Path, **settings: object) -> str:
+    arguments = SharingArguments(**{"dry_run": True, "no_verify": True, **settings})
+    return push(str(source), "user/my-model", arguments, lambda sentence: None).card
+
+
+def test_every_figure_is_that_of_the_run(quick_run: Path) -> None:
+    card = ModelCard(card_of(quick_run, license="apache-2.0"))
+    lines = [json.loads(line) for line in (quick_run / "metrics.jsonl").read_text().splitlines()]
+    best = min((line for line in lines if "eval_loss" in line), key=lambda line: line["eval_loss"])
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results == {
+        "bits_per_byte": best["eval_bits_per_byte"], "perplexity": best["eval_perplexity"], "loss": best["eval_loss"],
+    }  # fmt: skip
+    assert {(each.dataset_type, each.task_type) for each in card.data.eval_results} == {("sample", "text-generation")}
+    assert card.data.model_name == "my-model" and card.data.license == "apache-2.0"
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.tags) == (
+        "transformers",
+        "text-generation",
+        ["mini"],
+    )
+    tokens = next(line["tokens"] for line in lines if line["step"] == best["step"] and "tokens" in line)
+    assert f"It has read {tokens:,} tokens" in card.text
+    for words in (
+        f"| Bits per byte, sample, held out | {best['eval_bits_per_byte']:.4f} |", "![Bits per byte", "(curves.png)",
+        "| hidden_size | 64 |", "| num_key_value_heads | 1 |", "| training | 40 steps of 8 x 64 tokens, AdamW",
+        "## License\n\napache-2.0", "It sees at most 64 tokens", "Its tokens are bytes",
+    ):  # fmt: skip
+        assert words in card.text, words
+    settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
+    config = yaml.safe_load((quick_run / "config.yaml").read_text())
+    assert settings.items() <= config.items() and "max_steps" in settings and "cache_dir" not in settings
+
+
+def test_metadata_is_what_the_hub_makes_of_it(quick_run: Path) -> None:
+    front = yaml.safe_load(card_of(quick_run).split("---")[1])
+    assert "license" not in front and "datasets" not in front and "language" not in front
+    name, results = model_index_to_eval_results(front["model-index"])
+    assert name == "my-model" and len(results) == 3
+
+
+def test_missing_facts_are_left_out(model: Path) -> None:
+    """A folder that nobody trained, with no card and no run: configuration and code are all that is known."""
+    card = card_of(model)
+    for absent in (
+        "## Data",
+        "## Training",
+        "## Evaluation",
+        "## A sample",
+        "## License",
+        "## How to rep",
+        "None",
+        "nan",
+    ):
+        assert absent not in card, absent
+    assert "model-index" not in card and "license" not in card
+    assert "## Architecture" in card and "## How to use" in card and "trained on" not in card
+
+
+def test_parts_of_a_run_that_are_missing(quick_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    (run / "curves.png").unlink()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
+    card = card_of(run)
+    assert "curves.png" not in card and "It has read" not in card
+    assert "Bits per byte, sample" in card  # that is in the trainer's card
+    (run / "best" / "README.md").unlink()
+    card = card_of(run)
+    assert "## Evaluation" not in card and "## Training" not in card and "Trained on `sample`" in card
+
+
+def test_no_place_on_a_disk_and_no_name_of_a_person(quick_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    private = {
+        "dataset": "/home/jane/secret-project/books.txt",
+        "tokenizer": "~/jane/tokenizer",
+        "cache_dir": "/home/jane",
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, **private}))
+    card = card_of(run)
+    assert "jane" not in card and "secret-project" not in card
+    assert "Trained on `books.txt`" in card and "dataset: books.txt" in card and "`tokenizer`" in card
+
+
+def test_card_that_was_pushed_and_comes_back(quick_run: Path, tmp_path: Path) -> None:
+    """Whoever downloads a model and pushes it elsewhere keeps its facts, and does not get them twice."""
+    first = card_of(quick_run, license="mit")
+    folder = Path(shutil.copytree(quick_run / "best", tmp_path / "downloaded"))
+    (folder / "README.md").write_text(first)
+    second = card_of(folder)
+    assert ModelCard(second).data.license == "mit"
+    assert len(ModelCard(second).data.eval_results) == 3
+    assert second.count("Bits per byte, sample") == 1 == second.count("| hidden_size |")
+    assert "| training | 40 steps" in second
+
+
+def test_sample_is_quoted_whatever_is_in_it(quick_run: Path, tmp_path: Path) -> None:
+    source = find_source(str(quick_run))
+    staged = stage(source, tmp_path)
+    facts = sharing_mini.card.gather(source, staged, "user/name")
+    proof = Proof("def ", [1], [0.0], "def f():\n```\n# Not a heading\n````\n", 66_688)
+    sharing_mini.card.write_card(facts, staged, None, proof, None)
+    card = (tmp_path / "README.md").read_text()
+    assert "`````text\ndef f():\n```\n# Not a heading\n````\n\n`````" in card
+    assert "of 66,688 parameters" in card and "Written by these weights after 'def ', with seed 42" in card
+
+
+def test_commit_of_the_code(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is named only where the files are those of the commit."""
+    root = tmp_path / "repository"
+    (root / "sharing_mini").mkdir(parents=True)
+    (root / "modeling_mini").mkdir()
+    for name, content in remote_code_files().items():
+        place = root / name if name == "configuration_mini.py" else root / "modeling_mini" / name
+        place.write_text(content)
+    monkeypatch.setattr(sharing_mini.card, "__file__", str(root / "sharing_mini" / "card.py"))
+    staged = Staged(model, "model", {"auto_map": {}})
+    assert sharing_mini.card.commit_of_code(staged) is None
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b.c commit -q -m first"):
+        subprocess.run(["git", *command.split()], cwd=root, check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, check=True, capture_output=True, text=True)
+    assert sharing_mini.card.commit_of_code(staged) == head.stdout.strip()
+    (root / "modeling_mini" / "decoding.py").write_text("changed")
+    assert sharing_mini.card.commit_of_code(staged) is None
+    (root / "modeling_mini" / "decoding.py").write_text(remote_code_files()["decoding.py"])
+    (model / "decoding.py").write_text("# older\n")
+    assert sharing_mini.card.commit_of_code(staged) is None
+
+
+def test_license_is_asked_for_where_somebody_can_answer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sharing_mini.pushing.sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sharing_mini.pushing.sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: " cc-by-4.0 ")
+    assert ModelCard(card_of(model)).data.license == "cc-by-4.0"
+    monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: "")
+    assert ModelCard(card_of(model)).data.license is None

@@ -1,0 +1,149 @@
+"""What may go up and what may not, and that nothing is changed on the way."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sharing_mini.staging import bytes_of, find_source, stage
+from transformers import AutoModelForCausalLM
+
+
+def refusal(model: Path, tmp_path: Path, **settings: str) -> str:
+    (tmp_path / "staged").mkdir(exist_ok=True)
+    with pytest.raises(ValueError) as caught:
+        stage(find_source(str(model)), tmp_path / "staged", **settings)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_all_files_byte_by_byte(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "staged").mkdir()
+    staged = stage(find_source(str(model)), tmp_path / "staged")
+    assert {name: path.read_bytes() for name, path in staged.files.items()} == {
+        path.name: path.read_bytes() for path in model.iterdir()
+    }
+    assert staged.kind == "model" and staged.has_code
+    assert "modeling_mini.py" in staged.files and "tokenizer.json" in staged.files
+
+
+def test_run_brings_its_best_model_and_its_curve(quick_run: Path, tmp_path: Path) -> None:
+    source = find_source(str(quick_run))
+    assert (source.folder, source.run) == (quick_run / "best", quick_run)
+    staged = stage(source, tmp_path)
+    assert staged.files["curves.png"].read_bytes() == (quick_run / "curves.png").read_bytes()
+    assert find_source(str(quick_run / "final")).run == quick_run
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("training_args.bin", b"anything", "is a pickle"),
+        ("pytorch_model.pt", b"anything", "is a pickle"),
+        ("vocab.json", pickle.dumps({"a": 1}), "is a pickle"),  # by what it holds, whatever its name
+        ("notes.txt", b"hello", "'notes.txt'"),
+        (".env", b"KEY=1", "'.env'"),
+        ("optimizer/state.json", b"{}", "'optimizer/state.json'"),
+        ("train.py", b"print()", "'train.py'"),
+        ("merges.txt", b"#\nghp_" + b"a1B2" * 10, "a GitHub token"),
+        ("LICENSE", b"-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
+    ],
+)
+def test_refused_files(model: Path, tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(content)
+    sentence = refusal(model, tmp_path)
+    assert words in sentence and Path(name).name in sentence
+    if "token" in words or "key" in words:
+        assert "line " in sentence and "a1B2" not in sentence
+
+
+def test_torch_save_under_another_name(model: Path, tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1)}, model / "curves.png")
+    assert "'curves.png' in" in refusal(model, tmp_path) and "is a pickle" in refusal(model, tmp_path)
+
+
+SECRETS = {
+    "a Hugging Face token": "hf_" + "Ab1" * 12,
+    "an OpenAI or Anthropic key": "sk-proj-" + "Ab1" * 12,
+    "an AWS key": "AKIA" + "AB12" * 4,
+    "a Google key": "AIza" + "Ab-1_" * 7,
+    "a Slack token": "xoxb-1234567890-abc",
+    "a Weights & Biases key": "WANDB_API_KEY=" + "0a" * 20,
+    "a password in an address": "postgres://me:secret@host/db",
+    "your token": "hf_short",
+}
+
+
+@pytest.mark.parametrize("what", SECRETS)
+def test_secrets(model: Path, tmp_path: Path, what: str) -> None:
+    """In a place where they come to lie: the settings of a tokenizer."""
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["notes"] = SECRETS[what]
+    (model / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+    lines = (model / "tokenizer_config.json").read_text().splitlines()
+    number = next(number for number, line in enumerate(lines, start=1) if '"notes"' in line)
+    sentence = refusal(model, tmp_path, token="hf_short")
+    assert f"tokenizer_config.json, line {number}, has what looks like {what}" in sentence
+    assert SECRETS[what] not in sentence
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(model: Path, tmp_path: Path, value: float) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 5] = value
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert f"{name} in model.safetensors holds NaN or infinity" in refusal(model, tmp_path)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", 20_000)
+
+
+def forget_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (truncate, "model.safetensors is damaged or cut short"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (forget_a_shard, "model-00002-of-00002.safetensors is missing"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+    ],
+)
+def test_what_is_incomplete(model: Path, tmp_path: Path, change: Callable[[Path], object], words: str) -> None:
+    change(model)
+    assert words in refusal(model, tmp_path)
+
+
+def test_no_model(tmp_path: Path, quick_run: Path) -> None:
+    for place, words in (
+        (tmp_path / "none", "There is no run or checkpoint folder"),
+        (tmp_path, "holds no trained model"),
+        (quick_run / "checkpoints" / "step_40", "is a state to resume training from"),
+        ("user/name", "There is no run or checkpoint folder 'user/name'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find_source(str(place))
+
+
+def test_large_weights_are_split_and_load_as_one(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "staged").mkdir()
+    staged = stage(find_source(str(model)), tmp_path / "staged", max_shard_size="100KB")
+    shards = [path for name, path in staged.files.items() if name.endswith(".safetensors")]
+    # The embedding alone may be larger than a shard, which no tensor is cut for.
+    assert len(shards) == 3 and sorted(path.stat().st_size < 101_000 for path in shards)[1:] == [True, True]
+    whole, split = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, staged.folder))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), split.parameters(), strict=True))
+    assert (bytes_of("5GB"), bytes_of("1.5 MB"), bytes_of("10KB")) == (5 * 10**9, 1_500_000, 10_000)
