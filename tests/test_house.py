@@ -79,15 +79,14 @@ def test_requirements_lie_within_the_bounds_of_the_package() -> None:
 
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    pinned = dict(
-        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"
-    )
+    lines = [line for name in ("", "-test") for line in (ROOT / f"requirements{name}.txt").read_text().splitlines()]
+    pinned = dict(line.split("==") for line in lines if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     lines = setup["options"]["install_requires"] + setup["options.extras_require"]["test"]
     for line in (line for line in lines.splitlines() if line and not line.startswith("#")):
         requirement = Requirement(line)
         version = pinned.get(requirement.name.lower().replace("_", "-"))
-        assert version is not None, f"{requirement.name} is not pinned in requirements.txt"
+        assert version is not None, f"{requirement.name} is not pinned in a requirements file"
         assert requirement.specifier.contains(version), f"{requirement} does not admit the tested {version}"
 
 
