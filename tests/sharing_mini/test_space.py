@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,7 @@ from sharing_mini.staging import Staged
 def test_front_matter_and_requirements(tmp_path: Path) -> None:
     write_space("user/name", Staged(tmp_path, "model", {"quantization_config": {}}), tmp_path, "mit")
     front = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
-    import gradio
-
-    assert front["sdk"] == "gradio" and front["sdk_version"] == gradio.__version__ and front["app_file"] == "app.py"
+    assert front["sdk"] == "gradio" and front["sdk_version"] == version("gradio") and front["app_file"] == "app.py"
     assert front["models"] == ["user/name"] and front["license"] == "mit"
     lines = (tmp_path / "requirements.txt").read_text().split()
     names = {line.split("==")[0] for line in lines}
