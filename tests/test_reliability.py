@@ -35,7 +35,7 @@ def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
 @pytest.mark.skipif(not nursery.IS_POSSIBLE, reason="needs Linux")
 def test_fifty_kills(tmp_path: Path) -> None:
     """`kill -9` at 50 random instants of a run that saves at every step: it ends as an unbroken one, bit by bit."""
-    settings = [*QUICK, "--max_steps", 400, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
+    settings = [*QUICK, "--max_steps", 200, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
     nursery.server()  # starts once, and its start is not the run's
     began = time.monotonic()
     assert run(tmp_path, *settings, "--output_dir", "whole") == 0
@@ -45,7 +45,7 @@ def test_fifty_kills(tmp_path: Path) -> None:
     while kills < 50:
         has_state = bool(states_of(parts))
         how = ["--resume"] if has_state else [*settings, "--overwrite"]
-        code = run(tmp_path, *how, "--output_dir", "parts", kill_after=generator.uniform(0.0, whole_seconds / 15))
+        code = run(tmp_path, *how, "--output_dir", "parts", kill_after=generator.uniform(0.0, whole_seconds / 10))
         if code == 0:  # done before 50 kills: once more from the beginning, with other instants
             check_equal(parts, tmp_path / "whole")
             shutil.rmtree(parts)
