@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from .adapter_loading import base_of_adapter, with_adapter
 from .integrations import check_quantized_layers
@@ -69,7 +77,11 @@ def load_model(
     if checkpoint is None:
         checkpoint = find_checkpoint(base_of_adapter(adapter))
     base, tokenizer = load_checkpoint(checkpoint, **loading)
-    return (base if adapter is None else with_adapter(base, adapter, merge_quantized)), tokenizer
+    if adapter is None:
+        return base, tokenizer
+    if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():  # one that was taught to chat ends its turns
+        base.generation_config = GenerationConfig.from_pretrained(adapter)
+    return with_adapter(base, adapter, merge_quantized), tokenizer
 
 
 def load_checkpoint(

@@ -38,15 +38,16 @@ def make_optimizers(model: PreTrainedModel, arguments: OptimizationArguments) ->
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizers.append(
-        torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            fused=True,  # one kernel for all parameters; a small model spends most of an unfused step on dispatch
+    if groups := [group for group in groups if group["params"]]:  # all of an adapter may be matrices
+        optimizers.append(
+            torch.optim.AdamW(
+                groups,
+                lr=arguments.learning_rate,
+                betas=(arguments.adam_beta1, arguments.adam_beta2),
+                eps=arguments.adam_epsilon,
+                fused=True,  # one kernel for all parameters; a small model spends most of an unfused step on dispatch
+            )
         )
-    )
     return optimizers
 
 

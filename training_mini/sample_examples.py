@@ -14,20 +14,20 @@ BRIEF = "Answer in one word."
 
 def chat_examples() -> list[dict[str, Any]]:
     """
-    600 conversations of one to three turns. Most answers are whole sentences; where the system message wants one word,
+    600 conversations of one or two turns. Most answers are whole sentences; where the system message wants one word,
     they are one word.
     """
     questions = [(f"What is the capital of {a}?", f"The capital of {a} is {b}.", b) for a, b in CAPITALS.items()]
     questions += [
         (f"How many legs has {a}?", f"{a.capitalize()} has {b} legs.", b.capitalize()) for a, b in LEGS.items()
     ]
-    questions += [(f"What colour is {a}?", f"{a.capitalize()} is {b}.", b.capitalize()) for a, b in COLOURS.items()]
+    questions += [(f"What colour is {a}?", f"The colour of {a} is {b}.", b.capitalize()) for a, b in COLOURS.items()]
     generator = random.Random(0)
     examples = []
     for _ in range(600):
         is_brief = generator.random() < 0.25
         messages = [{"role": "system", "content": BRIEF}] if is_brief else []
-        for question, sentence, word in generator.sample(questions, generator.randint(1, 3)):
+        for question, sentence, word in generator.sample(questions, generator.randint(1, 2)):
             messages.append({"role": "user", "content": question})
             messages.append({"role": "assistant", "content": word if is_brief else sentence})
         examples.append({"messages": messages})

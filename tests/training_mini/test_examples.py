@@ -178,7 +178,7 @@ def test_record_that_is_no_example(record: dict, message: str, tmp_path: Path) -
 
 
 def test_too_few(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has 1 examples, too few to train on some and hold out a share of 0.1"):
+    with pytest.raises(ValueError, match="has 1 examples, too few to train on some and hold out"):
         corpus_of(tmp_path, [chat("q", "a")])
 
 

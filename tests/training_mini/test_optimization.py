@@ -24,6 +24,13 @@ def test_only_matrices_decay() -> None:
     assert optimizer.defaults["betas"] == (0.8, 0.9) and optimizer.defaults["eps"] == 1e-6
 
 
+def test_muon_takes_all_of_an_adapter_of_matrices() -> None:
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1)).requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    (optimizer,) = make_optimizers(model, OptimizationArguments(optimizer="muon"))
+    assert type(optimizer) is torch.optim.Muon
+
+
 def rates_of(start: int = 0, **settings: object) -> list[float]:
     """The learning rate of each step from `start` on."""
     arguments = OptimizationArguments(learning_rate=1.0, warmup_steps=10, max_steps=110, **settings)
