@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from entry_points_mini import ArgumentParser, option
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)")
+FORMATS = ("native", "gguf", "onnx")  # of modeling_mini.export, those that hold a model for others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -23,12 +24,14 @@ class SharingArguments:
     token: str | None = option(None, "access token (default: HF_TOKEN, or that of `hf auth login`)")
     replace: bool = option(False, "push also where the repository holds a model of another architecture")
     base_model: str | None = option(None, "Hub name of the model that an adapter belongs to, if it is a folder here")
-    format: str | None = option(None, "push an export instead: native, gguf or onnx")
+    format: str | None = option(None, f"push an export instead: {', '.join(FORMATS)}")
     max_shard_size: str = option("5GB", "weights larger than this are split into files of at most this size")
     space: bool = option(False, "also push the demo page, as a Space of the same name")
     no_verify: bool = option(False, "do not load the model in a clean process before the upload and from the Hub after")
 
     def __post_init__(self) -> None:
+        if self.format not in (None, *FORMATS):
+            raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
         if not SHARD_SIZE.fullmatch(self.max_shard_size):
             raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {self.max_shard_size!r}.")
         if not self.commit_message.strip():

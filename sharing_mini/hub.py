@@ -67,6 +67,11 @@ class Hub:
                     return call()
             except Exception as error:
                 cause = cause_of(error)
+                if cause is None and isinstance(error, RuntimeError):  # what hf_xet raises, whatever happened
+                    raise ConnectionError(
+                        f"Could not {what}: {self.hidden(str(error))}. Give the same command again; what is uploaded "
+                        f"is not sent twice."
+                    ) from error
                 if cause is None:
                     raise
                 asked = seconds_asked(cause)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling_mini.export import export
 from rich.console import Console
 
 from .arguments import SharingArguments, check_name
@@ -105,10 +106,6 @@ def push(
 
 def exported(source: str, format: str, folder: Path) -> Source:
     """An export of a checkpoint, made on the way."""
-    from modeling_mini.export import FORMATS, export
-
-    if format not in ("native", "gguf", "onnx"):
-        raise ValueError(f"format must be native, gguf or onnx, got {format!r} ({', '.join(FORMATS)} can be exported).")
     original = find_source(source)
     found = find_source(str(export(format, original.folder, folder / format)))
     return Source(found.folder, original.run, found.kind)
@@ -202,7 +199,7 @@ def send(
             proof.prompt,
             staged.config.get("base_model_name_or_path"),
             result.pushed.commit,
-            hub.token,
+            hub.token if target.information().private else None,
         )
         if after is not None:
             check_same(proof, after, target.name)

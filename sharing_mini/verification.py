@@ -52,7 +52,7 @@ def prove(
 
     Args:
         base: where the model of an adapter is.
-        token: for a repository; with it the process may use the network, and without it only this machine.
+        token: for a repository that is private; what is public has to load without one.
 
     Returns:
         `None` for a format whose runtime is not installed here.
@@ -67,16 +67,16 @@ def prove(
         "seed": SEED, "trust_remote_code": staged.has_code or staged.kind == "adapter",
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="mini-clean-") as folder:
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         environment |= {"HF_MODULES_CACHE": f"{folder}/modules", "TRANSFORMERS_VERBOSITY": "error"}
         environment["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        if revision is None:
-            environment["HF_HUB_OFFLINE"] = "1"
-        else:
-            # An empty cache: nothing that lies here already may help.
+        if revision is not None:
+            # An empty cache, and a stranger's rights: nothing that lies here already may help.
             environment |= {"HF_HUB_CACHE": f"{folder}/hub", "HF_HUB_OFFLINE": "0"}
-            if token is not None:
-                environment["HF_TOKEN"] = token
+            environment.pop("HF_TOKEN", None)
+            environment |= {"HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"} if token is None else {"HF_TOKEN": token}
+        elif base is None or Path(base).is_dir():
+            environment["HF_HUB_OFFLINE"] = "1"  # all that is needed is here
         # -P: the folder of the program, which is Mini's, is not searched for modules.
         result = subprocess.run(
             [sys.executable, "-P", str(CLEAN_PROCESS)], input=json.dumps(request), env=environment, cwd=folder,

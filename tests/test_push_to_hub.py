@@ -79,6 +79,8 @@ def test_the_command(server: HubServer, pushed: str, quick_run: Path) -> None:
     assert "Loaded from the Hub in a clean process: it writes the same as the folder here." in pushed
     assert repository.files()["model.safetensors"] == (quick_run / "best" / "model.safetensors").read_bytes()
     assert server.token not in pushed
+    read = [token for path, token in server.headers_seen if path.startswith((f"/user/name/resolve/{commit}", "/cdn/"))]
+    assert len(read) > 10 and set(read) == {""}, "the last look was that of a stranger"
     card = repository.files()["README.md"].decode()
     sample = card.split("Written by these weights after '\\n', with seed 42:\n\n```text\n")[1].split("\n```\n")[0]
     assert len(sample) > 20 and "of 66,688 parameters" in card
@@ -150,8 +152,8 @@ for await (const file of listFiles({ repo, hubUrl, recursive: true })) {
   const content = Buffer.from(await (await downloadFile({ repo, path: file.path, hubUrl })).arrayBuffer());
   files[file.path] = createHash("sha256").update(content).digest("hex");
 }
-const { parameterTotal } = await parseSafetensorsMetadata({ repo, hubUrl, computeParametersCount: true });
-console.log(JSON.stringify({ files, parameterTotal, id: (await modelInfo({ name: repo, hubUrl })).name }));
+const { parameterCount } = await parseSafetensorsMetadata({ repo, hubUrl, computeParametersCount: true });
+console.log(JSON.stringify({ files, parameterCount, id: (await modelInfo({ name: repo, hubUrl })).name }));
 """
     import hashlib
 
@@ -160,7 +162,7 @@ console.log(JSON.stringify({ files, parameterTotal, id: (await modelInfo({ name:
     answer = json.loads(output)
     files = server.model("user/name").files()
     assert answer["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    assert answer["id"] == "user/name" and answer["parameterTotal"] == 66_688
+    assert answer["id"] == "user/name" and answer["parameterCount"] == {"F32": 66_688}
 
 
 def test_dry_run_touches_nothing(

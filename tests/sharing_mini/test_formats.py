@@ -54,5 +54,5 @@ def test_folder_that_was_exported_before(hub: HubServer, model: Path, tmp_path: 
 
 
 def test_format_that_there_is_not(model: Path) -> None:
-    with pytest.raises(ValueError, match="format must be native, gguf or onnx, got 'ggml'"):
+    with pytest.raises(ValueError, match="format must be one of native, gguf, onnx, got 'ggml'"):
         share(model, format="ggml", dry_run=True)

@@ -240,6 +240,21 @@ def test_no_network(hub: HubServer, model: Path, waits: list[float], monkeypatch
     assert waits == [1, 2, 4, 8]
 
 
+def test_upload_that_fails_in_xet(hub: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf_xet, which carries large files to the Hub itself, knows no kinds of errors."""
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise RuntimeError(f"Data processing error: CAS service error for {hub.token}\n")
+
+    with monkeypatch.context() as context:
+        context.setattr(HfApi, "preupload_lfs_files", fail)
+        sentence = refused(lambda: share(model), ConnectionError)
+    assert sentence.startswith(
+        "Could not upload to 'user/name': Data processing error: CAS service error for ***. Give"
+    )
+    assert share(model).pushed.commit == hub.model(NAME).resolve("main")
+
+
 def test_offline_and_no_token(hub: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as context:
         context.setattr(constants, "HF_HUB_OFFLINE", True)
