@@ -13,6 +13,7 @@ from modeling_mini import MiniForCausalLM
 from modeling_mini.loading import load_checkpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
+from test_parallel import forked
 from test_train_accelerate import losses, one_sentence
 from torch.distributed.checkpoint import FileSystemReader
 from training_mini.arguments import parse_arguments
@@ -268,6 +269,26 @@ def test_adapter_is_no_base(quick_run: Path, tmp_path: Path) -> None:
     result = run_program("train_accelerate.py", "--model", tmp_path / "run", *FLAGS, cwd=tmp_path)
     sentence = one_sentence(result)
     assert "is an adapter" in sentence and "--resume --merge" in sentence and "tiny-sample/best" in sentence
+
+
+@pytest.mark.slow
+def test_adapter_on_two_processes_and_its_state_on_one(quick_run: Path, tmp_path: Path) -> None:
+    """In shards of FSDP2, from conversations: whichever process has more to say, the losses are those of one."""
+    lesson = ["--dataset", "chats.jsonl", "--lora_r", 4, "--save_steps", 3, "--lr_scheduler_type", "constant"]
+    chats = [
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * length}] for length in range(1, 40)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    flags = ["--model", quick_run, *FLAGS, *lesson]
+    for config, name in (("cpu_fsdp2.yaml", "two"), (None, "one")):
+        output = forked(config, tmp_path, *flags, "--max_steps", 3, "--merge", "--output_dir", name)
+        assert ("2 x cpu" in output and "FSDP2" in output) == (name == "two")
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    for name in ("two", "one"):
+        forked(None, tmp_path, "--resume", "--output_dir", name, "--max_steps", 6)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    merged = [AutoModelForCausalLM.from_pretrained(tmp_path / name / "merged") for name in ("two", "one")]
+    torch.testing.assert_close(logits_of(merged[0]), logits_of(merged[1]), rtol=0, atol=1e-4)
 
 
 def test_trainers_that_people_have_take_an_adapter(quick_run: Path, tmp_path: Path) -> None:
