@@ -4,13 +4,11 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import run_program, start_program
 from test_train_accelerate import one_sentence
 
 PROMPTS = [
@@ -84,23 +82,23 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_file(quick_run: Path, f
 def test_killed_at_any_instant(quick_run: Path, folder: Path) -> None:
     arguments = ["--model", quick_run, "--batch_file", "prompts.txt", "--output", "out.jsonl", "--batch_size", 1]
     arguments += ["--max_new_tokens", 60, "--min_new_tokens", 60, "--seed", 1]
-    command = [sys.executable, str(ROOT / "generate.py"), *map(str, arguments)]
     seen = 0
     for _ in range(3):
-        process = subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL)
+        process = start_program("generate.py", *arguments, cwd=folder)
         deadline = time.monotonic() + 100
         while process.poll() is None and time.monotonic() < deadline:
             output = folder / "out.jsonl"
             if output.exists() and output.read_bytes().count(b"\n") > seen:
                 break
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen = (folder / "out.jsonl").read_bytes().count(b"\n")
         assert seen > 0
-    assert subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert run_program("generate.py", *arguments, cwd=folder).returncode == 0
     killed = (folder / "out.jsonl").read_bytes()
     os.remove(folder / "out.jsonl")
-    assert subprocess.run(command, cwd=folder, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    assert run_program("generate.py", *arguments, cwd=folder).returncode == 0
     assert (folder / "out.jsonl").read_bytes() == killed
     assert sorted(path.name for path in folder.iterdir()) == ["out.jsonl", "prompts.txt"]
 
