@@ -64,8 +64,8 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
         if not arguments.merge_quantized or arguments.adapter is None:
             raise ValueError(
                 f"{source!r} is quantized already. An adapter merged into it is rounded, and the weights a second time "
-                "(0.0065 bits per byte in INT4, where merging before quantizing cost 0.0017: docs/LOG.md): merge it into "
-                "the model that this one was made of, or give --adapter and --merge_quantized if you want that."
+                "(0.0065 bits per byte in INT4, where merging before quantizing cost 0.0017: docs/LOG.md): merge it "
+                "into the model that this one was made of, or give --adapter and --merge_quantized if you want that."
             )
     elif arguments.kind is None:
         raise ValueError("Give load_in_8bit or load_in_4bit.")
