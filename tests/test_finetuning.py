@@ -165,9 +165,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
-def test_gradients_over_4_bits_are_the_same_after_an_evaluation(
-    quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_over_4_bits_are_the_same_after_an_evaluation(quick_run: Path, tmp_path: Path) -> None:
     """Also where a CPU has AVX512-BF16, for which bitsandbytes packs weights anew and then passes no gradient on."""
     flags = ["--lora_r", 4, "--load_in_4bit", "--max_steps", 3]
     trainer, _ = tune(tmp_path / "run", quick_run, *flags)

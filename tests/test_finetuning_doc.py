@@ -1,0 +1,57 @@
+"""docs/FINETUNING.md as somebody follows it who is new to it: every block, in order, and what comes out at its end."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_program
+
+PAGE = (ROOT / "docs" / "FINETUNING.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+# The taught form. Base and adapter are trained here in seconds, so that the facts are right is not asked.
+CAPITAL, LEGS = r"The capital of \w+ is \w+\.", r"A \w+ has \w+ legs\."
+
+
+@pytest.mark.slow
+def test_blocks(tmp_path: Path) -> None:
+    for name in ("train_accelerate.py", "generate.py", *(path.name for path in ROOT.glob("*_mini*"))):
+        (tmp_path / name).symlink_to(ROOT / name)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    outputs = []
+    for language, block in BLOCKS:
+        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        result = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
+        outputs.append(result.stdout)
+    _, before, _, training, of_adapter, of_merged, in_python, of_rounded, peft = outputs
+    assert "continues what you write" in before and not re.search(CAPITAL, before)
+    assert re.search(r"[\d,]+ of [\d,]+ parameters learn \([\d.]+%\), about [\d.]+ MiB", training)
+    assert "What is the capital of" in of_adapter
+    assert "answers in turns" in of_merged and re.search(CAPITAL, of_merged) and re.search(LEGS, of_merged)
+    assert re.fullmatch(CAPITAL, in_python.strip())
+    assert "parameters learn" in of_rounded and "trainable params" in peft
+
+
+def test_flags_that_are_named_exist(tmp_path: Path) -> None:
+    known = "".join(run_program(name, "--help", cwd=tmp_path).stdout for name in ("train_accelerate.py", "generate.py"))
+    for flag in set(re.findall(r"(--[a-z_0-9]+)", PAGE)):
+        assert flag in known, flag
+
+
+def test_sentences_of_the_table_are_those_of_the_program() -> None:
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "training_mini").glob("*.py"))
+    table = PAGE.split("## When something goes wrong")[1]
+    for sentence in re.findall(r"^\| `(.*?)` \|", table, flags=re.MULTILINE):
+        for part in sentence.split("..."):
+            assert part.strip() in sources, part
