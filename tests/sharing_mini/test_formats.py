@@ -16,10 +16,11 @@ def share(folder: Path, **settings: object) -> Result:
 
 
 def test_native(hub: HubServer, model: Path) -> None:
-    """It loads without any code, in the clean processes before and after."""
-    result = share(model, format="native")
+    """It loads without any code, in the clean processes before and after; the second needs the token."""
+    result = share(model, format="native", private=True)
     files = hub.model("user/name").files()
-    assert result.verified and not any(name.endswith(".py") for name in files)
+    assert result.verified and hub.model("user/name").private
+    assert not any(name.endswith(".py") for name in files)
     card = ModelCard(files["README.md"].decode())
     assert 'pipeline("text-generation", model="user/name")' in card.text and "trust_remote_code" not in card.text
     assert "computes what Mini does" in card.text and "## A sample" in card.text
