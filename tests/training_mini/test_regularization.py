@@ -26,6 +26,19 @@ def test_loss_is_that_of_torch_plus_the_squared_log_partition(smoothing: float, 
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_targets_that_do_not_count(smoothing: float) -> None:
+    logits, targets = torch.randn(2, 5, 11), torch.randint(11, (2, 5))
+    targets[0, :3] = -100
+    loss, cross_entropy = regularized_loss(logits, targets, smoothing, 1e-2)
+    alone = [
+        regularized_loss(logits[i : i + 1, j:], targets[i : i + 1, j:], smoothing, 1e-2) for i, j in ((0, 3), (1, 0))
+    ]
+    assert loss.item() == pytest.approx(sum(part.item() for part, _ in alone), rel=1e-5)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert cross_entropy.item() == pytest.approx(plain.item(), rel=1e-5)
+
+
 def test_dropout_goes_from_start_to_end() -> None:
     settings = {"max_steps": 101, "dropout_start": 0.4, "dropout_end": 0.2}
     linear = OptimizationArguments(**settings)
