@@ -147,3 +147,17 @@ def test_large_weights_are_split_and_load_as_one(model: Path, tmp_path: Path) ->
     whole, split = (AutoModelForCausalLM.from_pretrained(folder) for folder in (model, staged.folder))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), split.parameters(), strict=True))
     assert (bytes_of("5GB"), bytes_of("1.5 MB"), bytes_of("10KB")) == (5 * 10**9, 1_500_000, 10_000)
+
+
+def test_page_that_needs_no_network_goes_up_as_a_whole(model: Path, tmp_path: Path) -> None:
+    from modeling_mini.export import export
+    from modeling_mini.export.onnx import VENDORED
+
+    pytest.importorskip("onnxruntime")
+    for name in VENDORED:
+        (tmp_path / "node_modules" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "node_modules" / name).write_bytes(b"\0asm or a script")
+    page = export("onnx", model, tmp_path / "page", node_modules=str(tmp_path / "node_modules"))
+    (tmp_path / "staged").mkdir()
+    staged = stage(find_source(str(page)), tmp_path / "staged")
+    assert staged.kind == "onnx" and sum(name.startswith("vendor/") for name in staged.files) == len(VENDORED)
