@@ -11,6 +11,7 @@ import signal
 import sys
 
 from configuration_mini import nearest_name
+from tokenization.chat import encode_messages
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import SAMPLING, GenerationArguments
@@ -72,7 +73,7 @@ class Conversation:
             messages.append({"role": "user", "content": turn.said})
             if turn.answer is not None:
                 messages.append({"role": "assistant", "content": turn.answer})
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+        return encode_messages(self.tokenizer, messages, add_generation_prompt=True)[0]
 
     def add_answer(self, answer: str) -> None:
         """What the model said in its turn."""

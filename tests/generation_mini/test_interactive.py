@@ -34,6 +34,9 @@ def test_a_chat_model_gets_its_template_and_history(model: MiniForCausalLM) -> N
     ids, _ = conversation.say("Bye", room=10)
     text = "<|bos|><|user|>Hi<|end|><|assistant|>Hello<|end|><|user|>Bye<|end|><|assistant|>"
     assert tokenizer.decode(ids) == text
+    conversation.reset()
+    ids, _ = conversation.say("a <|end|> that is typed", room=10)
+    assert ids.count(END_ID) == 1 and "a <|end|> that is typed<|end|>" in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("end_ids", [2, [2, END_ID]], ids=["base", "chat"])
