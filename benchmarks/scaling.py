@@ -1,10 +1,10 @@
 """
 What docs/SCALING.md computes with: how fast one process encodes, reads and streams a corpus and writes a checkpoint.
 
-    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--size gpt2] [--output FILE]
+    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--size gpt2] [--rounds 3] [--output FILE]
 
-The text is Python's own standard library, repeated. Each figure is the best of three, because the disk and its cache
-have moods; reading is from the page cache. The last line is JSON.
+The text is Python's own standard library, repeated. Each figure is the best of the rounds, because the disk and its
+cache have moods; reading is from the page cache. The last line is JSON.
 """
 
 import json
@@ -34,7 +34,6 @@ from training_mini.loop import Trainer
 from training_mini.streaming import StreamBatches
 from transformers import PreTrainedTokenizerFast
 
-ROUNDS = 3
 WINDOWS, CONTEXT = 512, 1024
 BPE_ENTRIES = 8000
 
@@ -46,18 +45,19 @@ class ScalingSettings(OutputSettings):
     megabytes: int = option(200, "text to encode as bytes, to read and to stream")
     bpe_megabytes: int = option(20, f"text to encode as BPE with {BPE_ENTRIES:,} entries")
     size: str = option("gpt2", "the model whose checkpoint is written")
+    rounds: int = option(3, "measure so many times and take the best")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("megabytes", "bpe_megabytes"):
+        for name in ("megabytes", "bpe_megabytes", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
-def best_seconds(action: Callable[[Path], object]) -> float:
+def best_seconds(rounds: int, action: Callable[[Path], object]) -> float:
     """The shortest time of an action, which gets an empty folder each time."""
     seconds = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             action(Path(folder))
@@ -93,6 +93,7 @@ def corpus_of(dataset: Path, cache: Path, **settings: Any):
 
 
 def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
+    rounds = settings.rounds
     sources = [path.read_text(encoding="utf-8", errors="replace") for path in standard_library_files()]
     text, some, records, bpe = (folder / name for name in ("text.txt", "some.txt", "text.jsonl", "bpe"))
     write_text(text, sources, settings.megabytes, str)
@@ -100,15 +101,15 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
     write_text(records, sources, settings.megabytes, lambda source: json.dumps({"text": source}) + "\n")
     save_bpe(bpe, sources[: len(sources) // 4])
 
-    as_bytes = best_seconds(lambda cache: corpus_of(text, cache))
-    as_bpe = best_seconds(lambda cache: corpus_of(some, cache, tokenizer=str(bpe)))
+    as_bytes = best_seconds(rounds, lambda cache: corpus_of(text, cache))
+    as_bpe = best_seconds(rounds, lambda cache: corpus_of(some, cache, tokenizer=str(bpe)))
     encoded = corpus_of(some, folder / "cache", tokenizer=str(bpe))
     bpe_tokens = len(encoded.train) + len(encoded.validation)
 
     corpus = corpus_of(text, folder / "cache")
     batches = TrainingBatches(corpus.train, RowMaker(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
     steps = max(1, len(corpus.train) // (WINDOWS * CONTEXT))
-    reading = best_seconds(lambda _: [list(batches.micro_batches(step)) for step in range(steps)])
+    reading = best_seconds(rounds, lambda _: [list(batches.micro_batches(step)) for step in range(steps)])
 
     def stream(cache: Path) -> None:
         ids = corpus_of(records, cache, streaming=True).train
@@ -117,14 +118,14 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
             list(rows.micro_batches(step))
 
     held_out = some.read_bytes()[: 10**7]
-    compressing = best_seconds(lambda _: compressor_bits_per_byte(held_out))
+    compressing = best_seconds(rounds, lambda _: compressor_bits_per_byte(held_out))
     return {
         "encoding_bytes_megabytes_per_second": text.stat().st_size / as_bytes / 1e6,
         "encoding_bpe_megabytes_per_second": some.stat().st_size / as_bpe / 1e6,
         "bytes_per_bpe_token": some.stat().st_size / bpe_tokens,
         "compressing_megabytes_per_second": len(held_out) / compressing / 1e6,
         "reading_tokens_per_second": steps * WINDOWS * CONTEXT / reading,
-        "streaming_tokens_per_second": steps * WINDOWS * CONTEXT / best_seconds(stream),
+        "streaming_tokens_per_second": steps * WINDOWS * CONTEXT / best_seconds(rounds, stream),
     }
 
 
@@ -135,7 +136,7 @@ def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, flo
         parameter.grad = parameter.detach() * 1e-3
     trainer.optimizers[0].step()  # the moments exist from the first step on
     writing, checking = [], []
-    for _ in range(ROUNDS):
+    for _ in range(settings.rounds):
         start = time.perf_counter()
         trainer.save()
         writing.append(time.perf_counter() - start)

@@ -1,0 +1,36 @@
+"""benchmarks/scaling.py, in seconds: each figure is there and hangs together, and wrong input is one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+
+PROGRAM = "benchmarks/scaling.py"
+
+
+def test_figures(tmp_path: Path) -> None:
+    arguments = "--megabytes 2 --bpe_megabytes 1 --size tiny --rounds 1 --output out.json".split()
+    result = run_program(PROGRAM, *arguments, cwd=tmp_path, fresh=True)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout.splitlines()[-1])
+    assert figures == json.loads((tmp_path / "out.json").read_text())
+    assert all(value > 0 for name, value in figures.items() if name != "machine")
+    assert 2 < figures["bytes_per_bpe_token"] < 6, "BPE was what encoded"
+    # Weights and two moments in float32, and their names.
+    assert 12 < figures["checkpoint_bytes_per_parameter"] < 14
+    assert figures["encoding_bytes_megabytes_per_second"] > figures["encoding_bpe_megabytes_per_second"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rounds 0", "rounds must be at least 1, got 0."),
+        ("--megabyte 1", "did you mean 'megabytes'?"),
+        ("--output nowhere/out.json", "There is no folder for the output 'nowhere/out.json'."),
+    ],
+)
+def test_wrong_input(arguments: str, message: str, tmp_path: Path) -> None:
+    result = run_program(PROGRAM, *arguments.split(), cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr and result.stderr.count("\n") == 1
