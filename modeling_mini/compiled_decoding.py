@@ -37,11 +37,12 @@ from transformers.cache_utils import DynamicCache
 
 from .decoding import FIRST_ROOM, Turns
 
-# What of a config decides over the step, beside the shapes of the weights.
+# What decides over the step beside the shapes of the weights: of the config, and of each module that has it.
 CONFIG_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-    "norm_type", "norm_eps", "qk_norm",
+    "norm_type", "qk_norm",
 )  # fmt: skip
+MODULE_FIELDS = ("eps", "scaling")
 # The length with which the step is traced; the compiled one takes any.
 EXAMPLE_LENGTH = 20
 
@@ -134,6 +135,13 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters(prefix="model"))
 
 
+def constants_of(model: PreTrainedModel) -> list[Any]:
+    """The numbers and names that are written into the step."""
+    settings = [getattr(model.config, name) for name in CONFIG_FIELDS]
+    modules = list(model.modules())
+    return settings + [vars(module).get(name) for name in MODULE_FIELDS for module in modules]
+
+
 class CompiledStep:
     """
     The native function for models of one shape.
@@ -153,7 +161,7 @@ class CompiledStep:
     def shape_of(self, model: PreTrainedModel) -> list[Any]:
         """All that the function takes for granted of a model."""
         layouts = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in weights_of(model).items()]
-        return [*(getattr(model.config, name) for name in CONFIG_FIELDS), *layouts]
+        return [*constants_of(model), *layouts]
 
     def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether it computes what the model does: one sequence without padding, and the shape that was compiled."""
@@ -252,7 +260,7 @@ def package_path(model: PreTrainedModel) -> Path:
     """Where the step for models of this shape is kept, under a name of all that decides over what it is."""
     weights = {name: (list(tensor.shape), tensor.stride()) for name, tensor in model.named_parameters()}
     parts = {
-        "config": {name: getattr(model.config, name) for name in CONFIG_FIELDS},
+        "constants": constants_of(model),
         "rotary_dim": 2 * len(model.model.rotary_emb.inv_freq),
         "weights": weights,
         "source": Path(__file__).read_text(encoding="utf-8"),

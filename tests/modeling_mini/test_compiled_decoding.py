@@ -145,15 +145,21 @@ def with_another_vocabulary(model: MiniForCausalLM) -> dict[str, Any]:
 
 
 def with_another_eps(model: MiniForCausalLM) -> dict[str, Any]:
-    model.config.norm_eps = 0.1
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = 0.1
     return {"inputs": PROMPT}
 
 
+def with_another_scale(model: MiniForCausalLM) -> dict[str, Any]:
+    model.model.layers[0].self_attn.scaling *= 2
+    return {"inputs": PROMPT}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [two_rows, padded, in_bfloat16, with_another_vocabulary, with_another_eps])
+@pytest.mark.parametrize(
+    "change", [two_rows, padded, in_bfloat16, with_another_vocabulary, with_another_eps, with_another_scale]
+)
 def test_what_the_compiled_step_does_not_fit_goes_without(
     change: Callable[[MiniForCausalLM], dict[str, Any]], compiled: MiniForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
