@@ -58,9 +58,9 @@ def test_what_a_run_leaves_behind(quick_run: Path) -> None:
     assert {path.name for path in (quick_run / "checkpoints").iterdir()} == {"step_20", "step_40"}
     for name in ("best", "final"):
         assert {path.name for path in (quick_run / name).iterdir()} == {
-            "README.md", "chat_template.jinja", "config.json", "configuration_mini.py", "decoding.py",
-            "generation_config.json", "integrations.py", "model.safetensors", "modeling_mini.py", "remote_code.py",
-            "tokenizer.json", "tokenizer_config.json",
+            "README.md", "chat_template.jinja", "compiled_decoding.py", "config.json", "configuration_mini.py",
+            "decoding.py", "generation_config.json", "integrations.py", "model.safetensors", "modeling_mini.py",
+            "remote_code.py", "tokenizer.json", "tokenizer_config.json",
         }  # fmt: skip
     assert (quick_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert losses(quick_run)[-1] < losses(quick_run)[0] - 1

@@ -22,7 +22,10 @@ from tokenization import ByteTokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-CODE = ["configuration_mini.py", "decoding.py", "integrations.py", "modeling_mini.py", "remote_code.py"]
+CODE = [
+    "configuration_mini.py", "compiled_decoding.py", "decoding.py", "integrations.py", "modeling_mini.py",
+    "remote_code.py",
+]  # fmt: skip
 IDS = torch.randint(8, 264, (2, 12), generator=torch.Generator().manual_seed(2))
 PROMPT = "Once upon a time"
 
@@ -178,8 +181,7 @@ def test_what_a_folder_holds(generations: dict[str, Any]) -> None:
         module, name = reference.split(".")
         assert f"class {name}(" in (first / f"{module}.py").read_text()
     # The files import installed libraries and each other, and nothing of the repository.
-    installed = {"collections", "difflib", "functools", "huggingface_hub", "importlib", "inspect", "math", "os", "pathlib",
-                 "safetensors", "torch", "transformers", "typing"}  # fmt: skip
+    installed = {"huggingface_hub", "safetensors", "torch", "transformers"} | sys.stdlib_module_names
     for name in CODE:
         for node in ast.walk(ast.parse((first / name).read_text())):
             if isinstance(node, ast.Import):
