@@ -12,6 +12,7 @@ from conftest import ROOT, run_program
 from modeling_mini import MiniConfig, MiniForCausalLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -80,8 +81,6 @@ def test_pictures_and_links_exist() -> None:
 
 
 def test_flags_that_are_named_exist() -> None:
-    help_texts = "".join(
-        run_program(program, "--help", cwd=ROOT).stdout for program in ("train_accelerate.py", "generate.py")
-    )
+    help_texts = "".join(run_program(program, "--help", cwd=ROOT).stdout for program in PROGRAMS)
     for flag in set(re.findall(r"`(--[a-z_]+)", README)) - {"--quiet"}:  # accelerate's own
         assert flag in help_texts, flag

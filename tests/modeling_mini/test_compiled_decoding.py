@@ -199,10 +199,9 @@ def test_without_a_compiler_one_warning(
     from transformers.utils import logging
 
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     model = make_model(num_hidden_layers=1)
-    with caplog.at_level("WARNING"):
+    with caplog.at_level("WARNING"), config.patch({"cpp.cxx": ("no-such-compiler",)}):
         model.compile_decoding()
     assert model.compiled_step is None
     (warning,) = [record.message for record in caplog.records if record.name == "modeling_mini.modeling_mini"]
