@@ -170,9 +170,14 @@ class CompiledStep:
         return self.shape_of(model) == self.shape
 
     def decoder(
-        self, model: PreTrainedModel, cache: DynamicCache, position_ids: torch.Tensor, room: int
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        room: int,
     ) -> "CompiledDecoder":
-        """The state of one call of `generate`; the arguments are those of `Decoder`."""
+        """The state of one call of `generate`; the arguments are those of `Decoder`, and the mask hides nothing."""
         return CompiledDecoder(self.run, list(weights_of(model).values()), cache, Turns(model, position_ids), room)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":

@@ -181,7 +181,7 @@ class Weights(NamedTuple):
     head_dim: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Weights":
+    def of(cls, model: PreTrainedModel, may_copy: bool = True) -> "Weights":
         config, body = model.config, model.model
         modules = body.layers[: config.num_hidden_layers]
         projections = [
@@ -194,7 +194,7 @@ class Weights(NamedTuple):
         ]
         is_small = sum(projection.weight.nbytes for projection in projections) <= FUSED_BYTES
         # With a bias, and in bfloat16, a fused product rounds in another place.
-        together = is_small and all(projection.bias is None for projection in projections)
+        together = may_copy and is_small and all(projection.bias is None for projection in projections)
 
         def join(*projections: nn.Linear) -> list[Linear]:
             return [Linear.of(*projections)] if together else [Linear.of(one) for one in projections]
@@ -239,6 +239,7 @@ def decoding_step(
     sin: torch.Tensor,
     cache: list[torch.Tensor],
     mask: torch.Tensor | None,
+    place: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The logits (batch, vocab_size) after one more token of each sequence, which is also written to the cache.
@@ -249,6 +250,7 @@ def decoding_step(
         cache: for each layer, the keys and under them the values, (batch, 2 * key_value_heads, length, head_dim), with
             room for those of the new token at the end.
         mask: (batch, 1, 1, length), true where a token may be seen, or `None` if all may.
+        place: (1,), where in the cache the new token comes to stand, if not at the end.
     """
     batch, heads, kv_heads, head_dim = len(token_ids), weights.num_heads, weights.num_key_value_heads, weights.head_dim
     rotary_dim = cos.shape[-1]
@@ -263,7 +265,10 @@ def decoding_step(
         pairs = states[:, : heads + kv_heads, :rotary_dim]
         other = pairs.roll(rotary_dim // 2, -1)
         pairs.mul_(cos).add_(other.mul_(sin))
-        keys_and_values.select(2, -1).copy_(states[:, heads:])
+        if place is None:
+            keys_and_values.select(2, -1).copy_(states[:, heads:])
+        else:
+            keys_and_values.index_copy_(2, place, states[:, heads:].unsqueeze(2))
         keys, values = keys_and_values.split(kv_heads, dim=1)
         query = states[:, :heads].unsqueeze(2)
         if mask is not None and heads != kv_heads:  # as transformers does it, where grouped heads meet a mask
@@ -439,7 +444,7 @@ def decode(
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
             step = model.compiled_step
             if step is not None and step.suits(model, batch, mask):
-                decoder = step.decoder(model, cache, position_ids, room)
+                decoder = step.decoder(model, cache, mask, position_ids, room)
             else:
                 decoder = Decoder(model, cache, mask, position_ids, room)
         with torch.inference_mode():

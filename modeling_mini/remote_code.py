@@ -31,6 +31,7 @@ def remote_code_files() -> dict[str, str]:
         "modeling_mini.py": here / "modeling_mini.py",
         "decoding.py": here / "decoding.py",
         "compiled_decoding.py": here / "compiled_decoding.py",
+        "graph_decoding.py": here / "graph_decoding.py",
         "integrations.py": here / "integrations.py",
         "remote_code.py": here / "remote_code.py",
     }

@@ -59,8 +59,8 @@ def test_what_a_run_leaves_behind(quick_run: Path) -> None:
     for name in ("best", "final"):
         assert {path.name for path in (quick_run / name).iterdir()} == {
             "README.md", "chat_template.jinja", "compiled_decoding.py", "config.json", "configuration_mini.py",
-            "decoding.py", "generation_config.json", "integrations.py", "model.safetensors", "modeling_mini.py",
-            "remote_code.py", "tokenizer.json", "tokenizer_config.json",
+            "decoding.py", "generation_config.json", "graph_decoding.py", "integrations.py", "model.safetensors",
+            "modeling_mini.py", "remote_code.py", "tokenizer.json", "tokenizer_config.json",
         }  # fmt: skip
     assert (quick_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert losses(quick_run)[-1] < losses(quick_run)[0] - 1

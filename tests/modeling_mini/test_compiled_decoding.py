@@ -25,7 +25,9 @@ class UncompiledStep(CompiledStep):
         self.shape = self.shape_of(model)
         self.calls = 0
 
-    def decoder(self, model: MiniForCausalLM, cache: Any, position_ids: torch.Tensor, room: int) -> CompiledDecoder:
+    def decoder(
+        self, model: MiniForCausalLM, cache: Any, attention_mask: Any, position_ids: torch.Tensor, room: int
+    ) -> CompiledDecoder:
         step = StepOfModel(model)
 
         def run(inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

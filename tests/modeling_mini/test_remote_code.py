@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 CODE = [
-    "configuration_mini.py", "compiled_decoding.py", "decoding.py", "integrations.py", "modeling_mini.py",
-    "remote_code.py",
+    "configuration_mini.py", "compiled_decoding.py", "decoding.py", "graph_decoding.py", "integrations.py",
+    "modeling_mini.py", "remote_code.py",
 ]  # fmt: skip
 IDS = torch.randint(8, 264, (2, 12), generator=torch.Generator().manual_seed(2))
 PROMPT = "Once upon a time"

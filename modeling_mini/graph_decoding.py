@@ -1,0 +1,187 @@
+"""
+Decoding on a GPU as a CUDA graph: what `model.compile_decoding()` makes there, and `generate` then uses.
+
+A step of a small model is some hundred kernels of a few microseconds, and starting each from Python takes longer than
+running it. Here `decoding_step` is recorded once, with all that it reads and writes at fixed places, and replayed with
+a single call. The kernels are those of the fast path, for any batch, padding and type of weights; attention reads the
+whole room of the cache, of which a mask hides what is not written yet.
+
+A recording is for a batch and a room, which doubles when it is full. It reads the parameters where they lie, so that
+training or merging in place are seen; where a parameter has moved, it is recorded anew.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from .decoding import FIRST_ROOM, Turns, Weights, decoding_step
+
+# PyTorch asks for a few runs before a recording, in which libraries make what they keep.
+WARM_UP_RUNS = 3
+
+
+class Recording:
+    """
+    One step for a batch and a room of `capacity` tokens, and the buffers that it works on.
+
+    Attributes:
+        token_ids: (batch,), read.
+        cos, sin: (batch, 1, rotary_dim), read; the first half of `sin` is negated.
+        place: (1,), where the token comes to stand; counted up by each step.
+        mask: (batch, 1, 1, capacity), true where a token may be seen; the new one is added by each step.
+        caches: as `decoding_step` takes them, (batch, 2 * key_value_heads, capacity, head_dim) of each layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
+        config, weight = model.config, model.model.embed_tokens.weight
+        self.weights = Weights.of(model, may_copy=False)
+        self.batch, self.capacity = batch, capacity
+        rotary_dim = 2 * len(model.model.rotary_emb.inv_freq)
+        self.token_ids = torch.zeros(batch, dtype=torch.long, device=weight.device)
+        self.place = torch.zeros(1, dtype=torch.long, device=weight.device)
+        self.cos, self.sin = (weight.new_zeros(batch, 1, rotary_dim) for _ in range(2))
+        self.mask = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=weight.device)
+        shape = (batch, 2 * config.num_key_value_heads, capacity, config.head_dim)
+        self.caches = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+        self.record()
+
+    def step(self) -> torch.Tensor:
+        """The step itself: logits (batch, vocab_size)."""
+        self.mask.index_fill_(3, self.place, True)
+        logits = decoding_step(
+            self.weights, self.token_ids, self.cos, self.sin, self.caches, self.mask, place=self.place
+        )
+        self.place.add_(1)
+        return logits
+
+    def record(self) -> None:
+        """Records the step."""
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UP_RUNS):
+                self.place.zero_()
+                self.step()
+        torch.cuda.current_stream().wait_stream(beside)
+        self.place.zero_()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = self.step()
+
+    def replay(self) -> torch.Tensor:
+        """Runs the step; the next one writes its logits to the same place."""
+        self.graph.replay()
+        return self.output
+
+
+class GraphStep:
+    """
+    The recordings for one model.
+
+    Raises:
+        RuntimeError: if the step cannot be recorded here.
+    """
+
+    recording_class = Recording
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.recorded_for: list[Any] = []
+        # Those that no call of `generate` works with, by batch and capacity: two threads need two.
+        self.free: dict[tuple[int, int], list[Recording]] = defaultdict(list)
+        self.give_back(self.take(model, 1, FIRST_ROOM))
+
+    def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether it computes what the model does: anything, where the model is still on its device."""
+        return model.model.embed_tokens.weight.device.type == self.recorded_for[0]
+
+    def decoder(
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        room: int,
+    ) -> "GraphDecoder":
+        """The state of one call of `generate`; the arguments are those of `Decoder`."""
+        return GraphDecoder(self, model, cache, attention_mask, position_ids, room)
+
+    @torch.inference_mode()
+    def take(self, model: PreTrainedModel, batch: int, capacity: int) -> Recording:
+        """A recording for a model as it is now, to work with until it is given back."""
+        parameters = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in model.parameters()]
+        constants = [vars(module).get(name) for name in ("eps", "scaling") for module in model.modules()]
+        now = [model.model.embed_tokens.weight.device.type, parameters, constants]
+        if now != self.recorded_for:
+            self.free.clear()
+            self.recorded_for = now
+        free = self.free[batch, capacity]
+        return free.pop() if free else self.recording_class(model, batch, capacity)
+
+    def give_back(self, recording: Recording) -> None:
+        """Lets others work with a recording."""
+        self.free[recording.batch, recording.capacity].append(recording)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a model comes without: its parameters lie elsewhere."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        """A pickled model comes back without it."""
+        return type(None), ()
+
+
+class GraphDecoder:
+    """What `Decoder` is for `decoding_step`, for its recordings. The arguments are those of `Decoder`."""
+
+    def __init__(
+        self,
+        step: GraphStep,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        room: int,
+    ) -> None:
+        self.owner, self.model, self.cache = step, model, cache
+        self.turns = Turns(model, position_ids)
+        self.length = self.prompt_length = cache.get_seq_length()
+        self.max_length = self.length + room
+        caches = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
+        batch = len(caches[0])
+        mask = torch.ones(batch, self.length) if attention_mask is None else attention_mask
+        self.move_to(self.length + min(room, FIRST_ROOM), caches, mask[:, None, None, :])
+
+    @torch.inference_mode()
+    def move_to(self, capacity: int, caches: list[torch.Tensor], mask: torch.Tensor) -> None:
+        """Goes on with a recording that has room for `capacity` tokens, from these keys, values and mask."""
+        # Powers of two, so that texts of about the same length share recordings.
+        self.recording = self.owner.take(self.model, len(mask), 1 << (capacity - 1).bit_length())
+        for target, source in zip(self.recording.caches, caches, strict=True):
+            target.zero_()
+            target[:, :, : self.length] = source
+        self.recording.mask.zero_()
+        self.recording.mask[..., : self.length] = mask
+        self.recording.place.fill_(self.length)
+        self.turns.reserve(self.recording.capacity - self.prompt_length)
+
+    def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The logits (batch, vocab_size) after these tokens (batch,), which are now part of the text."""
+        full = self.recording
+        if self.length == full.capacity:
+            self.move_to(2 * full.capacity, full.caches, full.mask)
+            self.owner.give_back(full)
+        recording = self.recording
+        cos, sin = self.turns.at(self.length - self.prompt_length)
+        recording.token_ids.copy_(token_ids)
+        recording.cos.copy_(cos)
+        recording.sin.copy_(sin)
+        self.length += 1
+        return recording.replay()
+
+    def give_back(self) -> None:
+        """The cache of transformers as its own loop would have left it."""
+        for layer, keys_and_values in zip(self.cache.layers, self.recording.caches, strict=True):
+            layer.keys, layer.values = keys_and_values[:, :, : self.length].clone().chunk(2, dim=1)
+        self.owner.give_back(self.recording)

@@ -1,0 +1,101 @@
+"""Decoding by CUDA graphs: all of it but the recording itself on a CPU, and the whole where there is a GPU."""
+
+import copy
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from modeling_mini import MiniForCausalLM, graph_decoding
+from modeling_mini.graph_decoding import GraphStep, Recording
+from random_models import make_model, random_request, random_settings
+
+
+class Unrecorded(Recording):
+    """Runs the step where a graph would be replayed, on the same buffers; its output too has one place."""
+
+    steps = 0
+
+    def record(self) -> None:
+        self.output = self.step()
+
+    def replay(self) -> torch.Tensor:
+        Unrecorded.steps += 1
+        return self.output.copy_(self.step())
+
+
+class UnrecordedStep(GraphStep):
+    recording_class = Unrecorded
+
+
+def steps_of(model: MiniForCausalLM, request: dict[str, Any]) -> tuple[Any, int]:
+    """What is written, and by how many steps on recordings."""
+    torch.manual_seed(7)
+    before = Unrecorded.steps
+    written = model.generate(**request)
+    return written, Unrecorded.steps - before
+
+
+@pytest.mark.parametrize("group", range(8))
+def test_random_models_and_requests_give_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 models of random shapes, batches with and without padding, and caches that have to grow."""
+    for number in range(10):
+        draw = random.Random(f"graph {group} {number}")
+        monkeypatch.setattr(graph_decoding, "FIRST_ROOM", draw.choice([2, 1024]))
+        torch.manual_seed(draw.randrange(2**32))
+        settings = random_settings(draw)
+        model = make_model(**settings)
+        recorded = copy.deepcopy(model)  # dynamic RoPE keeps the frequencies of the last text
+        recorded.compiled_step = UnrecordedStep(recorded)
+        request = random_request(draw, settings["vocab_size"])
+        request |= {"return_dict_in_generate": True, "output_logits": True}
+        expected, _ = steps_of(model, {**request, "fast_decoding": False})
+        written, steps = steps_of(recorded, request)
+        assert steps == len(written.logits) - 1  # the first token comes from the prompt
+        assert torch.equal(written.sequences, expected.sequences), f"{settings}\n{request}"
+        for a, b in zip(written.logits, expected.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        for a, b in zip(written.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=2e-5, atol=2e-5)
+
+
+def test_recordings_are_used_again_until_a_weight_moves() -> None:
+    model = make_model()
+    model.compiled_step = step = UnrecordedStep(model)
+    request = {"inputs": torch.randint(1, 97, (2, 5)), "max_new_tokens": 12, "do_sample": False}
+
+    def both() -> Recording:
+        written, steps = steps_of(model, request)
+        assert steps == 11 and torch.equal(written, model.generate(**request, fast_decoding=False))
+        (recording,) = step.free[2, 16]
+        return recording
+
+    first = both()
+    cache = model.generate(**request, return_dict_in_generate=True).past_key_values.layers[0].keys.clone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    assert both() is first, "what is changed in place is seen"
+    again = model.generate(**request, return_dict_in_generate=True).past_key_values.layers[0].keys
+    assert not torch.equal(cache, again), "a cache that was given back is its owner's"
+    model.model.layers[0].mlp.up_proj.weight.data = torch.randn(80, 48)
+    assert both() is not first
+    assert copy.deepcopy(model).compiled_step is None and pickle.loads(pickle.dumps(model)).compiled_step is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_on_a_gpu(dtype: torch.dtype, batch: int) -> None:
+    model = make_model(hidden_size=64, head_dim=16).to("cuda", dtype)
+    request = {"inputs": torch.randint(1, 97, (batch, 5), device="cuda"), "max_new_tokens": 80, "do_sample": False}
+    request |= {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(**request, fast_decoding=False)
+    model.compile_decoding()
+    assert type(model.compiled_step) is GraphStep
+    for _ in range(2):
+        written = model.generate(**request)
+        first = slice(0, None) if dtype == torch.float32 else slice(0, 2)  # a tie in bfloat16 decides the rest
+        for a, b in list(zip(written.logits, expected.logits, strict=True))[first]:
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
