@@ -136,7 +136,7 @@ def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def constants_of(model: PreTrainedModel) -> list[Any]:
-    """The numbers and names that are written into the step."""
+    """The numbers and names that a step takes from a model once, when it is compiled or recorded."""
     settings = [getattr(model.config, name) for name in CONFIG_FIELDS]
     modules = list(model.modules())
     return settings + [vars(module).get(name) for name in MODULE_FIELDS for module in modules]

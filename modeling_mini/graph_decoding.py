@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from .compiled_decoding import constants_of
 from .decoding import FIRST_ROOM, Turns, Weights, decoding_step
 
 # PyTorch asks for a few runs before a recording, in which libraries make what they keep.
@@ -112,8 +113,7 @@ class GraphStep:
     def take(self, model: PreTrainedModel, batch: int, capacity: int) -> Recording:
         """A recording for a model as it is now, to work with until it is given back."""
         parameters = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in model.parameters()]
-        constants = [vars(module).get(name) for name in ("eps", "scaling") for module in model.modules()]
-        now = [model.model.embed_tokens.weight.device.type, parameters, constants]
+        now = [model.model.embed_tokens.weight.device.type, parameters, constants_of(model)]
         if now != self.recorded_for:
             self.free.clear()
             self.recorded_for = now
@@ -147,7 +147,6 @@ class GraphDecoder:
         self.owner, self.model, self.cache = step, model, cache
         self.turns = Turns(model, position_ids)
         self.length = self.prompt_length = cache.get_seq_length()
-        self.max_length = self.length + room
         caches = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
         batch = len(caches[0])
         mask = torch.ones(batch, self.length) if attention_mask is None else attention_mask

@@ -1,11 +1,11 @@
 """The order of the house: imports go down the floors, and what is installed is what is there."""
 
-import ast
 import configparser
 import re
 from pathlib import Path
 
 import pytest
+from sharing_mini.space import imports_of
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [
@@ -34,20 +34,6 @@ def floor_of(name: str) -> int | None:
     """The floor of a path or dotted module of Mini; `None` for anything else."""
     name = name.replace(".", "/").removesuffix("/py")
     return next((floor for start, floor in FLOORS if name == start or name.startswith(f"{start}/")), None)
-
-
-def imports_of(path: Path) -> list[str]:
-    """The absolute names of all that a file imports from Mini, also inside functions."""
-    names = []
-    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                base = ".".join([*path.parts[: len(path.parts) - node.level], *([base] if base else [])])
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return names
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
