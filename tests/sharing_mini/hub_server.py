@@ -675,7 +675,8 @@ class Handler(BaseHTTPRequestHandler):
             got += len(piece)
         body = b"".join(pieces)
         if self.command == "PUT":
-            self.hub.received += len(body)
+            with self.hub.lock:
+                self.hub.received += len(body)
         if stop < length:
             fault.call(self.path)
             raise Dropped
