@@ -103,6 +103,21 @@ class ArgumentParser(HfArgumentParser):
         return flags
 
 
+def checkpoint_and_out(argv: list[str], program: str) -> tuple[list[str], list[str]]:
+    """
+    The two places that a command begins with, and its flags; the places are missing where help is asked for.
+
+    Raises:
+        ValueError: if a place is missing.
+    """
+    if "--help" in argv or "-h" in argv:
+        return [], ["--help"]
+    places, flags = argv[:2], argv[2:]
+    if len(places) < 2 or any(place.startswith("-") for place in places):
+        raise ValueError(f"The checkpoint and the folder to write come first: {program}.")
+    return places, flags
+
+
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """

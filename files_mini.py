@@ -4,16 +4,38 @@ any instant leaves either what was there before or what was to be there, complet
 """
 
 import contextlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 # What the libraries raise when they cannot write; the last is no Exception.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; raises ValueError, naming it, where it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid UTF-8 ({error.reason} at byte {error.start}).") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of JSON; raises ValueError, naming it, where there is none."""
+    try:
+        value = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object.")
+    return value
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,6 +86,48 @@ def existing_folder(target: Path) -> Path | None:
     return next((folder for folder in (target, previous_of(target)) if folder.is_dir()), None)
 
 
+def destination(out: str | Path, overwrite: bool, source: str | Path) -> Path:
+    """
+    Where a folder that is made of another one is to be, with links followed.
+
+    Args:
+        out: as the user named it, "OUT" in the messages.
+        overwrite: whether what is in it may go.
+        source: what is read; a name that is no folder here is in nobody's way.
+
+    Raises:
+        ValueError: if it cannot be a folder, holds something, or would take the source or the folder of the user away.
+    """
+    target, place = Path(out).resolve(), Path(source).resolve()
+    for path in (target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"OUT must be a folder, and {str(out if path == target else path)!r} is a file.")
+    if place.is_dir() and place.is_relative_to(target):
+        raise ValueError(f"{str(source)!r} is read from OUT, {str(out)!r}, and would be lost: name another folder.")
+    if place.is_dir() and target.is_relative_to(place):
+        raise ValueError(f"OUT, {str(out)!r}, lies in what is read, {str(source)!r}: name a folder beside it.")
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"OUT, {str(out)!r}, holds the folder that you are in: name another one.")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ValueError(f"There is something in {str(out)!r} already: name another folder, or --overwrite it.")
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `target` when all went well; of another, nothing is left."""
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with writing(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        yield partial
+        with writing(target):
+            replace_folder(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def writing(target: Path) -> Iterator[None]:
     """
@@ -77,6 +141,8 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def not_written(target: Path, reason: str) -> OSError:
+    if match := re.fullmatch(r"\.(.+?)(\.\d+)?\.partial", target.name):
+        target = target.with_name(match[1])  # what it is to become
     return OSError(f"{target} could not be written ({reason}); what was complete before is still there.")
 
 

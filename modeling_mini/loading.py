@@ -1,9 +1,11 @@
 """From what a user calls a model to a model and its tokenizer."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from files_mini import read_json
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -109,7 +111,12 @@ def load_checkpoint(
             raise ValueError(f"{name_or_path!r} has no weights: model.safetensors is missing.")
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{name_or_path!r} has no tokenizer: tokenizer.json is missing.")
+        for name in (MODEL_CONFIG, GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                read_json(folder / name)  # of one that is cut short, transformers says less, or nothing
     options: dict[str, Any] = {}
+    logger = logging.getLogger("transformers.modeling_utils")
+    was_disabled, logger.disabled = logger.disabled, True  # it draws a table of what `check_complete` looks at
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -118,15 +125,33 @@ def load_checkpoint(
         if quantization is not None or is_quantized(config):
             check_bitsandbytes(place)
             options["device_map"] = {"": place}  # quantized weights are made where they stay
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, **options
-        )
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, ignore_mismatched_sizes=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
     except SafetensorError as error:
         raise ValueError(f"The weights in {name_or_path!r} are damaged or cut short ({error}).") from None
     except OSError as error:
         raise ValueError(f"No model could be loaded from {name_or_path!r}: {error}") from None
+    finally:
+        logger.disabled = was_disabled
+    check_complete(name_or_path, found)
     check_quantized_layers(model)  # Mini has done so; another model has not
     return (model if options else model.to(place)).eval(), tokenizer
+
+
+def check_complete(name_or_path: str, found: dict[str, Any]) -> None:
+    """
+    Raises ValueError if weights are missing, left over or of another shape: `from_pretrained` makes random ones up for
+    those, or leaves layers out, and warns.
+    """
+    for kind, words in (("missing", "not there"), ("unexpected", "left over"), ("mismatched", "of another shape")):
+        if names := found[f"{kind}_keys"]:
+            first = min(name if isinstance(name, str) else name[0] for name in names)
+            raise ValueError(
+                f"The weights in {name_or_path!r} do not fit its {MODEL_CONFIG}: {len(names)} are {words}, first "
+                f"{first}."
+            )
 
 
 def load_assistant(

@@ -5,12 +5,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
-from files_mini import replace_folder, writing
+from entry_points_mini import ArgumentParser, checkpoint_and_out, one_sentence_errors, option
+from files_mini import destination, new_folder, read_text, writing
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .loading import load_checkpoint, load_model
+from .loading import find_checkpoint, load_checkpoint, load_model
 
 PROGRAM = "python -m modeling_mini.quantize CHECKPOINT OUT"
 KINDS = {"8bit": "INT8 (LLM.int8)", "4bit": "INT4 (nf4, double quantization)"}
@@ -52,12 +52,13 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
     Raises:
         ValueError: if it cannot be quantized, or there is something in `out`.
     """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())) and not arguments.overwrite:
-        raise ValueError(f"There is something in {str(out)!r} already: --overwrite replaces it.")
+    for read in (checkpoint, arguments.adapter):
+        if read is not None:
+            target = destination(out, arguments.overwrite, find_checkpoint(read))
     place = {"trust_remote_code": arguments.trust_remote_code, "device": arguments.device}
     model, tokenizer = load_model(checkpoint, arguments.adapter, arguments.merge_quantized, **place)
     source = model.name_or_path
+    destination(out, arguments.overwrite, source)  # the base of an adapter
     if getattr(model, "is_quantized", False):
         if arguments.kind is not None:
             raise ValueError(f"{source!r} is quantized already: give neither load_in_8bit nor load_in_4bit.")
@@ -71,25 +72,25 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
         raise ValueError("Give load_in_8bit or load_in_4bit.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"The adapter {arguments.adapter or checkpoint!r} cannot be merged into {source!r}.")
-    partial = out.with_name(f".{out.name}.partial")
-    with writing(out):
-        shutil.rmtree(partial, ignore_errors=True)
+    written = Path(source) / "README.md"
+    before = read_text(written).rstrip() if written.is_file() else "# Mini"
+    with new_folder(target) as partial:
         if arguments.kind is not None:
+            exact = partial / "exact"  # with the adapter in it, which no folder holds yet
+            with writing(target):
+                model.save_pretrained(exact)
+                tokenizer.save_pretrained(exact)
+            model, tokenizer = load_checkpoint(str(exact), quantization=arguments.kind, **place)
+            shutil.rmtree(exact)
+        with writing(target):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            model, tokenizer = load_checkpoint(str(partial), quantization=arguments.kind, **place)
-            shutil.rmtree(partial)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card(Path(source), model), encoding="utf-8")
-        replace_folder(partial, out)
-    return out
+            (partial / "README.md").write_text(card(before, model), encoding="utf-8")
+    return Path(out)
 
 
-def card(source: Path, model: PreTrainedModel) -> str:
-    """The card of the checkpoint, if it has one, with a word on what was done to its weights."""
-    written = source / "README.md"
-    before = written.read_text(encoding="utf-8").rstrip() if written.is_file() else "# Mini"
+def card(before: str, model: PreTrainedModel) -> str:
+    """The card of the checkpoint, with a word on what was done to its weights."""
     if CARD_HEADING in before:
         return f"{before}\n"
     kind = "8bit" if model.config.quantization_config.load_in_8bit else "4bit"
@@ -113,12 +114,9 @@ def run(argv: list[str]) -> None:
         ValueError: for wrong input, in one sentence.
     """
     logging.disable_progress_bar()
-    places = [] if "--help" in argv or "-h" in argv else argv[:2]
+    places, flags = checkpoint_and_out(argv, PROGRAM)
     description = "A checkpoint folder with quantized weights."
-    parser = ArgumentParser(QuantizationArguments, prog=PROGRAM, description=description)
-    (arguments,) = parser.parse(argv[len(places) :])
-    if len(places) < 2 or any(place.startswith("-") for place in places):
-        raise ValueError(f"The checkpoint and the folder to write come first: {PROGRAM}.")
+    (arguments,) = ArgumentParser(QuantizationArguments, prog=PROGRAM, description=description).parse(flags)
     folder = quantize(*places, arguments)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.glob(WEIGHTS)) / 1e6:,.1f} MB of weights")
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from files_mini import existing_folder, replace_folder, write_text
+from files_mini import destination, existing_folder, new_folder, read_json, replace_folder, write_text, writing
 
 
 def test_write_text_replaces_whole(tmp_path: Path) -> None:
@@ -48,6 +48,57 @@ def test_folder_is_found_when_death_came_between_the_renames(tmp_path: Path) -> 
     make_folder(tmp_path / ".target.previous", "one")
     assert existing_folder(tmp_path / "target") == tmp_path / ".target.previous"
     assert existing_folder(tmp_path / "other") is None
+
+
+def test_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_folder(tmp_path / "run", "") / "best"
+    make_folder(source, "")
+    make_folder(tmp_path / "full", "")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "full")
+    for out in ("new", tmp_path / "a" / "b", tmp_path / "run" / "native", tmp_path / "empty"):
+        assert destination(out, False, source) == Path(out).absolute()
+    assert destination(tmp_path / "link", False, source) == tmp_path / "empty"
+    for out, overwrite, words in (
+        (tmp_path / "run" / "file", True, "OUT must be a folder, and .*file' is a file"),
+        (tmp_path / "run" / "file" / "new", True, "OUT must be a folder, and .*file' is a file"),
+        (source, True, "is read from OUT, .* and would be lost: name another folder"),
+        (tmp_path / "run" / ".." / "run", True, "is read from OUT, .* and would be lost"),
+        (source / "native", True, "lies in what is read, .*best': name a folder beside it"),
+        (".", True, "'.', holds the folder that you are in"),
+        (tmp_path / "run", False, "is read from OUT"),
+        ("../full", False, "holds the folder that you are in"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            destination(out, overwrite, source)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="There is something in 'full' already: name another folder, or --overwrite"):
+        destination("full", False, source)
+    assert destination("full", True, "user/name") == tmp_path / "full"
+
+
+def test_new_folder_is_there_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = make_folder(tmp_path / "target", "one")
+    message = r"/target could not be written \(No space left on device\)"  # and not its partial
+    with pytest.raises(OSError, match=message), new_folder(target) as partial, writing(partial):
+        (partial / "file").write_text("two")
+        raise OSError(28, "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"] and (target / "file").read_text() == "one"
+    with new_folder(target) as partial:
+        (partial / "other").write_text("two")
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert [path.name for path in target.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"{", "file is not valid JSON"), (b"[1]", "file must hold a JSON object"), (b"\xff", "file is not valid UTF-8")],
+)
+def test_read_json(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_json(tmp_path / "file")
 
 
 @pytest.mark.slow

@@ -10,15 +10,15 @@ wrote. A module is imported when it is asked for, because some need a library of
 
 import dataclasses
 import importlib
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from configuration_mini import nearest_name
-from files_mini import replace_folder, writing
-from modeling_mini.loading import load_model
+from files_mini import destination, new_folder, writing
+from modeling_mini.loading import find_checkpoint, load_model
+from transformers import PreTrainedModel
 
 from .card import Card, write_card
 
@@ -73,28 +73,23 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
         if name not in names:
             raise ValueError(f"The format {format} has no option {name!r}{nearest_name(name, names) or '.'}")
     chosen = module.Options(**options)
-    target = Path(out)
-    if target.is_file():
-        raise ValueError(f"OUT must be a folder, and {str(target)!r} is a file.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise ValueError(f"There is something in {str(target)!r} already: name another folder, or --overwrite it.")
+    target = destination(out, overwrite, find_checkpoint(str(checkpoint)))
     model, tokenizer = load_model(str(checkpoint), device="cpu")
+    destination(out, overwrite, model.name_or_path)  # the base of an adapter
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"The adapter {str(checkpoint)!r} cannot be merged into the weights of {model.name_or_path!r}, and other "
+            f"runtimes have no place for it beside them: export the model that it lies on."
+        )
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{str(checkpoint)!r} is quantized: export the checkpoint that it was made of.")
 
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        with writing(target):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        write = getattr(module, f"export_{format}")
+    write = getattr(module, f"export_{format}")
+    with new_folder(target) as partial:
         card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})
         with writing(target):
             write_card(card, model, partial)
-            replace_folder(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return target
+    return Path(out)
 
 
 __all__ = ["FORMATS", "Card", "export"]

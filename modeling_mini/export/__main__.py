@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, checkpoint_and_out, one_sentence_errors, option
 from transformers.utils import logging
 
 from . import FORMATS, export, module_of
@@ -37,17 +37,12 @@ def run(argv: list[str]) -> None:
         print(f"\n{PROGRAM} FORMAT --help lists the flags.")
         return
     format, *rest = argv
+    options_type, program = module_of(format).Options, f"{PROGRAM} {format} CHECKPOINT OUT"
     parser = ArgumentParser(
-        [ExportArguments, module_of(format).Options],
-        prog=f"{PROGRAM} {format} CHECKPOINT OUT",
-        description=f"A checkpoint {FORMATS[format]}.",
+        [ExportArguments, options_type], prog=program, description=f"A checkpoint {FORMATS[format]}."
     )
-    places = rest[:2]
-    if "--help" in rest or "-h" in rest:
-        parser.parse(["--help"])
-    if len(places) < 2 or any(place.startswith("-") for place in places):
-        raise ValueError(f"The checkpoint and the folder to write come first: {PROGRAM} {format} CHECKPOINT OUT.")
-    arguments, options = parser.parse(rest[2:])
+    places, flags = checkpoint_and_out(rest, program)
+    arguments, options = parser.parse(flags)
     folder = export(format, *places, overwrite=arguments.overwrite, **vars(options))
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path} ({path.stat().st_size:,} bytes)")

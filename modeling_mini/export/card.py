@@ -1,9 +1,12 @@
 """The card that each format writes: how to run it, what equals Mini, and the facts of the model's own card."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+from files_mini import read_text
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
@@ -51,13 +54,25 @@ def facts_of_source(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The metadata of a card, and the rows of its tables of two columns; nothing where there is no card."""
     if not path.is_file():
         return {}, {}
-    source = ModelCard.load(path, ignore_metadata_errors=True)
+    source = read_card(path)
     rows = {}
     for line in source.text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("|") and len(cells) == 2 and cells[0] and set(cells[0]) - set("-: "):
             rows[cells[0]] = cells[1]
     return source.data.to_dict(), rows
+
+
+def read_card(path: Path) -> ModelCard:
+    """A card from a file; raises ValueError, naming it, where it or its metadata cannot be read."""
+    logger = logging.getLogger("huggingface_hub.repocard")
+    was_disabled, logger.disabled = logger.disabled, True  # it says where there are no metadata, which is no fault
+    try:
+        return ModelCard(read_text(path))
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"The metadata of {path} cannot be read: {' '.join(str(error).split())}") from None
+    finally:
+        logger.disabled = was_disabled
 
 
 def name_of(model: PreTrainedModel) -> str:

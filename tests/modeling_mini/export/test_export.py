@@ -1,13 +1,15 @@
 """The frame of the formats: the command, the card, and what is refused before anything is written."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, __main__, export, module_of
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from .conftest import random_model, same_parameters
 
@@ -59,7 +61,9 @@ def test_options_and_targets(checkpoint: Path, tmp_path: Path) -> None:
         export("gguf", checkpoint, tmp_path / "out", type=["F32"])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="OUT must be a folder"):
-        export("native", checkpoint, tmp_path / "file")
+        export("native", checkpoint, tmp_path / "file", overwrite=True)
+    with pytest.raises(ValueError, match="would be lost: name another folder"):
+        export("native", checkpoint, checkpoint, overwrite=True)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +95,63 @@ def test_an_adapter_is_merged(checkpoint: Path, tmp_path: Path) -> None:
     back = export("mini", export("native", tmp_path / "adapter", tmp_path / "native"), tmp_path / "mini")
     merged = adapted.merge_and_unload()
     assert same_parameters(AutoModelForCausalLM.from_pretrained(back), merged)
+
+
+@pytest.mark.parametrize("format", ["native", "gguf", "onnx", "lm_eval"])
+def test_an_adapter_that_cannot_be_merged_is_refused(format: str, checkpoint: Path, tmp_path: Path) -> None:
+    settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), settings).save_pretrained(tmp_path / "adapter")
+    (tmp_path / "text").write_text("text")
+    options = {"text_file": str(tmp_path / "text")} if format == "lm_eval" else {}
+    with pytest.raises(ValueError, match=r"The adapter .*adapter' cannot be merged into the weights of .*checkpoint'"):
+        export(format, tmp_path / "adapter", tmp_path / "out", **options)
+    with pytest.raises(ValueError, match="would be lost: name another folder"):
+        export(format, tmp_path / "adapter", checkpoint, overwrite=True, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "checkpoint", "text"]
+
+
+def rewrite(**fields: int) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (rewrite(num_hidden_layers=3), r"do not fit its config\.json: 11 are not there, first model\.layers\.2\."),
+        (rewrite(num_hidden_layers=1), r"do not fit its config\.json: 11 are left over, first model\.layers\.1\."),
+        (rewrite(intermediate_size=128), r"do not fit its config\.json: 6 are of another shape"),
+        (lambda folder: (folder / "config.json").write_text("[]"), r"config\.json must hold a JSON object"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), r"tokenizer\.json is not valid JSON"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), r"generation_config\.json is not valid"),
+        (lambda folder: (folder / "README.md").write_bytes(b"\xff"), r"README\.md is not valid UTF-8"),
+        (lambda folder: (folder / "README.md").write_text("---\na: [\n---\n"), r"The metadata of .*README\.md"),
+        (lambda folder: (folder / "README.md").write_text("---\n- a\n---\n"), r"The metadata of .*README\.md"),
+    ],
+)
+def test_a_checkpoint_that_is_damaged(
+    change: Callable[[Path], None], words: str, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers would make up the weights that are missing, leave out layers, and pass over broken settings."""
+    change(checkpoint)
+    with pytest.raises(ValueError, match=words):
+        export("native", checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert "LOAD REPORT" not in caplog.text
+
+
+def test_a_disk_that_is_full(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **settings: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ByteTokenizer, "save_pretrained", fail)
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+    with pytest.raises(OSError, match=r"/out could not be written \(No space left on device\)"):
+        export("native", checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_failed_export_leaves_what_was_there(tmp_path: Path) -> None:
