@@ -104,8 +104,6 @@ def destination(out: str | Path, overwrite: bool, source: str | Path) -> Path:
             raise ValueError(f"OUT must be a folder, and {str(out if path == target else path)!r} is a file.")
     if place.is_dir() and place.is_relative_to(target):
         raise ValueError(f"{str(source)!r} is read from OUT, {str(out)!r}, and would be lost: name another folder.")
-    if place.is_dir() and target.is_relative_to(place):
-        raise ValueError(f"OUT, {str(out)!r}, lies in what is read, {str(source)!r}: name a folder beside it.")
     if Path.cwd().is_relative_to(target):
         raise ValueError(f"OUT, {str(out)!r}, holds the folder that you are in: name another one.")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
