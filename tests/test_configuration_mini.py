@@ -96,8 +96,12 @@ ROPE_THAT_CANNOT_WORK = {
     "no rotary features": rope("default", partial_rotary_factor=0.0),
     "more rotary features than features": rope("default", partial_rotary_factor=2.0),
     "negative theta": {"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}},
+    "infinite theta": {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
     "longrope of another width": rope(
         "longrope", factor=2.0, short_factor=[1.0] * 3, long_factor=[1.0] * 3, original_max_position_embeddings=128
+    ),
+    "longrope with more factors than pairs": rope(
+        "longrope", factor=2.0, short_factor=[1.0] * 16, long_factor=[1.0] * 17, original_max_position_embeddings=128
     ),
 }
 
@@ -105,7 +109,7 @@ ROPE_THAT_CANNOT_WORK = {
 @pytest.mark.parametrize("fields", ROPE_THAT_CANNOT_WORK.values(), ids=ROPE_THAT_CANNOT_WORK)
 def test_rope_parameters_that_cannot_work_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"partial_rotary_factor must be|rope_theta must be|short_factor must"
+        ValueError, match=r"partial_rotary_factor must be|rope_theta must be|(short|long)_factor must"
     ) as caught:
         MiniConfig(**fields)
     assert "\n" not in str(caught.value)
@@ -277,6 +281,15 @@ def test_derived_fields() -> None:
     assert second.rope_parameters["rope_theta"] == 10_000.0
 
 
+def test_one_key_value_head_is_shared_out_to_nobody() -> None:
+    shared = MiniConfig(num_key_value_heads=2).base_model_tp_plan
+    assert {name.split(".")[-1] for name in shared if ".self_attn." in name} == {
+        "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "o_proj"
+    }  # fmt: skip
+    alone = MiniConfig(num_key_value_heads=1).base_model_tp_plan
+    assert alone == {name: style for name, style in shared.items() if ".mlp." in name} and len(alone) == 3
+
+
 ROPE_CASES = {
     "default": {},
     "linear": {"factor": 2.0},
@@ -334,6 +347,15 @@ def test_rope_types_differ_from_each_other() -> None:
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             assert not torch.allclose(logits[first], logits[second], atol=1e-6), (first, second)
+
+
+@pytest.mark.parametrize("rope_type", ROPE_TYPES)
+def test_cosine_and_sine_are_scaled_alike(rope_type: str) -> None:
+    rotary_emb = tiny_model(**rope(rope_type, **ROPE_CASES[rope_type])).model.rotary_emb
+    cos, sin = rotary_emb(torch.zeros(1), position_ids=torch.arange(40)[None])
+    scale = rotary_emb.attention_scaling
+    torch.testing.assert_close(cos.square() + sin.square(), torch.full_like(cos, scale**2), rtol=1e-5, atol=0)
+    assert (scale != 1) is (rope_type in ("yarn", "longrope"))
 
 
 def test_default_rope_frequencies_follow_the_formula() -> None:

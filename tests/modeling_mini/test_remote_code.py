@@ -219,6 +219,15 @@ def test_only_the_main_process_writes_code(tmp_path: Path) -> None:
     assert not any((tmp_path / name).exists() for name in CODE)
 
 
+def test_saving_with_a_push_hands_the_words_for_the_hub_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed = []
+    monkeypatch.setattr(MiniForCausalLM, "push_to_hub", lambda self, *args, **kwargs: pushed.append((args, kwargs)))
+    words = {"commit_message": "m", "private": True, "revision": "r", "create_pr": True, "tags": ["t"]}
+    make_model().save_pretrained(tmp_path / "name", push_to_hub=True, token="hf_x", **words)
+    make_model().save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="user/other")
+    assert pushed == [(("name",), {"token": "hf_x", **words}), (("user/other",), {"token": None})]
+
+
 def test_the_flat_copy_differs_in_its_imports_alone(generations: dict[str, Any]) -> None:
     root = Path(__file__).parents[2]
     sources = [root / "configuration_mini.py", *(root / "modeling_mini" / name for name in CODE[1:])]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenization import SPECIAL_TOKENS, ByteTokenizer, load_tokenizer
+from tokenization import SPECIAL_TOKENS, ByteTokenizer, MiniTokenizer, load_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 ADVERSARIAL_TEXTS = [
     "",
@@ -75,6 +77,16 @@ def test_raw_path_equals_the_tokenizer_on_random_text(tokenizer: ByteTokenizer) 
         assert tokenizer.encode_corpus(text.encode()).tolist() == expected
 
 
+def test_ids_that_are_no_bytes_have_no_text(tokenizer: ByteTokenizer) -> None:
+    # 264 and above are tokens that somebody added.
+    assert tokenizer.decode_corpus(np.array([1, 112, 264, 113, 300, 2])) == b"hi"
+
+
+def test_prefix_space_on_request() -> None:
+    tokenizer = ByteTokenizer(add_prefix_space=True)
+    assert tokenizer("a").input_ids == tokenizer(" a").input_ids == [1, 40, 105]
+
+
 def test_invalid_utf8_survives_the_raw_path(tokenizer: ByteTokenizer) -> None:
     data = bytes(range(256)) * 3
     assert tokenizer.decode_corpus(tokenizer.encode_corpus(data)) == data
@@ -140,3 +152,14 @@ def test_load_tokenizer_finds_the_class_again(tokenizer: ByteTokenizer, tmp_path
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
     assert set(SPECIAL_TOKENS) == set(loaded.all_special_tokens)
+
+
+def test_load_tokenizer_leaves_others_as_they_are(tmp_path: Path) -> None:
+    """One with Mini's special tokens and words behind them reads by words, not by characters."""
+    vocab = {token: i for i, token in enumerate((*SPECIAL_TOKENS, "ab", "c"))}
+    words = Tokenizer(models.WordLevel(vocab, unk_token=SPECIAL_TOKENS[3]))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token=SPECIAL_TOKENS[3]).save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert not isinstance(loaded, MiniTokenizer)
+    assert loaded("ab c a").input_ids == [8, 9, 3]

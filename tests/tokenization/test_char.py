@@ -71,6 +71,23 @@ def test_unknown_characters_become_unk_with_one_warning_that_lists_them(caplog: 
     assert tokenizer.decode_corpus(np.array([8, 3])) == "a\ufffd".encode()
 
 
+def test_a_warning_lists_fifty_characters_and_counts_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    unknown = "".join(chr(0x4E00 + i) for i in range(53))
+    with caplog.at_level(logging.WARNING):
+        CharTokenizer.from_text("abc").encode_corpus(unknown.encode())
+    (record,) = caplog.records
+    assert record.message.endswith(f" {unknown[49]!r} and 3 more")
+    assert unknown[50] not in record.message
+
+
+def test_a_tokenizer_of_another_corpus_keeps_the_settings() -> None:
+    first = CharTokenizer.from_text("abc", padding_side="right", truncation_side="left", model_max_length=7)
+    second = first.train_new_from_iterator(iter([["de"], "f"]), new_special_tokens=["<|tool|>"])
+    assert (second.padding_side, second.truncation_side, second.model_max_length) == ("right", "left", 7)
+    assert second("fed", add_special_tokens=False).input_ids == [10, 9, 8]
+    assert second.convert_tokens_to_ids("<|tool|>") == 11 and second.chat_template == first.chat_template
+
+
 def test_known_text_warns_of_nothing(tokenizer: CharTokenizer, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         tokenizer(TEXT)
@@ -100,6 +117,8 @@ def test_many_characters_need_a_wider_type() -> None:
     tokenizer = CharTokenizer.from_text("".join(chr(c) for c in range(0x10000, 0x10000 + 2**16)))
     ids = tokenizer.encode_corpus("\U0001ffff".encode())
     assert ids.dtype == np.uint32 and ids.tolist() == [2**16 + 7]
+    just_fits = CharTokenizer.from_text("".join(chr(c) for c in range(0x10000, 0x10000 + 2**16 - 8)))
+    assert len(just_fits) == 2**16 and just_fits.id_dtype == np.uint16
 
 
 def test_saved_folder_loads_with_auto_tokenizer(tokenizer: CharTokenizer, tmp_path: Path) -> None:
