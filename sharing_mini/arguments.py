@@ -4,10 +4,14 @@ import re
 from dataclasses import dataclass
 
 from entry_points_mini import ArgumentParser, option
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)")
 FORMATS = ("native", "gguf", "onnx")  # of modeling_mini.export, those that hold a model for others
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+# Of what git takes as the name of a branch or tag, that which an address can hold and that means nothing else.
+REFERENCE = re.compile(r"(?!refs/|[0-9a-f]{40}$)(?!.*(\.\.|//|\.lock$))[A-Za-z0-9_]([A-Za-z0-9_./-]*[A-Za-z0-9_-])?")
 
 
 @dataclass
@@ -32,7 +36,13 @@ class SharingArguments:
     def __post_init__(self) -> None:
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
-        if not SHARD_SIZE.fullmatch(self.max_shard_size):
+        for name in ("revision", "tag"):
+            value = getattr(self, name)
+            if value is not None and not REFERENCE.fullmatch(value):
+                kind = {"revision": "branch, such as experiment", "tag": "version, such as v1"}[name]
+                raise ValueError(f"{name} must be the name of a {kind}, got {value!r}.")
+        self.license = (self.license or "").strip().lower() or None  # as the Hub writes them
+        if not SHARD_SIZE.fullmatch(self.max_shard_size) or not re.search("[1-9]", self.max_shard_size):
             raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {self.max_shard_size!r}.")
         if not self.commit_message.strip():
             raise ValueError("commit_message must not be empty.")
@@ -46,16 +56,25 @@ class SharingArguments:
             raise ValueError(f"space runs the model in transformers, and not as {self.format}.")
         if self.space and self.revision != "main":
             raise ValueError("space shows the model of main: give it without --revision.")
-        if self.base_model is not None and not NAME.fullmatch(self.base_model):
+        if self.base_model is not None and not is_name(self.base_model):
             raise ValueError(f"base_model must be a name on the Hub, such as user/name, got {self.base_model!r}.")
+
+
+def is_name(repository: str) -> bool:
+    """Whether the Hub can have a repository of that name, which belongs to somebody."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        return False
+    return NAME.fullmatch(repository) is not None
 
 
 def check_name(repository: str) -> None:
     """Raises ValueError for what cannot be the name of a repository."""
-    if not NAME.fullmatch(repository) or "--" in repository or ".." in repository or repository.endswith(".git"):
+    if not is_name(repository):
         raise ValueError(
             f"{repository!r} is no name on the Hub: it must be user/name or organization/name, of letters, digits, "
-            f"'-', '_' and '.'."
+            f"'-', '_' and '.', with a letter or digit at both ends, and of 96 characters at most."
         )
 
 

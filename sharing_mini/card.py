@@ -5,15 +5,18 @@ Nothing is made up: a row, a section or a sentence whose fact is missing is left
 """
 
 import importlib.metadata
+import json
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from files_mini import read_text
 from huggingface_hub import ModelCard, ModelCardData
-from modeling_mini.export.card import facts_of_source
+from modeling_mini.export.card import MARK as OF_EXPORT
+from modeling_mini.export.card import read_card, rows_of
 from modeling_mini.remote_code import remote_code_files
 
 from .staging import CARD, CURVES, Source, Staged
@@ -27,6 +30,15 @@ SHAPE = (
 )  # fmt: skip
 ADAPTER = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "target_modules")
 PROMPT = "The "
+HEADINGS = (
+    "How to use", "Data and tokenizer", "Architecture", "Training", "Evaluation", "A sample", "Limits", "License",
+    "How to reproduce",
+)  # fmt: skip
+MARK = "<!-- Written by push_to_hub.py of Mini. The next push keeps what stands under headings of your own. -->"
+# What is in cards that programs write: Mini's trainer, its exporters and quantizer, and peft.
+PLACEHOLDER, OF_PEFT, QUANTIZED = "PATH_OR_REPOSITORY", "# Model Card for Model ID", "## Quantized"
+# Metadata that say what is in the repository; all others are the user's to set, also on the Hub.
+OF_THE_FILES = ("model-index", "library_name", "pipeline_tag", "base_model")
 
 
 @dataclass
@@ -35,7 +47,9 @@ class Facts:
     What is known of a model.
 
     Attributes:
-        metadata, rows: of the card in the folder (`facts_of_source`).
+        metadata, rows: of the card in the folder; what the user has set on the Hub goes along.
+        own_text: a card that somebody wrote by hand, in the folder or on the Hub.
+        kept: sections that somebody added to a card of Mini's.
         settings: of the run, without what belongs to one machine; empty where there is no run.
         metrics: the last line of training at or before the evaluation that the card speaks of.
         code: the commit of Mini whose code the folder carries.
@@ -47,32 +61,99 @@ class Facts:
     settings: dict[str, Any]
     metrics: dict[str, float]
     code: str | None
+    own_text: str | None = None
+    kept: list[str] = field(default_factory=list)
 
     @property
     def dataset(self) -> str | None:
         return self.settings.get("dataset")
 
 
-def gather(source: Source, staged: Staged, repository: str) -> Facts:
-    """The facts that lie in the folder, in the run and in the repository of the code."""
-    metadata, rows = facts_of_source(source.folder / CARD)
+def gather(source: Source, staged: Staged, repository: str, there: str | None = None) -> Facts:
+    """
+    The facts that lie in the folder, in the run and in the repository of the code.
+
+    Args:
+        there: the card that is on the Hub now.
+
+    Raises:
+        ValueError: for a card or settings that cannot be read, naming them.
+    """
+    path = source.folder / CARD
+    here = read_card(path) if path.is_file() else ModelCard("---\n{}\n---\n")
+    metadata = here.data.to_dict()
+    of_mini, kept = sections_of(here.text)
+    own_text = here.text if is_own(here.text) else None
+    if there is not None:
+        on_the_hub, text = metadata_and_text(there)
+        metadata |= {
+            name: value for name, value in on_the_hub.items() if name not in metadata and name not in OF_THE_FILES
+        }
+        headings = [QUANTIZED.removeprefix("## "), *map(heading_of, kept)]  # the first is true of those files alone
+        kept += [section for section in sections_of(text)[1] if heading_of(section) not in headings]
+        if own_text is None and is_own(text):
+            own_text = text
     settings, metrics = {}, {}
     if source.run is not None:
         settings = settings_of(source.run)
         metrics = metrics_of(source.run, metadata)
-    return Facts(repository, metadata, rows, settings, metrics, commit_of_code(staged))
+    return Facts(repository, metadata, rows_of(of_mini), settings, metrics, commit_of_code(staged), own_text, kept)
+
+
+def metadata_and_text(card: str) -> tuple[dict[str, Any], str]:
+    """Of a card that is on the Hub, where nothing can be set right now: what cannot be read is text."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\s*?\n?", card, flags=re.DOTALL)
+    try:
+        metadata = yaml.safe_load(match[1]) if match else {}
+    except yaml.YAMLError:
+        metadata = {}
+    return metadata if isinstance(metadata, dict) else {}, card[match.end() :] if match else card
+
+
+def is_own(text: str) -> bool:
+    """Whether a person wrote the text of a card: no program of those whose cards Mini replaces did."""
+    if any(words in text for words in (MARK, OF_EXPORT, PLACEHOLDER, OF_PEFT)):
+        return False
+    # A title alone says nothing of a person's, nor what quantizing adds under it.
+    return any(line.strip() and not line.startswith("#") for line in text.split(QUANTIZED)[0].splitlines())
+
+
+def sections_of(text: str) -> tuple[str, list[str]]:
+    """The text without the sections that Mini did not write, and those; a heading within a fence is none."""
+    sections, fence = [[]], None
+    for line in text.replace(MARK, "").splitlines():
+        if ticks := re.match("`{3,}", line):
+            fence = ticks[0] if fence is None else None if line.strip() == fence else fence
+        if fence is None and line.startswith("## "):
+            sections.append([])
+        sections[-1].append(line)
+    texts = ["\n".join(lines).strip() for lines in sections]
+    kept = [] if OF_PEFT in text else [section for section in texts[1:] if heading_of(section) not in HEADINGS]
+    return "\n\n".join(section for section in texts if section not in kept), kept
+
+
+def heading_of(section: str) -> str:
+    return section.splitlines()[0].removeprefix("## ").strip()
 
 
 def settings_of(run: Path) -> dict[str, Any]:
     """The settings of a run as anybody may read them: a place on a disk becomes its last part."""
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) or {}
-    public = {name: value for name, value in settings.items() if name not in NOT_OF_THE_MODEL}
-    for name, value in public.items():
-        if isinstance(value, str) and (
-            Path(value).is_absolute() or Path(value).exists() or value.startswith((".", "~"))
-        ):
-            public[name] = Path(value).name
-    return public
+    path = run / "config.yaml"
+    try:
+        settings = yaml.safe_load(read_text(path)) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold lines of the form 'name: value'.")
+    return {name: without_place(value) for name, value in settings.items() if name not in NOT_OF_THE_MODEL}
+
+
+def without_place(value: Any) -> Any:
+    """A setting without the folders that it names."""
+    if isinstance(value, list):
+        return [without_place(each) for each in value]
+    is_place = isinstance(value, str) and (value.startswith((".", "~", "/")) or (value != "" and Path(value).exists()))
+    return Path(value).name if is_place else value
 
 
 def metrics_of(run: Path, metadata: dict[str, Any]) -> dict[str, float]:
@@ -84,11 +165,13 @@ def metrics_of(run: Path, metadata: dict[str, Any]) -> dict[str, float]:
         if metric["type"] == "loss"
     }  # fmt: skip
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(yaml.safe_load(line))
-        except yaml.YAMLError:
+            line = json.loads(text)
+        except json.JSONDecodeError:
             continue  # cut short by a crash
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
     step = next((line["step"] for line in lines if line.get("eval_loss") in losses), None)
     if step is None:
         return {}
@@ -121,11 +204,17 @@ def commit_of_code(staged: Staged) -> str | None:
 def write_card(facts: Facts, staged: Staged, license: str | None, proof: Proof | None, revision: str | None) -> None:
     """Writes `README.md` into the staged folder."""
     data = card_data(facts, staged, license)
-    if is_export(facts, staged):
+    if facts.own_text is not None:
+        sections = [facts.own_text.strip()]
+    elif is_export(staged):
         # The exporter wrote how to run it, and what equals Mini; only what it could not know is added.
-        text = ModelCard.load(staged.folder / CARD, ignore_metadata_errors=True).text.strip()
-        text = text.replace("PATH_OR_REPOSITORY", facts.repository)
-        sections = [text, evaluation(facts, staged), sample(proof), licence(license), reproduction(facts)]
+        text, _ = sections_of(read_card(staged.folder / CARD).text)
+        for heading in HEADINGS:  # of an earlier push
+            text = re.sub(rf"^## {heading}\n.*?(?=^## |\Z)", "", text, flags=re.MULTILINE | re.DOTALL)
+        text = text.strip().replace(PLACEHOLDER, facts.repository)
+        sections = [
+            text, evaluation(facts, staged), sample(proof), *facts.kept, licence(license), reproduction(facts), MARK,
+        ]  # fmt: skip
     else:
         sections = [
             introduction(facts, staged, proof),
@@ -135,19 +224,20 @@ def write_card(facts: Facts, staged: Staged, license: str | None, proof: Proof |
             training(facts),
             evaluation(facts, staged),
             sample(proof),
+            *facts.kept,
             limits(facts, staged),
             licence(license),
             reproduction(facts),
+            MARK,
         ]
     body = "\n\n".join(section for section in sections if section)
     (staged.folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{body}\n", encoding="utf-8")
 
 
-def is_export(facts: Facts, staged: Staged) -> bool:
+def is_export(staged: Staged) -> bool:
     """Whether the folder is one of `modeling_mini.export`, with its card: a Mini that brings no code of Mini."""
-    if not (staged.folder / CARD).is_file() or staged.kind == "adapter":
-        return False
-    return staged.kind in ("gguf", "onnx") or ("mini" in facts.metadata.get("tags", []) and not staged.has_code)
+    path = staged.folder / CARD
+    return not staged.has_code and path.is_file() and OF_EXPORT in read_text(path)
 
 
 def card_data(facts: Facts, staged: Staged, license: str | None) -> ModelCardData:
@@ -157,7 +247,8 @@ def card_data(facts: Facts, staged: Staged, license: str | None) -> ModelCardDat
     if staged.kind in ("model", "adapter"):
         metadata["library_name"] = "peft" if staged.kind == "adapter" else "transformers"
     # peft names the base among the tags too, by the place on the disk where it lay.
-    tags = [tag for tag in metadata.pop("tags", []) if not tag.startswith("base_model:")]
+    tags = metadata.pop("tags", None) or []
+    tags = [tag for tag in ([tags] if isinstance(tags, str) else tags) if not str(tag).startswith("base_model:")]
     if staged.config.get("model_type") == "mini":
         tags.insert(0, "mini")
     if staged.kind == "adapter":
@@ -199,6 +290,8 @@ def usage(facts: Facts, staged: Staged, revision: str | None) -> str:
     trust = ", trust_remote_code=True" if staged.has_code or staged.kind == "adapter" else ""
     prompt = PROMPT.strip()
     needs = ["torch", "transformers"]
+    if staged.has_code and "transformers_version" in staged.config:
+        needs[1] = f'"transformers>={staged.config["transformers_version"]}"'  # the code was not tried with older ones
     if staged.kind == "adapter":
         needs.append("peft")
     if staged.config.get("quantization_config"):

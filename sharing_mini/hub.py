@@ -43,8 +43,9 @@ class Hub:
                 "There is no token for the Hub: make one that may write at https://huggingface.co/settings/tokens, and "
                 "log in by `hf auth login` or set HF_TOKEN."
             )
-        if not self.token.isascii() or any(character.isspace() for character in self.token):
-            raise ValueError("The token has characters that no token has: copy it again.")
+        check_token(self.token)
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            raise ValueError(f"HF_ENDPOINT is {constants.ENDPOINT!r}, which is no address of a Hub: unset it.")
         self.api = HfApi(token=self.token)
         if not sys.stderr.isatty():
             disable_progress_bars()
@@ -140,6 +141,12 @@ class Hub:
         """The text in one line, without the token and without the signed part of addresses."""
         words = (word.split("?")[0] if "://" in word else word for word in text.replace(self.token, "***").split())
         return " ".join(words).rstrip(".")
+
+
+def check_token(token: str) -> None:
+    """Raises ValueError, without repeating it, for what can be no token."""
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("The token has characters that no token has: copy it again.")
 
 
 class Waiting(logging.Handler):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from modeling_mini.export import export
 from rich.console import Console
+from transformers.utils import logging
 
 from .arguments import SharingArguments, check_name
 from .card import PROMPT, gather, write_card
-from .hub import Hub
+from .hub import Hub, check_token
 from .space import write_space
 from .staging import CARD, Source, Staged, check_secrets, files_of, find_source, stage
 from .upload import Pushed, Repository, check_architecture, check_card
@@ -63,6 +64,9 @@ def push(
     """
     arguments = arguments or SharingArguments()
     check_name(repository)
+    if arguments.token:
+        check_token(arguments.token)
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="mini-push-") as temporary:
         folder = Path(temporary)
         found = exported(source, arguments.format, folder) if arguments.format else find_source(source)
@@ -77,7 +81,9 @@ def push(
         target = Repository(hub, repository, revision=arguments.revision) if hub is not None else None
         if target is not None:
             check_target(target, staged, arguments)
-        facts = gather(found, staged, repository)
+            check_base(hub, staged)
+        there = target.text(CARD) if target is not None and not arguments.replace and target.information() else None
+        facts = gather(found, staged, repository, there)
         license = arguments.license or facts.metadata.get("license") or ask_for_license()
         proof = None
         if not arguments.no_verify:
@@ -91,6 +97,8 @@ def push(
             repository, arguments, {name: path.stat().st_size for name, path in staged.files.items()},
             (staged.folder / CARD).read_text(encoding="utf-8"),
         )  # fmt: skip
+        if facts.own_text is not None:
+            result.notices.append("README.md is somebody's own: its text stays, and its metadata are completed.")
         if license is None:
             result.notices.append("It has no licence, so nobody else may use it: --license apache-2.0, for instance.")
         space_folder = folder / "space"
@@ -150,19 +158,30 @@ def check_target(target: Repository, staged: Staged, arguments: SharingArguments
             f"{target.name!r} exists and is public: push without --private, to another name, or make it private in its "
             f"settings first."
         )
+    if arguments.revision != "main" and target.commit_of_tag(arguments.revision) is not None:
+        raise ValueError(f"revision names a branch, and {arguments.revision!r} is a tag of {target.name!r}.")
     if not arguments.replace:
         check_architecture(target, staged)
+
+
+def check_base(hub: Hub, staged: Staged) -> None:
+    """Raises ValueError if the model that an adapter belongs to is not on the Hub."""
+    base = staged.config.get("base_model_name_or_path") if staged.kind == "adapter" else None
+    if base is not None and Repository(hub, base).information() is None:
+        raise ValueError(f"There is no model {base!r} on the Hub, which the adapter belongs to: push that first.")
 
 
 def prompt_of(run: Path | None) -> str:
     """What the run let its model continue, or a word."""
     path = run / "samples.jsonl" if run is not None else None
     if path is not None and path.is_file():
-        for line in reversed(path.read_text(encoding="utf-8").splitlines()):
+        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
             try:
-                return json.loads(line)["prompt"]
-            except (json.JSONDecodeError, KeyError):
+                prompt = json.loads(line)["prompt"]
+            except (json.JSONDecodeError, KeyError, TypeError):
                 continue
+            if isinstance(prompt, str):
+                return prompt
     return PROMPT
 
 

@@ -5,7 +5,6 @@ A file that is not known, a pickle, something that looks like a token or key, or
 push before anything is sent.
 """
 
-import json
 import re
 import shutil
 import zipfile
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from files_mini import read_json, writing
 from huggingface_hub import save_torch_state_dict
-from modeling_mini.loading import ADAPTER_CONFIG, MODEL_CONFIG, find_checkpoint
+from modeling_mini.loading import ADAPTER_CONFIG, CHECKPOINTS_OF_A_RUN, MODEL_CONFIG, find_checkpoint
 from modeling_mini.remote_code import remote_code_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -119,7 +119,8 @@ def find_source(name: str) -> Source:
         if any(folder.glob(pattern)):
             return Source(folder, None, kind)
     folder = Path(find_checkpoint(name))
-    run = folder.parent if (folder.parent / "config.yaml").is_file() else None
+    is_of_a_run = folder.name in CHECKPOINTS_OF_A_RUN and (folder.parent / "config.yaml").is_file()
+    run = folder.parent if is_of_a_run else None
     return Source(folder, run, "adapter" if not (folder / MODEL_CONFIG).is_file() else "model")
 
 
@@ -134,12 +135,17 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
     Raises:
         ValueError: for what must not go up, or is missing, naming the file.
     """
+    state = source.folder.stat().st_ino
     check_files(source)
-    for name, path in files_of(source.folder).items():
-        (into / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, into / name)
+    files = files_of(source.folder)
     if source.run is not None and (source.run / CURVES).is_file():
-        shutil.copyfile(source.run / CURVES, into / CURVES)
+        files[CURVES] = source.run / CURVES
+    for name, path in files.items():
+        with writing(into / name):
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, into / name)
+    if not source.folder.is_dir() or source.folder.stat().st_ino != state:
+        raise ValueError(f"{str(source.folder)!r} was replaced by a newer one meanwhile: give the same command again.")
     staged = Staged(into, source.kind)
     name = {"adapter": ADAPTER_CONFIG, "gguf": None}.get(source.kind, MODEL_CONFIG)
     if name is not None:
@@ -157,17 +163,23 @@ def check_files(source: Source) -> None:
     expected = list(EXPECTED[source.kind])
     if source.kind == "model" and "auto_map" in read_json(source.folder / MODEL_CONFIG):
         expected += CODE
-    for name, path in files_of(source.folder).items():
+    files = files_of(source.folder)
+    for name, path in files.items():
         if is_pickle(path):
             raise ValueError(
                 f"{name!r} in {str(source.folder)!r} is a pickle, which can run code on the machine that loads it: "
                 f"save weights as safetensors (save_pretrained does), and remove it."
             )
-        if not any(re.fullmatch(pattern, name) for pattern in expected):
-            raise ValueError(
-                f"{name!r} in {str(source.folder)!r} is none of the files that a shared {source.kind} consists of: "
-                f"remove it, or move it elsewhere."
-            )
+    others = [name for name in files if not any(re.fullmatch(pattern, name) for pattern in expected)]
+    if others:
+        listed = ", ".join(map(repr, others[:5])) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ValueError(
+            f"{listed} in {str(source.folder)!r} {'is' if len(others) == 1 else 'are'} none of the files that a shared "
+            f"{source.kind} consists of: remove what should not go up, or move it elsewhere."
+        )
+    for path in source.folder.rglob("*"):
+        if path.is_symlink() and not path.is_file():
+            raise ValueError(f"{str(path)!r} is a link to a folder or to nothing: put what it means in its place.")
     needed = {
         "model": ("tokenizer.json",), "adapter": ("adapter_model.safetensors",), "onnx": ("tokenizer.json",)
     }  # fmt: skip
@@ -180,16 +192,6 @@ def check_files(source: Source) -> None:
         for name in sorted(shards):
             if not (source.folder / name).is_file():
                 raise ValueError(f"{str(source.folder)!r} is not complete: {name} is missing.")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object.")
-    return value
 
 
 def is_pickle(path: Path) -> bool:

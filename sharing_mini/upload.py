@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
+from modeling_mini.loading import ADAPTER_CONFIG, MODEL_CONFIG
 
 from .hub import Hub
 from .staging import LOADED, Staged
@@ -32,6 +33,12 @@ ARCHITECTURE = (
     "num_key_value_heads", "head_dim", "vocab_size", "norm_type", "qk_norm", "tie_word_embeddings", "peft_type",
     "base_model_name_or_path",
 )  # fmt: skip
+# What a repository holds, by a file that nothing else has; the first that fits.
+KINDS = {
+    "gguf": r"[^/]+\.gguf", "onnx": r"(onnx/)?[^/]+\.onnx", "adapter": re.escape(ADAPTER_CONFIG),
+    "model": re.escape(MODEL_CONFIG),
+}  # fmt: skip
+WORDS = {"gguf": "GGUF files", "onnx": "a model in ONNX", "adapter": "an adapter", "model": "a model for transformers"}
 # Of these requests the client itself tries each again.
 CLIENT_WAITS = ()
 Listing = dict[str, tuple[int, str]]
@@ -113,24 +120,50 @@ class Repository:
 
         return self.hub.try_to(f"list the files of {self.name!r}", ask, waits=CLIENT_WAITS)
 
-    def configuration(self) -> dict[str, Any]:
-        """`config.json` or `adapter_config.json` of what is there now; empty where there is neither."""
+    def text(self, name: str) -> str | None:
+        """A file of text that is there now; `None` where there is none."""
         with tempfile.TemporaryDirectory() as folder:
 
-            def ask(name: str) -> dict[str, Any] | None:
+            def ask() -> str | None:
                 try:
                     path = self.hub.api.hf_hub_download(
                         self.name, name, repo_type=self.type, revision=self.revision, cache_dir=folder
                     )
                 except (RemoteEntryNotFoundError, RevisionNotFoundError):
                     return None
-                return json.loads(Path(path).read_text(encoding="utf-8"))
+                return Path(path).read_text(encoding="utf-8", errors="replace")
 
-            for name in ("config.json", "adapter_config.json"):
-                found = self.hub.try_to(f"read {name} of {self.name!r}", lambda name=name: ask(name))
-                if found is not None:
-                    return found
+            return self.hub.try_to(f"read {name} of {self.name!r}", ask)
+
+    def configuration(self) -> dict[str, Any]:
+        """
+        `config.json` or `adapter_config.json` of what is there now; empty where there is neither.
+
+        Raises:
+            ValueError: if it is no JSON object, so that nobody can say what is there.
+        """
+        for name in (MODEL_CONFIG, ADAPTER_CONFIG):
+            if (text := self.text(name)) is not None:
+                try:
+                    found = json.loads(text)
+                except json.JSONDecodeError:
+                    found = None
+                if not isinstance(found, dict):
+                    raise ValueError(
+                        f"{name} in {self.name!r} on the Hub is broken: push to another name, or replace it by "
+                        f"--replace."
+                    )
+                return found
         return {}
+
+    def kind(self) -> str | None:
+        """What is there now, by the names of the files: a key of `EXPECTED`, or `None` where there is no model."""
+        information = self.information(self.revision)
+        names = [sibling.rfilename for sibling in information.siblings or []] if information is not None else []
+        for kind, pattern in KINDS.items():
+            if any(re.fullmatch(pattern, name) for name in names):
+                return kind
+        return None
 
     def commit_of_tag(self, tag: str) -> str | None:
         refs = self.hub.try_to(
@@ -174,7 +207,7 @@ class Repository:
         """
         local = {name: checksums(path) for name, path in files.items()}
         head = self.information(self.revision).sha
-        if not create_pr and self.missing(files, local, kind, self.revision) == ([], []):
+        if self.missing(files, local, kind, self.revision) == ([], []):
             return Pushed(head, self.url, True)
         additions = self.additions(files)
         self.hub.try_to(
@@ -242,6 +275,12 @@ def check_architecture(repository: Repository, staged: Staged) -> None:
     Raises:
         ValueError: if the repository holds another model, naming what differs.
     """
+    kind = repository.kind()
+    if kind is not None and kind != staged.kind:
+        raise ValueError(
+            f"{repository.name!r} holds {WORDS[kind]}, and this is {WORDS[staged.kind]}, whose card would take the "
+            f"place of the one there: push to another name, or do it all the same by --replace."
+        )
     there = repository.configuration()
     if not there or not staged.config:
         return

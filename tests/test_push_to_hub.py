@@ -186,6 +186,13 @@ def test_mistakes_are_one_sentence(server: HubServer, quick_run: Path, tmp_path:
         ([], "arguments are required: RUN_OR_CHECKPOINT, user/name"),
         (["run", "name"], "'name' is no name on the Hub"),
         (["run", "user/na--me"], "is no name on the Hub"),
+        (["run", "user/name."], "is no name on the Hub"),
+        (["run", f"user/{'a' * 97}"], "of 96 characters at most"),
+        (["run", "user/name", "--revision", "refs/pr/1"], "revision must be the name of a branch"),
+        (["run", "user/name", "--revision", "0" * 40], "revision must be the name of a branch"),
+        (["run", "user/name", "--tag", "a b"], "tag must be the name of a version, such as v1, got 'a b'"),
+        (["run", "user/name", "--tag="], "tag must be the name of a version"),
+        (["run", "user/name", "--max_shard_size", "0MB"], "max_shard_size must be a size such as 5GB"),
         (["run", "user/name", "--privat"], "There is no flag '--privat'"),
         (["run", "user/name", "--create_pr", "--tag", "v1"], "tag names a version that is there"),
         (["run", "user/name", "--create_pr", "--revision", "x"], "give it without --revision"),
@@ -295,7 +302,8 @@ def test_quantized_folder(server: HubServer, quick_run: Path, tmp_path: Path, he
     tokenizer.save_pretrained(tmp_path / "int4")
     assert here(tmp_path / "int4", "user/int4").verified
     card = server.model("user/int4").files()["README.md"].decode()
-    assert "quantized (bitsandbytes INT4, nf4)" in card and "pip install torch transformers accelerate bits" in card
+    assert "quantized (bitsandbytes INT4, nf4)" in card and " accelerate bitsandbytes\n" in card
+    assert f'pip install torch "transformers>={model.config.transformers_version}"' in card
 
 
 @pytest.mark.slow

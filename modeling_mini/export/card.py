@@ -10,6 +10,8 @@ from files_mini import read_text
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+MARK = "<!-- Written by modeling_mini.export. -->"
+
 
 @dataclass
 class Card:
@@ -47,6 +49,7 @@ def write_card(card: Card, model: PreTrainedModel, folder: Path) -> None:
     sections = [f"---\n{data.to_yaml()}\n---", f"# {card.title}", card.usage.strip(), card.exactness.strip()]
     if rows := {**facts, **card.facts}:
         sections.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]))
+    sections.append(MARK)
     (folder / "README.md").write_text(str(ModelCard("\n\n".join(sections) + "\n")), encoding="utf-8")
 
 
@@ -55,22 +58,29 @@ def facts_of_source(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not path.is_file():
         return {}, {}
     source = read_card(path)
+    return source.data.to_dict(), rows_of(source.text)
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """The rows of tables of two columns."""
     rows = {}
-    for line in source.text.splitlines():
+    for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
         if line.startswith("|") and len(cells) == 2 and cells[0] and set(cells[0]) - set("-: "):
             rows[cells[0]] = cells[1]
-    return source.data.to_dict(), rows
+    return rows
 
 
 def read_card(path: Path) -> ModelCard:
     """A card from a file; raises ValueError, naming it, where it or its metadata cannot be read."""
     logger = logging.getLogger("huggingface_hub.repocard")
     was_disabled, logger.disabled = logger.disabled, True  # it says where there are no metadata, which is no fault
+    text = read_text(path)
     try:
-        return ModelCard(read_text(path))
+        return ModelCard(text)
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise ValueError(f"The metadata of {path} cannot be read: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split()).split(". Pass `")[0]  # advice to a caller of the library
+        raise ValueError(f"The metadata of {path} cannot be read: {reason}.") from None
     finally:
         logger.disabled = was_disabled
 

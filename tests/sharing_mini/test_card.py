@@ -10,9 +10,10 @@ import sharing_mini.card
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from modeling_mini import quantize
 from modeling_mini.remote_code import remote_code_files
 from sharing_mini.arguments import SharingArguments
-from sharing_mini.pushing import push
+from sharing_mini.pushing import prompt_of, push
 from sharing_mini.staging import Staged, find_source, stage
 from sharing_mini.verification import Proof
 
@@ -93,6 +94,7 @@ def test_no_place_on_a_disk_and_no_name_of_a_person(quick_run: Path, tmp_path: P
     private = {
         "dataset": "/home/jane/secret-project/books.txt",
         "tokenizer": "~/jane/tokenizer",
+        "sample_prompts": ["/home/jane/prompt", "def "],
         "cache_dir": "/home/jane",
     }
     (run / "config.yaml").write_text(yaml.safe_dump({**settings, **private}))
@@ -111,6 +113,82 @@ def test_card_that_was_pushed_and_comes_back(quick_run: Path, tmp_path: Path) ->
     assert len(ModelCard(second).data.eval_results) == 3
     assert second.count("Bits per byte, sample") == 1 == second.count("| hidden_size |")
     assert "| training | 40 steps" in second
+
+
+OWN = "# Counting sheep\n\nI made this for my class.\n\n## How to use\n\nAsk me.\n"
+
+
+def test_a_card_written_by_hand_stays(model: Path) -> None:
+    (model / "README.md").write_text(f"---\ntags: sheep\nlanguage: en\n---\n{OWN}")
+    card = ModelCard(card_of(model, license="MIT "))
+    assert card.text.strip() == OWN.strip()
+    assert (card.data.license, card.data.language, card.data.tags) == ("mit", "en", ["mini", "sheep"])
+    arguments = SharingArguments(dry_run=True, no_verify=True)
+    notices = push(str(model), "user/my-model", arguments, lambda sentence: None).notices
+    assert "README.md is somebody's own: its text stays, and its metadata are completed." in notices
+
+
+def test_sections_that_somebody_added_stay(quick_run: Path, tmp_path: Path) -> None:
+    """To a card of the trainer, and once more to what a push made of it; figures in them are no facts of the model."""
+    folder = Path(shutil.copytree(quick_run / "best", tmp_path / "model"))
+    note = "## Notes\n\n| sheep | 7 |\n\n```text\n## How to use\n```\n\nBaa."
+    (folder / "README.md").write_text(f"{(folder / 'README.md').read_text()}\n{note}\n")
+    for _ in range(2):
+        card = card_of(folder)
+        assert card.count(note) == 1 and card.count("| sheep | 7 |") == 1
+        assert card.count("\n## How to use\n\n") == 1 and card.count("## Limits") == 1
+        (folder / "README.md").write_text(card)
+
+
+def test_a_quantized_copy_does_not_pass_on_figures_without_a_word(quick_run: Path, tmp_path: Path) -> None:
+    quantize.run([str(quick_run), str(tmp_path / "int8"), "--load_in_8bit"])
+    card = card_of(tmp_path / "int8")
+    assert "| Bits per byte, sample, held out |" in card
+    assert card.index("Figures above are those of the model before.") > card.index("| Bits per byte, sample")
+
+
+def test_an_export_that_was_pushed_and_comes_back(quick_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    first = card_of(quick_run, format="gguf", license="mit")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    (tmp_path / "README.md").write_text(first)
+    second = card_of(tmp_path)
+    for heading in ("## License", "## Evaluation", "# Mini for llama.cpp"):
+        assert first.count(heading) == second.count(heading) == 1, heading
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("best/README.md", b"---\na: [\n---\n", r"The metadata of .*best/README\.md cannot be read"),
+        ("best/README.md", b"---\nmodel-index: 3\n---\n", r"The metadata of .*model_index.*not iterable\.$"),
+        ("best/README.md", b"\xff", r"best/README\.md is not valid UTF-8 \(invalid start byte at byte 0\)"),
+        ("config.yaml", b": [", r"config\.yaml is not valid YAML"),
+        ("config.yaml", b"- a", r"config\.yaml must hold lines of the form"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(
+    quick_run: Path, tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    (run / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        card_of(run)
+
+
+def test_damaged_lines_of_a_run_are_passed_over(quick_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    before = card_of(run)
+    with open(run / "metrics.jsonl", "ab") as file:
+        file.write(b'[1]\n3\n\n{"step": 40, "eval_loss": NaN}\n{"loss": 1}\n\xff\n{"step": 41, "lo')
+    assert card_of(run) == before and "It has read" in before
+    (run / "samples.jsonl").write_bytes(b'{"prompt": "A"}\n[1]\n3\n{"prompt": 3}\n\xff')
+    assert prompt_of(run) == "A"
+
+
+def test_a_folder_beside_somebody_elses_configuration_is_no_run(model: Path) -> None:
+    (model.parent / "config.yaml").write_text("dataset: other\n")
+    assert "other" not in card_of(model)
 
 
 def test_sample_is_quoted_whatever_is_in_it(quick_run: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 import json
 import os
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from files_mini import replace_folder
 from safetensors.torch import load_file, save_file
 from sharing_mini.staging import bytes_of, find_source, stage
 from transformers import AutoModelForCausalLM
@@ -61,6 +63,50 @@ def test_refused_files(model: Path, tmp_path: Path, name: str, content: bytes, w
     assert words in sentence and Path(name).name in sentence
     if "token" in words or "key" in words:
         assert "line " in sentence and "a1B2" not in sentence
+
+
+def test_all_that_should_not_go_up_is_named(model: Path, tmp_path: Path) -> None:
+    for number in range(7):
+        (model / f"notes{number}.txt").write_text("")
+    sentence = refusal(model, tmp_path)
+    assert all(f"'notes{number}.txt'" in sentence for number in range(5)) and " and 2 more in " in sentence
+
+
+def test_links(model: Path, tmp_path: Path) -> None:
+    """What the cache of the Hub consists of goes up; a link to a folder would be left out without a word."""
+    (model / "model.safetensors").rename(tmp_path / "blob")
+    (model / "model.safetensors").symlink_to(tmp_path / "blob")
+    (tmp_path / "staged").mkdir()
+    staged = stage(find_source(str(model)), tmp_path / "staged")
+    assert staged.files["model.safetensors"].read_bytes() == (tmp_path / "blob").read_bytes()
+    for target in (tmp_path, tmp_path / "nowhere", model):
+        (model / "LICENSE").symlink_to(target)
+        assert "LICENSE' is a link to a folder or to nothing" in refusal(model, tmp_path)
+        (model / "LICENSE").unlink()
+
+
+def test_best_that_is_replaced_while_it_is_copied(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a run that goes on training: half of one and half of another would be no model."""
+    copy = shutil.copyfile
+    shutil.copytree(model, tmp_path / "newer")
+
+    def replace(path: Path, target: Path) -> None:
+        copy(path, target)
+        if path.name == "config.json":
+            replace_folder(tmp_path / "newer", model)
+
+    monkeypatch.setattr(shutil, "copyfile", replace)
+    assert "was replaced by a newer one meanwhile: give the same command again" in refusal(model, tmp_path)
+
+
+def test_disk_that_is_full(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device", path)
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    (tmp_path / "staged").mkdir()
+    with pytest.raises(OSError, match=r"/staged/.* could not be written \(No space left on device\)"):
+        stage(find_source(str(model)), tmp_path / "staged")
 
 
 def test_torch_save_under_another_name(model: Path, tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from hub_server import Fault, HubServer, Repository
 from huggingface_hub import CommitOperationAdd, HfApi, constants
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import Result, push
+from transformers import AutoModelForCausalLM
 
 NAME = "user/name"
 STEPS = [
@@ -262,7 +264,8 @@ def test_offline_and_no_token(hub: HubServer, model: Path, monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(model / "none"))
     assert "There is no token for the Hub" in refused(lambda: share(model))
     assert "`hf auth login`" in refused(lambda: share(model))
-    assert "has characters that no token has" in refused(lambda: share(model, token="hf_aaa bbb"))
+    for token in ("hf_aaa bbb", f"{hub.token}\n", " ", "hf_é", "hf_a\0"):
+        assert "has characters that no token has" in refused(lambda token=token: share(model, token=token))
     assert hub.requests == []
 
 
@@ -314,6 +317,76 @@ def test_another_architecture_is_refused_unless_told(hub: HubServer, model: Path
     assert len(hub.model(NAME).history()) == 2
     share(model, replace=True)
     assert json.loads(hub.model(NAME).files()["config.json"])["num_hidden_layers"] == 3
+
+
+def test_other_kinds_of_files_are_refused_unless_told(hub: HubServer, model: Path, tmp_path: Path) -> None:
+    """Their card would take the place of the one there; those in ONNX bring a config.json, which would too."""
+    pytest.importorskip("gguf")
+    share(model)
+    sentence = refused(lambda: share(model, format="gguf"))
+    assert "'user/name' holds a model for transformers, and this is GGUF files, whose card" in sentence
+    share(model, "user/gguf", format="gguf")
+    share(model, "user/gguf", format="gguf")
+    assert "holds GGUF files, and this is a model for transf" in refused(lambda: share(model, "user/gguf"))
+    card = hub.model("user/gguf").files()["README.md"]
+    share(model, "user/gguf", replace=True)
+    assert hub.model("user/gguf").files()["README.md"] != card
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+def test_configuration_on_the_hub_that_is_broken(hub: HubServer, model: Path, content: bytes) -> None:
+    share(model)
+    api = HfApi(token=hub.token)
+    api.create_commit(NAME, [CommitOperationAdd("config.json", content)], commit_message="Broken")
+    assert "config.json in 'user/name' on the Hub is broken" in refused(lambda: share(model))
+    share(model, replace=True)
+    assert hub.model(NAME).files()["config.json"] == (model / "config.json").read_bytes()
+
+
+def write_there(hub: HubServer, card: str) -> None:
+    operation = CommitOperationAdd("README.md", card.encode())
+    HfApi(token=hub.token).create_commit(NAME, [operation], commit_message="On the page of the Hub")
+
+
+def test_what_was_written_on_the_page_of_the_hub_stays(hub: HubServer, model: Path) -> None:
+    card = share(model).card
+    edited = card.replace("---\nlibrary", "---\nlanguage: en\nlibrary")
+    write_there(hub, edited.replace("## Limits", "## News\n\nV2!\n\n## Limits"))
+    for _ in range(2):
+        (model / "generation_config.json").write_text('{"top_k": 3}')
+        card = share(model).card
+        assert "language: en" in card and card.count("## News\n\nV2!") == 1 and card.count("## Limits") == 1
+    assert share(model).pushed.was_there
+    write_there(hub, "---\nlicense: mit\nlibrary_name: other\n---\nMine.\n\n## How to use\n\nAsk me.\n")
+    result = share(model)
+    assert result.card.endswith("---\n\nMine.\n\n## How to use\n\nAsk me.\n") and "own" in result.notices[0]
+    assert "library_name: transformers\n" in result.card and "Ask me" not in share(model, replace=True).card
+
+
+def test_revision_that_is_a_tag(hub: HubServer, model: Path) -> None:
+    share(model, tag="v1")
+    assert "revision names a branch, and 'v1' is a tag" in refused(lambda: share(model, revision="v1"))
+    assert set(hub.model(NAME).branches) == {"main"}
+
+
+def test_proposal_of_what_is_there(hub: HubServer, model: Path) -> None:
+    share(model)
+    result = share(model, create_pr=True)
+    assert result.pushed.was_there and result.pushed.url == f"{hub.url}/{NAME}"
+    assert hub.model(NAME).pull_requests == {}
+
+
+def test_base_that_is_not_on_the_hub(hub: HubServer, model: Path, tmp_path: Path) -> None:
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    settings = {"name": "user/adapter", "base_model": "user/none"}
+    assert "There is no model 'user/none' on the Hub" in refused(lambda: share(tmp_path / "adapter", **settings))
+    assert hub.repositories == {}
+
+
+def test_address_that_is_none(hub: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "huggingface.co")
+    assert "HF_ENDPOINT is 'huggingface.co', which is no address" in refused(lambda: share(model))
 
 
 def test_card_that_the_hub_does_not_take(hub: HubServer, model: Path) -> None:
