@@ -9,7 +9,18 @@ import time
 from pathlib import Path
 
 import pytest
-from files_mini import destination, existing_folder, new_folder, read_json, replace_folder, write_text, writing
+from files_mini import (
+    append_text,
+    destination,
+    existing_folder,
+    new_folder,
+    read_json,
+    replace_folder,
+    write_text,
+    writing,
+)
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 
 def test_write_text_replaces_whole(tmp_path: Path) -> None:
@@ -42,6 +53,46 @@ def test_replace_folder(tmp_path: Path) -> None:
     replace_folder(make_folder(tmp_path / "partial", "two"), tmp_path / "target")
     assert (tmp_path / "target" / "file").read_text() == "two"
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_is_written_is_flushed_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test cannot do is pull the plug; so it looks at the order of the calls."""
+    calls = []
+    flush, rename = os.fsync, os.rename
+
+    def recorded_flush(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        flush(descriptor)
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        calls.append(f"{source.name} -> {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_flush)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    replace_folder(make_folder(tmp_path / "partial", "one"), tmp_path / "target")
+    assert calls == ["file", "partial", "partial -> target"]
+    calls.clear()
+    append_text(tmp_path / "lines", "one\n")
+    append_text(tmp_path / "lines", "two\n")
+    assert (tmp_path / "lines").read_text() == "one\ntwo\n" and calls == ["lines", "lines"]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (RuntimeError("[enforce fail] unexpected pos 64 vs 0"), "a file was cut short: the disk is full"),
+        (CheckpointException("many", {0: (OSError(28, "No space left on device"), None)}), "No space left on device"),
+        (SafetensorError("I/O\nerror"), "I/O error"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whatever_cannot_be_written_is_one_sentence(error: BaseException, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError) as caught, writing(tmp_path / "a"):
+        raise error
+    assert str(caught.value).startswith(f"{tmp_path}/a could not be written ({reason}")
 
 
 def test_folder_is_found_when_death_came_between_the_renames(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from matplotlib import image
+from matplotlib.figure import Figure
 from modeling_mini import MiniForCausalLM
 from modeling_mini.analysis import (
     ActivationStatistics,
@@ -17,6 +18,7 @@ from modeling_mini.analysis import (
     record_update,
 )
 from modeling_mini.analysis.activations import ActivationRecorder
+from modeling_mini.analysis.figures import figure_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -129,6 +131,15 @@ def test_unit_that_wakes_once_is_alive() -> None:
         model(input_ids=torch.tensor([[250]]))
         model(input_ids=batch(2) % 250)
     assert recorder.statistics()["embed_tokens"].dead == 0
+
+
+def test_a_unit_is_dead_below_a_hundredth_of_the_rms() -> None:
+    recorder = ActivationRecorder()
+    values = torch.ones(4, 100)
+    values[:, 0], values[:, 1] = 0.009, 0.011
+    values[1:, 2] = 0.0  # alive for one token
+    recorder.add("site", values)
+    assert recorder.statistics()["site"].dead == pytest.approx(0.01)
 
 
 def test_hooks_are_removed() -> None:
@@ -247,3 +258,17 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
         rgb = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)])
         assert ((torch.from_numpy(pixels) - rgb).abs().amax(dim=-1) < 0.01).sum() > 200
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"before")
+
+    def half(self: Figure, file: Path, **settings: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    with pytest.raises(OSError, match="No space left"), figure_file(path):
+        pass
+    assert path.read_bytes() == b"before"

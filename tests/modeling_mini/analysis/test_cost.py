@@ -130,15 +130,17 @@ def test_activations_are_the_tensors_that_backward_keeps(config: PreTrainedConfi
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(4, 128), (1, 16)], ids=["activations-rule", "weights-rule"])
 def test_memory_is_near_the_measured_peak(config: PreTrainedConfig, batch: tuple[int, int], dtype: str) -> None:
+    # Measured where weights rule: within 1.6 %. What is wrong by one copy of the matrices shows there.
+    weights_rule = batch == (1, 16)
     cost = ModelCost(config)
     inference = measure_inference_memory(config, *batch, dtype)
-    assert cost.inference_memory(*batch, dtype).total == pytest.approx(inference, rel=0.10)
+    assert cost.inference_memory(*batch, dtype).total == pytest.approx(inference, rel=0.01 if weights_rule else 0.06)
     plain = measure_training_memory(config, *batch, dtype)
-    assert cost.training_memory(*batch, dtype).total == pytest.approx(plain, rel=0.06)
+    assert cost.training_memory(*batch, dtype).total == pytest.approx(plain, rel=0.02 if weights_rule else 0.05)
     checkpointed = measure_training_memory(config, *batch, dtype, gradient_checkpointing=True)
     estimate = cost.training_memory(*batch, dtype, gradient_checkpointing=True).total
-    assert estimate == pytest.approx(checkpointed, rel=0.10)
-    assert checkpointed < 0.9 * plain or batch == (1, 16)
+    assert estimate == pytest.approx(checkpointed, rel=0.02 if weights_rule else 0.10)
+    assert checkpointed < 0.9 * plain or weights_rule
 
 
 def test_measured_peak_is_that_of_the_allocator(tmp_path: Path) -> None:
