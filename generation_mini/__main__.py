@@ -1,28 +1,40 @@
 """The program behind `generate.py`, `mini-generate` and `python -m generation_mini`."""
 
+import os
 import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from accelerate.utils import set_seed
 from entry_points_mini import one_sentence_errors
-from modeling_mini.loading import load_assistant, load_model
+from modeling_mini.loading import existing_device, load_assistant, load_model
+from modeling_mini.modeling_mini import compiled_step_class
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .arguments import GenerationArguments, parse_arguments
 from .batch_file import BatchFile
 from .interactive import converse, print_notice, write_to_terminal
-from .writing import CharacterStreamer, Stopwatch, write_on
+from .writing import CharacterStreamer, Stopwatch, encode_prompt, unknown_characters, write_on
+
+EXIT_NOBODY_READS = 141  # as the shell says it of a program that SIGPIPE ended
 
 
 def main() -> None:
     with one_sentence_errors():
-        run(parse_arguments(sys.argv[1:]))
+        try:
+            run(parse_arguments(sys.argv[1:]))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Who read the text has enough of it, as `head` does: nothing to report, here or when Python flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(EXIT_NOBODY_READS)
 
 
 def run(arguments: GenerationArguments) -> None:
     """Loads the model and writes."""
     logging.disable_progress_bar()
+    if arguments.compile:
+        check_compile(arguments)
     batch_file = None
     if arguments.batch_file is not None:
         batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
@@ -36,12 +48,28 @@ def run(arguments: GenerationArguments) -> None:
     assistant = None
     if arguments.assistant is not None:
         assistant = load_assistant(arguments.assistant, model, tokenizer, arguments.trust_remote_code)
+        logging.set_verbosity_error()  # assisted decoding warns of how it calls generate itself
     if batch_file is not None:
         batch_file.write(model, tokenizer, print_notice)
     elif arguments.interactive:
         converse(model, tokenizer, arguments, assistant)
     else:
         write_once(model, tokenizer, arguments, assistant)
+
+
+def check_compile(arguments: GenerationArguments) -> None:
+    """
+    Refuses to compile a step that would then not be taken.
+
+    Raises:
+        ValueError: if there are more texts at once than the compiled step of the device has.
+    """
+    device = existing_device(arguments.device)
+    if arguments.texts_at_once > 1 and not compiled_step_class(device).takes_batches:
+        raise ValueError(
+            f"compile is for one text at a time on a {device.type}, and this is {arguments.texts_at_once}: give "
+            f"num_return_sequences 1, and batch_size 1 with --batch_file."
+        )
 
 
 def write_once(
@@ -53,10 +81,10 @@ def write_once(
     """Continues one prompt on standard output."""
     prompt = arguments.prompt
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else sys.stdin.read()
-    prompt_ids = tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
-    if tokenizer.unk_token_id is not None and tokenizer.unk_token_id in prompt_ids:
-        print_notice(f"The model does not know {unknown_characters(tokenizer, prompt)}, and reads <|unk|> instead.")
+        prompt = "" if sys.stdin.isatty() else read_standard_input()
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    if unknown := unknown_characters(tokenizer, prompt, prompt_ids):
+        print_notice(f"The model does not know {unknown}, and reads <|unk|> instead.")
     streamer = None
     if arguments.stream:
         write_to_terminal(prompt)
@@ -79,10 +107,12 @@ def write_once(
         print_notice(statistics)
 
 
-def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The characters of a text that are not in the vocabulary, for a notice."""
-    encoded = ((c, tokenizer(c, add_special_tokens=False).input_ids) for c in sorted(set(text)))
-    return " ".join(repr(character) for character, ids in encoded if tokenizer.unk_token_id in ids)
+def read_standard_input() -> str:
+    """All of it, byte for byte: Python's text mode would make every end of line a newline."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Standard input is not valid UTF-8 at byte {error.start}.") from None
 
 
 if __name__ == "__main__":

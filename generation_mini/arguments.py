@@ -26,6 +26,7 @@ RULES: dict[str, tuple[Callable[[float], bool], str]] = {
     "num_beams": (lambda value: value >= 1, "at least 1"),
     "num_return_sequences": (lambda value: value >= 1, "at least 1"),
     "batch_size": (lambda value: value >= 1, "at least 1"),
+    "seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
 }
 # A value for one of these asks for sampling; the numbers turn each off, as greedy decoding needs it.
 SAMPLING: dict[str, float | None] = {
@@ -64,7 +65,11 @@ class GenerationArguments:
     output: str | None = option(None, ".jsonl for the texts of --batch_file; the same call again goes on with it")
     batch_size: int = option(32, "prompts of --batch_file at once")
     stats: bool = option(False, "say how fast it was")
-    compile: bool = option(False, "compile the decoding of one text: half a minute once, then several times as fast")
+    compile: bool = option(
+        False,
+        "compile the step of decoding: on a CPU for one text at a time, half a minute once and then several times as "
+        "fast; on a GPU for any number",
+    )
     assistant: str | None = option(None, "smaller model of the same tokenizer that drafts (assisted decoding)")
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")
     dtype: str = option("auto", f"of the weights: {', '.join(DTYPES)} (as they were saved)")
@@ -78,6 +83,10 @@ class GenerationArguments:
             value = getattr(self, name)
             if value is not None and not is_right(value):
                 raise ValueError(f"{name} must be {what}, got {value}.")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})."
+            )
         if "" in self.stop:
             raise ValueError("stop must not hold an empty string.")
         if self.dtype not in DTYPES:
@@ -88,6 +97,10 @@ class GenerationArguments:
         has_one_text = "num_return_sequences must be 1 with --stream, --interactive and --assistant."
         if self.num_return_sequences > 1 and (self.stream or self.interactive or self.assistant):
             raise ValueError(has_one_text)
+        if self.num_return_sequences > 1 and self.temperature == 0 and (self.num_beams or 1) == 1:
+            raise ValueError("num_return_sequences must be 1 with --temperature 0: all texts would be the same.")
+        if self.interactive and self.prompt is not None:
+            raise ValueError("interactive goes without --prompt: say it in the conversation.")
         if (self.batch_file is None) != (self.output is None):
             raise ValueError("batch_file and output belong together: prompts from one, texts into the other.")
         if self.batch_file is not None and (self.prompt is not None or self.stream or self.interactive):
@@ -104,10 +117,15 @@ class GenerationArguments:
                 raise ValueError(
                     f"num_return_sequences ({self.num_return_sequences}) must not exceed num_beams ({self.num_beams})."
                 )
-        if self.compile and (self.batch_file is not None or self.num_return_sequences > 1 or self.assistant):
-            raise ValueError("compile goes with none of --batch_file, --num_return_sequences and --assistant.")
+        if self.compile and ((self.num_beams or 1) > 1 or self.assistant):
+            raise ValueError("compile goes with neither --num_beams nor --assistant, which take other steps.")
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
+
+    @property
+    def texts_at_once(self) -> int:
+        """How many sequences a step of decoding has at most."""
+        return self.num_return_sequences * (1 if self.batch_file is None else self.batch_size)
 
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_checkpoint` that come from flags."""

@@ -7,6 +7,7 @@ as one that never was.
 """
 
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Callable
@@ -20,10 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import GenerationArguments
-from .writing import Stopwatch, write_on
+from .writing import Stopwatch, encode_prompt, unknown_characters, write_on
 
 # Flags that say where and how the work is done, and not what comes out of it.
-NOT_OF_THE_TEXT = ("batch_file", "output", "stats", "trust_remote_code")
+NOT_OF_THE_TEXT = ("batch_file", "output", "stats", "trust_remote_code", "adapter")
 
 
 class BatchFile:
@@ -37,6 +38,10 @@ class BatchFile:
     def __init__(self, arguments: GenerationArguments) -> None:
         self.arguments = arguments
         self.output = Path(arguments.output)
+        if self.output.exists() and not self.output.is_file():
+            raise ValueError(f"output must be a file, and {arguments.output!r} is none.")
+        if self.output.is_symlink():
+            self.output = self.output.resolve()  # the file is replaced, and not the link
         self.prompts = read_prompts(Path(arguments.batch_file))
         if self.output.resolve() == Path(arguments.batch_file).resolve():
             raise ValueError(f"output must be another file than batch_file ({arguments.batch_file!r}).")
@@ -56,7 +61,7 @@ class BatchFile:
         settings = self.fingerprint(model)
         if any(line["settings"] != settings for line in self.written):
             raise ValueError(f"{self.output} was written by another model or with other settings: name another output.")
-        encoded = [tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id] for prompt in self.prompts]
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
         order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
         size = self.arguments.batch_size
         batches = [order[start : start + size] for start in range(0, len(order), size)]
@@ -68,23 +73,45 @@ class BatchFile:
         write_text(self.output, as_jsonl(lines))
         if kept:
             notify(f"{len(kept):,} of {len(self.prompts):,} prompts are done already.")
+        self.tell_what_is_not_read(model, tokenizer, encoded, notify)
         stopwatch, tokens = Stopwatch(), 0
         columns = (TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("writing", total=len(self.prompts), completed=len(kept))
-            for batch in batches:
-                if kept.issuperset(batch):
-                    continue
-                if self.arguments.seed is not None:
-                    set_seed(zlib.crc32(f"{self.arguments.seed} {batch[0]}".encode()))
-                new_lines = self.lines_of(batch, model, tokenizer, encoded, settings, stopwatch)
-                append_text(self.output, as_jsonl(new_lines))
-                lines += new_lines
-                tokens += sum(text["tokens"] for line in new_lines for text in line["texts"])
-                progress.advance(task, len(batch))
+        try:
+            with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+                task = progress.add_task("writing", total=len(self.prompts), completed=len(kept))
+                for batch in batches:
+                    if kept.issuperset(batch):
+                        continue
+                    if self.arguments.seed is not None:
+                        set_seed(zlib.crc32(f"{self.arguments.seed} {batch[0]}".encode()))
+                    new_lines = self.lines_of(batch, model, tokenizer, encoded, settings, stopwatch)
+                    append_text(self.output, as_jsonl(new_lines))
+                    lines += new_lines
+                    tokens += sum(text["tokens"] for line in new_lines for text in line["texts"])
+                    progress.advance(task, len(batch))
+        except KeyboardInterrupt:
+            notify(
+                f"{len(lines):,} of {len(self.prompts):,} prompts are done; the same call again goes on with the rest."
+            )
+            raise
         write_text(self.output, as_jsonl(sorted(lines, key=lambda line: line["index"])))
         if self.arguments.stats:
             notify(stopwatch.summary(tokens))
+
+    def tell_what_is_not_read(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        encoded: list[list[int]],
+        notify: Callable[[str], None],
+    ) -> None:
+        """What `generate.py` says of one prompt, for all in a sentence each."""
+        context = model.config.max_position_embeddings
+        if long := sum(len(ids) >= context for ids in encoded):
+            are = "1 prompt is" if long == 1 else f"{long:,} prompts are"
+            notify(f"{are} longer than the context of {context} tokens: only the end is used.")
+        if unknown := unknown_characters(tokenizer, "".join(self.prompts), itertools.chain.from_iterable(encoded)):
+            notify(f"The model does not know {unknown}, and reads <|unk|> instead.")
 
     def lines_of(
         self,
@@ -129,7 +156,7 @@ class BatchFile:
 def read_prompts(path: Path) -> list[str]:
     """The prompts of a file: its lines, or the field `prompt` of each line of a .jsonl file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8-sig")  # not as text: a prompt may hold a carriage return
     except FileNotFoundError:
         raise ValueError(f"There is no file {str(path)!r} of prompts.") from None
     except UnicodeDecodeError as error:
@@ -142,10 +169,9 @@ def read_prompts(path: Path) -> list[str]:
         for number, line in enumerate(lines, start=1):
             try:
                 prompt = json.loads(line)["prompt"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                prompt = None
-            if not isinstance(prompt, str):
-                raise ValueError(f'{path}, line {number}: it must have the form {{"prompt": "..."}}.')
+                prompt.encode()
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # half a pair of \u has no bytes
+                raise ValueError(f'{path}, line {number}: it must have the form {{"prompt": "..."}}.') from None
             prompts.append(prompt)
     else:
         prompts = [line.removesuffix("\r") for line in lines]
@@ -160,14 +186,17 @@ def read_written(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = path.read_bytes().split(b"\n")  # a process that was killed may have left half a line at the end
     try:
-        written = [json.loads(line) for line in lines]
-        for line in written:
-            line["index"], line["prompt"], line["texts"], line["settings"]
-    except (ValueError, KeyError, TypeError):
+        written = {}  # by index: two calls at once may have written a prompt twice
+        for line in map(json.loads, lines):
+            line["prompt"], line["texts"], line["settings"]
+            if type(line["index"]) is not int or line["index"] < 0:
+                raise ValueError(line["index"])
+            written[line["index"]] = line
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path} holds something else than texts of generate.py: name another output.") from None
     if not lines and path.stat().st_size:
         raise ValueError(f"{path} holds something else than texts of generate.py: name another output.")
-    return written
+    return list(written.values())
 
 
 def as_jsonl(lines: list[dict[str, Any]]) -> str:

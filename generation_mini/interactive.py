@@ -15,7 +15,7 @@ from tokenization.chat import encode_messages
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import SAMPLING, GenerationArguments
-from .writing import CharacterStreamer, Stopwatch, write_on
+from .writing import CharacterStreamer, Stopwatch, encode_prompt, write_on
 
 SETTINGS: dict[str, type] = {
     name: int if "int" in str(GenerationArguments.__annotations__[name]) else float
@@ -105,12 +105,20 @@ def converse(
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends)")
             continue
+        except UnicodeDecodeError:
+            print_notice("That line is not valid UTF-8.")
+            continue
         if line.startswith("/"):
             if line.strip() in ("/quit", "/exit"):
                 return
             print(command(line, conversation, arguments))
         elif line:
-            answer(model, tokenizer, conversation, line, arguments, assistant)
+            before = list(conversation.turns)
+            try:
+                answer(model, tokenizer, conversation, line, arguments, assistant)
+            except ValueError as error:  # often a setting, which can be changed
+                conversation.turns = before
+                print_notice(str(error))
 
 
 def answer(
@@ -134,6 +142,7 @@ def answer(
             raise KeyboardInterrupt
         write_to_terminal(piece)
 
+    encode_prompt(tokenizer, said)  # refuses what is no text
     ids, forgotten = conversation.say(said, arguments.max_new_tokens)
     if forgotten:
         turns = "turn does" if forgotten == 1 else f"{forgotten} turns do"

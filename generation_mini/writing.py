@@ -1,8 +1,9 @@
 """Continuing texts, beyond the context if need be, as a whole or character by character."""
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -139,6 +140,46 @@ class Stopwatch(StoppingCriteria):
         return f"{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s{first}."
 
 
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """
+    The ids of a prompt; where nothing is written before an empty one, a text begins as after the end of another.
+
+    Raises:
+        ValueError: if it holds what is no character.
+    """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line, or half a pair of JSON's \\u
+        raise ValueError(f"The prompt is not valid UTF-8 at character {error.start}.") from None
+    return tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
+
+
+def unknown_characters(tokenizer: PreTrainedTokenizerBase, text: str, ids: Iterable[int]) -> str:
+    """The characters of a text, whose ids these are, that are not in the vocabulary; for a notice."""
+    if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
+        return ""
+    encoded = ((c, tokenizer(c, add_special_tokens=False).input_ids) for c in sorted(set(text)))
+    return " ".join(repr(character) for character, ids in encoded if tokenizer.unk_token_id in ids)
+
+
+@contextlib.contextmanager
+def failures_in_a_sentence() -> Iterator[None]:
+    """Turns what torch says of numbers and memory into what a user can do."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "probability tensor" in str(error):
+            raise ValueError(
+                "No token can be drawn, because the probabilities are not numbers: temperature or repetition_penalty "
+                "is too small, or the weights of the model are damaged."
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise ValueError(
+                "There is not enough memory: lower batch_size, num_return_sequences or num_beams."
+            ) from error
+        raise
+
+
 @dataclass
 class Continuation:
     """
@@ -192,6 +233,9 @@ def write_on(
 
     Returns:
         `num_return_sequences` continuations of the first prompt, then those of the next, and so on.
+
+    Raises:
+        ValueError: if a token cannot be drawn, or memory does not suffice.
     """
     context = model.config.max_position_embeddings
     config = generation_config(model, arguments)
@@ -225,7 +269,7 @@ def write_on(
         criteria = [*own_criteria]
         if arguments.stop:
             criteria.append(StopStrings([texts[i] for i in writing], length))
-        with torch.inference_mode():
+        with torch.inference_mode(), failures_in_a_sentence():
             output = model.generate(
                 inputs=inputs.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
                 stopping_criteria=criteria, **generate,

@@ -17,7 +17,6 @@ It adds the same numbers as the modules do, in another order: logits differ by r
 is why it takes part in float32 alone. In bfloat16 such a difference would choose other tokens now and then.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -144,19 +143,29 @@ def constants_of(model: PreTrainedModel) -> list[Any]:
 
 class CompiledStep:
     """
-    The native function for models of one shape.
+    The native function for models of the shape of this one: from the file of an earlier call, or made now.
 
-    Args:
-        path: the package that `write_package` wrote.
-        model: one of that shape.
+    Raises:
+        ValueError: if the model is of a kind that is not compiled.
+        RuntimeError: if there is no compiler, or it fails.
+        OSError: if the file cannot be written.
     """
 
-    def __init__(self, path: Path, model: PreTrainedModel) -> None:
-        # Not the package itself, whose call operator reads the description of its arguments anew at each call.
-        self.run: Callable[[list[torch.Tensor]], list[torch.Tensor]] = torch._inductor.aoti_load_package(
-            str(path)
-        ).loader.run
+    takes_batches = False
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        weight = model.model.embed_tokens.weight
+        if weight.dtype != torch.float32 or weight.device.type != "cpu":
+            kind = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(f"It is compiled for float32 on a CPU; this model is {kind} on a {weight.device.type}.")
         self.shape = self.shape_of(model)
+        path = package_path(model)
+        self.run = load_package(path)
+        if self.run is None:
+            write_package(model, path)
+            self.run = load_package(path)
+        if self.run is None:
+            raise RuntimeError(f"What was compiled to {path} cannot be loaded.")
 
     def shape_of(self, model: PreTrainedModel) -> list[Any]:
         """All that the function takes for granted of a model."""
@@ -228,10 +237,11 @@ class CompiledDecoder:
         """The logits (1, vocab_size) after this token (1,), which is now part of the text."""
         if self.length == self.capacity:
             self.reserve(min(2 * self.capacity, self.max_length))
-        cos, sin = self.turns.at(self.length - self.prompt_length)
-        caches = self.whole.narrow(1, 0, self.length).unbind()
-        logits, keys_and_values = self.run([token_ids, cos[0, 0], sin[0, 0], *caches, *self.weights])
-        self.whole.select(1, self.length).copy_(keys_and_values)
+        with torch.inference_mode():  # see Decoder.logits
+            cos, sin = self.turns.at(self.length - self.prompt_length)
+            caches = self.whole.narrow(1, 0, self.length).unbind()
+            logits, keys_and_values = self.run([token_ids, cos[0, 0], sin[0, 0], *caches, *self.weights])
+            self.whole.select(1, self.length).copy_(keys_and_values)
         self.length += 1
         return logits
 
@@ -239,26 +249,6 @@ class CompiledDecoder:
         """The cache of transformers as its own loop would have left it."""
         for layer, keys_and_values in zip(self.cache.layers, self.whole[:, : self.length], strict=True):
             layer.keys, layer.values = keys_and_values.transpose(0, 1)[None].chunk(2, dim=1)
-
-
-def compile_step(model: PreTrainedModel) -> CompiledStep:
-    """
-    The compiled step for a model: from the file of an earlier call, or made now.
-
-    Raises:
-        ValueError: if the model is of a kind that is not compiled.
-        RuntimeError: if there is no compiler, or it fails.
-    """
-    weight = model.model.embed_tokens.weight
-    if weight.dtype != torch.float32 or weight.device.type != "cpu":
-        kind = str(weight.dtype).removeprefix("torch.")
-        raise ValueError(f"It is compiled for float32 on a CPU; this model is {kind} on a {weight.device.type}.")
-    path = package_path(model)
-    if path.is_file():
-        with contextlib.suppress(RuntimeError):  # a file that is damaged is made anew
-            return CompiledStep(path, model)
-    write_package(model, path)
-    return CompiledStep(path, model)
 
 
 def package_path(model: PreTrainedModel) -> Path:
@@ -270,12 +260,23 @@ def package_path(model: PreTrainedModel) -> Path:
         "weights": weights,
         "source": Path(__file__).read_text(encoding="utf-8"),
         "versions": [torch.__version__, transformers.__version__, platform.machine(), platform.processor()],
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": dict(torch.cpu.get_capabilities()),  # it is compiled for this very processor
         "threads": torch.get_num_threads(),
     }
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"
     return Path(folder, "decoding", f"{name}.pt2")
+
+
+def load_package(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]] | None:
+    """The function of a file that `write_package` wrote; `None` where there is none, or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        # Not the package itself, whose call operator reads the description of its arguments anew at each call.
+        return torch._inductor.aoti_load_package(str(path)).loader.run
+    except RuntimeError:
+        return None
 
 
 def write_package(model: PreTrainedModel, path: Path) -> None:
@@ -284,6 +285,7 @@ def write_package(model: PreTrainedModel, path: Path) -> None:
 
     Raises:
         RuntimeError: if there is no compiler, or it fails.
+        OSError: if the file cannot be written.
     """
     config = model.config
     shape = (EXAMPLE_LENGTH, 2 * config.num_key_value_heads, config.head_dim)

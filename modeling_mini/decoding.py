@@ -79,8 +79,6 @@ def obstacle(
 
 def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable]) -> str | None:
     """Why a model cannot be decoded by `decoding_step`; `None` if it can."""
-    if model.training:
-        return "the model is in training mode"
     # Where peft's prompt and prefix tuning put what they have learned.
     prepare = model.prepare_inputs_for_generation
     if getattr(prepare, "__func__", None) is not type(model).prepare_inputs_for_generation:
@@ -99,6 +97,9 @@ def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable
         if not is_plain or any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks):
             name = next(name for name, each in model.named_modules() if each is module)
             return f"{name or 'the model'} is not a plain {type(module).__name__}: it has another forward, or a hook"
+        # Whatever has weights of its own computes the same in training, also a new embedding of another size.
+        if module.training and not module._parameters:
+            return "the model is in training mode, or a part of it"
         for parameter in module._parameters.values():
             if parameter is not None:
                 if type(parameter) is not nn.Parameter:
@@ -370,7 +371,9 @@ class Decoder:
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
             self.mask = self.whole_mask.narrow(3, 0, self.length)
-        return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
+        # Without what autograd keeps of a tensor; but the cache, which is its owner's, has that.
+        with torch.inference_mode():
+            return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
 
     def give_back(self) -> None:
         """The cache of transformers as its own loop would have left it."""
@@ -393,14 +396,14 @@ def decode(
     keeps = generation_config.return_dict_in_generate
     scores = () if keeps and generation_config.output_scores else None
     raw_logits = () if keeps and generation_config.output_logits else None
-    max_length = stopping_criteria.max_length
-    end_tokens = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
     # Told from the length and the last token alone; all others are asked as transformers asks them.
-    others = [
-        criterion for criterion in stopping_criteria if type(criterion) not in (EosTokenCriteria, MaxLengthCriteria)
-    ]
+    max_length = min(each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria))
+    end_tokens = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
+    others = StoppingCriteriaList(
+        each for each in stopping_criteria if type(each) not in (EosTokenCriteria, MaxLengthCriteria)
+    )
     has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    text = F.pad(input_ids, (0, min(FIRST_ROOM, max_length - length)))
+    text = F.pad(input_ids, (0, max(1, min(FIRST_ROOM, max_length - length))))
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -434,8 +437,8 @@ def decode(
             streamer.put(next_tokens.cpu())
         for ends in end_tokens:
             unfinished &= torch.isin(next_tokens, ends, invert=True)
-        for criterion in others:
-            unfinished &= ~criterion(text[:, :length].contiguous(), scores)
+        if others:
+            unfinished &= ~others(text[:, :length].contiguous(), scores).bool()
         if length >= max_length or not unfinished.any():
             break
         if decoder is None:
@@ -447,9 +450,7 @@ def decode(
                 decoder = step.decoder(model, cache, mask, position_ids, room)
             else:
                 decoder = Decoder(model, cache, mask, position_ids, room)
-        with torch.inference_mode():
-            logits = decoder.logits(next_tokens)
-        logits = logits.to(copy=True, dtype=torch.float32)
+        logits = decoder.logits(next_tokens).to(copy=True, dtype=torch.float32)
 
     if decoder is not None:
         decoder.give_back()

@@ -17,7 +17,7 @@ import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
 from entry_points_mini import ArgumentParser, one_sentence_errors, option
 from generation_mini.arguments import GenerationArguments
-from generation_mini.writing import TextOfTokens, write_on
+from generation_mini.writing import TextOfTokens, encode_prompt, write_on
 from modeling_mini.loading import load_model
 from torch.nn import functional as F
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -73,7 +73,7 @@ class Watcher(LogitsProcessor, BaseStreamer):
         self._surprise: list[float] = []
         self._log_probabilities = torch.empty(0)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._log_probabilities = F.log_softmax(scores[0].float(), dim=-1)
         return scores
 
@@ -117,7 +117,7 @@ def follow(
         Exception: whatever the writing raised.
     """
     watcher = Watcher(tokenizer)
-    ids = tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
+    ids = encode_prompt(tokenizer, prompt)
 
     def work() -> None:
         try:

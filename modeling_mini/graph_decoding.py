@@ -8,9 +8,13 @@ whole room of the cache, of which a mask hides what is not written yet.
 
 A recording is for a batch and a room, which doubles when it is full. It reads the parameters where they lie, so that
 training or merging in place are seen; where a parameter has moved, it is recorded anew.
+
+The rules of a recording (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs), and where they are kept:
+nothing in `step` asks the device for a number or depends on one, draws, or takes what another step has freed; what
+comes from outside is copied into buffers that live as long as the graph; one recording is made at a time.
 """
 
-from collections import defaultdict
+import threading
 from typing import Any
 
 import torch
@@ -22,6 +26,10 @@ from .decoding import FIRST_ROOM, Turns, Weights, decoding_step
 
 # PyTorch asks for a few runs before a recording, in which libraries make what they keep.
 WARM_UP_RUNS = 3
+# So many that nobody works with are kept, those used last: each holds a cache, and batches may come in any size.
+KEPT_RECORDINGS = 4
+# PyTorch makes one recording at a time in a process; the lists of recordings change under the same lock.
+LOCK = threading.Lock()
 
 
 class Recording:
@@ -34,20 +42,24 @@ class Recording:
         place: (1,), where the token comes to stand; counted up by each step.
         mask: (batch, 1, 1, capacity), true where a token may be seen; the new one is added by each step.
         caches: as `decoding_step` takes them, (batch, 2 * key_value_heads, capacity, head_dim) of each layer.
+        output: (batch, vocab_size), the logits; written by each step.
     """
 
     def __init__(self, model: PreTrainedModel, batch: int, capacity: int) -> None:
         config, weight = model.config, model.model.embed_tokens.weight
         self.weights = Weights.of(model, may_copy=False)
-        self.batch, self.capacity = batch, capacity
+        self.batch, self.capacity, self.device = batch, capacity, weight.device
         rotary_dim = 2 * len(model.model.rotary_emb.inv_freq)
-        self.token_ids = torch.zeros(batch, dtype=torch.long, device=weight.device)
-        self.place = torch.zeros(1, dtype=torch.long, device=weight.device)
-        self.cos, self.sin = (weight.new_zeros(batch, 1, rotary_dim) for _ in range(2))
-        self.mask = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=weight.device)
-        shape = (batch, 2 * config.num_key_value_heads, capacity, config.head_dim)
-        self.caches = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
-        self.record()
+        # No inference tensors, also where `generate` is called in inference mode: neither buffers nor what PyTorch
+        # makes at a recording for its random numbers, and fills at each replay, could be written outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self.token_ids = torch.zeros(batch, dtype=torch.long, device=self.device)
+            self.place = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.cos, self.sin = (weight.new_zeros(batch, 1, rotary_dim) for _ in range(2))
+            self.mask = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=self.device)
+            shape = (batch, 2 * config.num_key_value_heads, capacity, config.head_dim)
+            self.caches = [weight.new_zeros(shape) for _ in range(config.num_hidden_layers)]
+            self.record()
 
     def step(self) -> torch.Tensor:
         """The step itself: logits (batch, vocab_size)."""
@@ -59,23 +71,44 @@ class Recording:
         return logits
 
     def record(self) -> None:
-        """Records the step."""
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UP_RUNS):
-                self.place.zero_()
-                self.step()
-        torch.cuda.current_stream().wait_stream(beside)
-        self.place.zero_()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.output = self.step()
+        """Records the step, which does not run it; what the runs before left in the buffers, `fill` clears."""
+        with torch.cuda.device(self.device):  # streams and graphs belong to the current one
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_RUNS):
+                    self.place.zero_()
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            # Other threads may go on allocating meanwhile.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                self.output = self.step()
 
-    def replay(self) -> torch.Tensor:
-        """Runs the step; the next one writes its logits to the same place."""
+    def fill(self, caches: list[torch.Tensor], mask: torch.Tensor, length: int) -> None:
+        """Begins after a text of this length, with its keys and values, and a mask (batch or 1, 1, 1, length)."""
+        for target, source in zip(self.caches, caches, strict=True):
+            target[:, :, :length] = source
+            target[:, :, length:].zero_()  # hidden, but 0 times NaN of an earlier text would be NaN
+        self.mask.zero_()
+        self.mask[..., :length] = mask
+        self.place.fill_(length)
+
+    def replay(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The logits after these tokens, at a place where the next call overwrites them."""
+        self.token_ids.copy_(token_ids)
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
         self.graph.replay()
         return self.output
+
+    def mark_end(self) -> None:
+        """Marks the end of the work on it so far, in the stream of the caller."""
+        self.end = torch.cuda.current_stream(self.device).record_event()
+
+    def wait(self) -> None:
+        """Lets the stream of the caller wait for that end: it may be another one."""
+        torch.cuda.current_stream(self.device).wait_event(self.end)
 
 
 class GraphStep:
@@ -86,17 +119,19 @@ class GraphStep:
         RuntimeError: if the step cannot be recorded here.
     """
 
+    takes_batches = True
     recording_class = Recording
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self.device_type = model.model.embed_tokens.weight.device.type
         self.recorded_for: list[Any] = []
-        # Those that no call of `generate` works with, by batch and capacity: two threads need two.
-        self.free: dict[tuple[int, int], list[Recording]] = defaultdict(list)
+        # Those that no call of `generate` works with, the last used at the end: two threads need two.
+        self.free: list[Recording] = []
         self.give_back(self.take(model, 1, FIRST_ROOM))
 
     def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether it computes what the model does: anything, where the model is still on its device."""
-        return model.model.embed_tokens.weight.device.type == self.recorded_for[0]
+        """Whether it computes what the model does: anything, where the model is still on such a device."""
+        return model.model.embed_tokens.weight.device.type == self.device_type
 
     def decoder(
         self,
@@ -109,20 +144,28 @@ class GraphStep:
         """The state of one call of `generate`; the arguments are those of `Decoder`."""
         return GraphDecoder(self, model, cache, attention_mask, position_ids, room)
 
-    @torch.inference_mode()
     def take(self, model: PreTrainedModel, batch: int, capacity: int) -> Recording:
         """A recording for a model as it is now, to work with until it is given back."""
-        parameters = [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in model.parameters()]
-        now = [model.model.embed_tokens.weight.device.type, parameters, constants_of(model)]
-        if now != self.recorded_for:
-            self.free.clear()
-            self.recorded_for = now
-        free = self.free[batch, capacity]
-        return free.pop() if free else self.recording_class(model, batch, capacity)
+        parameters = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in model.parameters()]
+        now = [parameters, constants_of(model)]
+        with LOCK:
+            if now != self.recorded_for:
+                self.free, self.recorded_for = [], now
+            for recording in self.free:
+                if (recording.batch, recording.capacity) == (batch, capacity):
+                    self.free.remove(recording)
+                    recording.wait()
+                    return recording
+            recording = self.recording_class(model, batch, capacity)
+            recording.made_for = self.recorded_for
+            return recording
 
     def give_back(self, recording: Recording) -> None:
-        """Lets others work with a recording."""
-        self.free[recording.batch, recording.capacity].append(recording)
+        """Lets others work with a recording, unless the model has moved meanwhile."""
+        recording.mark_end()
+        with LOCK:
+            if recording.made_for is self.recorded_for:
+                self.free = [*self.free, recording][-KEPT_RECORDINGS:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of a model comes without: its parameters lie elsewhere."""
@@ -148,21 +191,14 @@ class GraphDecoder:
         self.turns = Turns(model, position_ids)
         self.length = self.prompt_length = cache.get_seq_length()
         caches = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
-        batch = len(caches[0])
-        mask = torch.ones(batch, self.length) if attention_mask is None else attention_mask
+        mask = caches[0].new_ones(1, self.length) if attention_mask is None else attention_mask
         self.move_to(self.length + min(room, FIRST_ROOM), caches, mask[:, None, None, :])
 
-    @torch.inference_mode()
     def move_to(self, capacity: int, caches: list[torch.Tensor], mask: torch.Tensor) -> None:
         """Goes on with a recording that has room for `capacity` tokens, from these keys, values and mask."""
         # Powers of two, so that texts of about the same length share recordings.
-        self.recording = self.owner.take(self.model, len(mask), 1 << (capacity - 1).bit_length())
-        for target, source in zip(self.recording.caches, caches, strict=True):
-            target.zero_()
-            target[:, :, : self.length] = source
-        self.recording.mask.zero_()
-        self.recording.mask[..., : self.length] = mask
-        self.recording.place.fill_(self.length)
+        self.recording = self.owner.take(self.model, len(caches[0]), 1 << (capacity - 1).bit_length())
+        self.recording.fill(caches, mask, self.length)
         self.turns.reserve(self.recording.capacity - self.prompt_length)
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -171,13 +207,9 @@ class GraphDecoder:
         if self.length == full.capacity:
             self.move_to(2 * full.capacity, full.caches, full.mask)
             self.owner.give_back(full)
-        recording = self.recording
         cos, sin = self.turns.at(self.length - self.prompt_length)
-        recording.token_ids.copy_(token_ids)
-        recording.cos.copy_(cos)
-        recording.sin.copy_(sin)
         self.length += 1
-        return recording.replay()
+        return self.recording.replay(token_ids, cos, sin)
 
     def give_back(self) -> None:
         """The cache of transformers as its own loop would have left it."""

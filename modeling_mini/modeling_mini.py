@@ -43,7 +43,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .compiled_decoding import CompiledStep, compile_step
+from .compiled_decoding import CompiledStep
 from .decoding import decode, obstacle, obstacle_of_model
 from .graph_decoding import GraphStep
 from .integrations import check_quantized_layers, load_whole_adapter
@@ -492,7 +492,7 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         reason = obstacle_of_model(self, PLAIN_MODULES)
         if reason is None:
             try:
-                self.compiled_step = GraphStep(self) if self.device.type == "cuda" else compile_step(self)
+                self.compiled_step = compiled_step_class(self.device)(self)
                 return
             except (ValueError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -525,6 +525,11 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
         )
+
+
+def compiled_step_class(device: torch.device) -> type[CompiledStep] | type[GraphStep]:
+    """What `compile_decoding` makes for a model on this device."""
+    return GraphStep if device.type == "cuda" else CompiledStep
 
 
 # What decoding.py reproduces: classes, not subclasses, with the forward that they have here and now.

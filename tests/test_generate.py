@@ -1,5 +1,6 @@
 """generate.py as a user types it."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pexpect
 import pytest
 import torch
 from conftest import ROOT, run_program
+from generation_mini.__main__ import main
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.loading import load_model
 from test_train_accelerate import one_sentence
@@ -53,6 +55,40 @@ def test_prompt_from_a_pipe_and_streaming(quick_run: Path) -> None:
     plain = generate(quick_run, "--temperature", 0, "--max_tokens", 50, input="Übung ")
     streamed = generate(quick_run, "--temperature", 0, "--max_tokens", 50, "--stream", input="Übung ")
     assert plain.stdout.startswith("Übung ") and plain.stdout == streamed.stdout
+
+
+def test_standard_input_is_taken_byte_for_byte(
+    quick_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(data: bytes, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(quick_run), "--max_tokens", "1", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
+        main()
+
+    write(b"a\r\nb\rc")
+    assert capsys.readouterr().out.startswith("a\r\nb\rc")
+    for data, prompt, message in (
+        (b"a\xff", [], "error: Standard input is not valid UTF-8 at byte 1.\n"),
+        (b"", ["--prompt", os.fsdecode(b"a\xff")], "error: The prompt is not valid UTF-8 at character 1.\n"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            write(data, *prompt)
+        assert (stopped.value.code, *capsys.readouterr()) == (2, "", message)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["at the end", "stream"])
+def test_a_reader_that_has_enough_is_no_error(
+    stream: list[str], quick_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `generate.py ... | head -1` does; nor is what Python writes out when it ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", encoding="utf-8") as nobody_reads:
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(quick_run), "--prompt", "a", *stream])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 141 and capsys.readouterr().err == ""
 
 
 def test_several_texts(quick_run: Path) -> None:

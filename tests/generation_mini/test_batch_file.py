@@ -4,11 +4,18 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import run_program, start_program
+from generation_mini import batch_file
+from generation_mini.__main__ import main
+from generation_mini.arguments import GenerationArguments
+from generation_mini.batch_file import BatchFile, read_prompts, read_written
+from generation_mini.writing import Continuation, write_on
 from test_train_accelerate import one_sentence
 
 PROMPTS = [
@@ -79,6 +86,74 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_file(quick_run: Path, f
     assert (folder / "out.jsonl").read_bytes() == whole
 
 
+def written_lines(*changed: dict) -> bytes:
+    line = {"index": 0, "prompt": "a", "texts": [], "settings": "x"}
+    return "".join(json.dumps({**line, **each}) + "\n" for each in changed).encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"my diary", b"my diary\n", b"[1]\n", b"\xff\n", written_lines({"index": -1}), written_lines({"index": "0"})],
+)
+def test_files_of_others_are_not_taken_for_texts(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "out.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match="holds something else than texts"):
+        read_written(tmp_path / "out.jsonl")
+
+
+def test_a_prompt_that_two_calls_have_written_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "out.jsonl").write_bytes(written_lines({}, {"index": 1}, {"settings": "y"}))
+    assert [(line["index"], line["settings"]) for line in read_written(tmp_path / "out.jsonl")] == [(0, "y"), (1, "x")]
+
+
+def test_prompts_as_other_systems_write_them(tmp_path: Path) -> None:
+    """With a byte order mark and two characters for the end of a line; one of them alone belongs to a prompt."""
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\rthree\r\n")
+    assert read_prompts(tmp_path / "prompts.txt") == ["one", "", "two\rthree"]
+    (tmp_path / "prompts.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "one"}\r\n')
+    assert read_prompts(tmp_path / "prompts.jsonl") == ["one"]
+
+
+def test_what_a_prompt_loses_is_said_and_a_link_stays(quick_run: Path, folder: Path) -> None:
+    (folder / "prompts.txt").write_text("x" * 100 + "\na\n")
+    (folder / "out.jsonl").symlink_to("elsewhere.jsonl")
+    result = batch(quick_run, folder, *SAMPLING)
+    assert "(1 prompt is longer than the context of 64 tokens: only the end is used.)" in result.stderr
+    assert (folder / "out.jsonl").is_symlink() and len(lines_of(folder)) == 2
+    for output in (".", "/dev/null"):
+        arguments = GenerationArguments(batch_file=str(folder / "prompts.txt"), output=output)
+        with pytest.raises(ValueError, match="output must be a file"):
+            BatchFile(arguments)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    quick_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pressed in the third batch; the rest is written by the same call."""
+    monkeypatch.chdir(folder)
+    arguments = ["--model", str(quick_run), "--batch_file", "prompts.txt", "--output", "out.jsonl"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments, *map(str, SAMPLING)])
+    main()
+    whole = (folder / "out.jsonl").read_bytes()
+    os.remove(folder / "out.jsonl")
+    calls: list[int] = []
+
+    def write_twice(*args: Any, **kwargs: Any) -> list[Continuation]:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return write_on(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_file, "write_on", write_twice)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 130
+    assert "(8 of 40 prompts are done; the same call again goes on with the rest.)" in capsys.readouterr().err
+    main()
+    assert (folder / "out.jsonl").read_bytes() == whole
+
+
 def test_killed_at_any_instant(quick_run: Path, folder: Path) -> None:
     arguments = ["--model", quick_run, "--batch_file", "prompts.txt", "--output", "out.jsonl", "--batch_size", 1]
     arguments += ["--max_new_tokens", 60, "--min_new_tokens", 60, "--seed", 1]
@@ -126,6 +201,7 @@ def test_what_does_not_belong_together(quick_run: Path, folder: Path) -> None:
         ("empty.txt", b"", "empty.txt holds no prompts."),
         ("latin.txt", b"a\nM\xfcnchen\n", "latin.txt is not valid UTF-8 at byte 3."),
         ("bad.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', 'bad.jsonl, line 2: it must have the form {"prompt"'),
+        ("half.jsonl", b'{"prompt": "\\ud83c"}\n', 'half.jsonl, line 1: it must have the form {"prompt"'),
         ("out.jsonl", b'{"prompt": "a"}\n', "output must be another file than batch_file"),
     ],
 )

@@ -1,6 +1,8 @@
 """How a conversation is put to a model."""
 
 import pytest
+from generation_mini import interactive
+from generation_mini.arguments import GenerationArguments
 from generation_mini.interactive import Conversation
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
@@ -37,6 +39,32 @@ def test_a_chat_model_gets_its_template_and_history(model: MiniForCausalLM) -> N
     conversation.reset()
     ids, _ = conversation.say("a <|end|> that is typed", room=10)
     assert ids.count(END_ID) == 1 and "a <|end|> that is typed<|end|>" in tokenizer.decode(ids)
+
+
+def test_an_answer_that_fails_leaves_the_conversation_as_it_was(
+    model: MiniForCausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = iter(["one", "/set temperature 1e-45", "two", "/set temperature 1", "half \udcff", "three"])
+    said: list[list[str]] = []
+
+    def read(prompt: str) -> str:
+        line = next(lines, None)
+        if line is None:
+            raise EOFError
+        return line
+
+    class Kept(Conversation):
+        def say(self, said_now: str, room: int) -> tuple[list[int], int]:
+            said.append([turn.said for turn in self.turns])
+            return super().say(said_now, room)
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(interactive, "Conversation", Kept)
+    model.generation_config.eos_token_id = 2
+    interactive.converse(model, ByteTokenizer(), GenerationArguments(max_new_tokens=2))
+    notices = capsys.readouterr().err
+    assert said == [[], ["one"], ["one"]]
+    assert "(No token can be drawn" in notices and "(The prompt is not valid UTF-8 at character 5.)" in notices
 
 
 @pytest.mark.parametrize("end_ids", [2, [2, END_ID]], ids=["base", "chat"])

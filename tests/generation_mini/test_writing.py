@@ -1,9 +1,11 @@
 """Continuing text: streaming that is exact, windows beyond the context, and settings."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
+from generation_mini import __main__ as program
 from generation_mini.arguments import SAMPLING, GenerationArguments, parse_arguments
 from generation_mini.writing import CharacterStreamer, Continuation, TextOfTokens, generation_config, write_on
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -185,6 +187,42 @@ def test_prompts_of_any_length_in_one_batch_get_the_texts_they_get_alone(model, 
         assert [result] == write_all(model, tokenizer, [prompt], max_new_tokens=6)[0]
 
 
+def test_what_torch_cannot_draw_from_is_a_sentence(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = tokenizer("abc").input_ids
+    with pytest.raises(ValueError, match=r"^No token can be drawn, because the probabilities are not numbers: [^\n]*$"):
+        write(model, tokenizer, prompt, max_new_tokens=5, temperature=1e-45)
+
+    def without_memory(**kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(model, "generate", without_memory)
+    with pytest.raises(ValueError, match=r"^There is not enough memory: lower batch_size"):
+        write(model, tokenizer, prompt, max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "is_right_on"),
+    [
+        (["--prompt", "a"], ["cpu", "cuda"]),
+        (["--batch_file", "a", "--output", "b", "--batch_size", "1"], ["cpu", "cuda"]),
+        (["--num_return_sequences", "2"], ["cuda"]),
+        (["--batch_file", "a", "--output", "b"], ["cuda"]),
+        (["--batch_file", "a", "--output", "b", "--batch_size", "1", "--num_return_sequences", "3"], ["cuda"]),
+    ],
+)
+def test_compile_serves_what_the_step_of_the_device_does(
+    argv: list[str], is_right_on: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(program, "existing_device", lambda name, device=device: torch.device(device))
+        arguments = parse_arguments(["--compile", *argv])
+        if device in is_right_on:
+            program.check_compile(arguments)
+        else:
+            with pytest.raises(ValueError, match=f"^compile is for one text at a time on a {device}, and this is"):
+                program.check_compile(arguments)
+
+
 def test_beams(model, tokenizer) -> None:
     prompt = tokenizer("abc").input_ids
     results, _ = write_all(
@@ -258,7 +296,12 @@ def test_each_sampling_setting_reaches_the_model(model, name: str) -> None:
         (["--num_beams", "2", "--stream"], "num_beams goes with none of --stream"),
         (["--stop", ""], "stop must not hold an empty string"),
         (["--batch_file", "a.txt"], "batch_file and output belong together"),
-        (["--compile", "--num_return_sequences", "2"], "compile goes with none of --batch_file"),
+        (["--compile", "--num_beams", "2"], "compile goes with neither --num_beams nor --assistant"),
+        (["--compile", "--assistant", "a"], "compile goes with neither --num_beams nor --assistant"),
+        (["--interactive", "--prompt", "a"], "interactive goes without --prompt"),
+        (["--num_return_sequences", "2", "--temperature", "0"], "num_return_sequences must be 1 with --temperature 0"),
+        (["--min_new_tokens", "9", "--max_tokens", "8"], "min_new_tokens (9) must not exceed max_new_tokens (8)"),
+        (["--seed", "-1"], "seed must be from 0 to 4294967295, got -1"),
         (["--batch_file", "a", "--output", "b", "--prompt", "c"], "batch_file goes with none of --prompt"),
         (["--batch_file", "a", "--output", "b", "--assistant", "c"], "assistant drafts for one text at a time"),
         (["--dtype", "float8"], "dtype must be one of auto, float32, bfloat16, float16, got 'float8'"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from modeling_mini import MiniForCausalLM, compiled_decoding
-from modeling_mini.compiled_decoding import CompiledDecoder, CompiledStep, StepOfModel, compile_step
+from modeling_mini.compiled_decoding import CompiledDecoder, CompiledStep, StepOfModel
 from modeling_mini.decoding import Turns
 from random_models import make_model, random_request, random_settings
 from torch import nn
@@ -188,7 +188,7 @@ def test_the_file_is_used_again(compiled: MiniForCausalLM, monkeypatch: pytest.M
         monkeypatch.setattr(
             compiled_decoding, "write_package", lambda model, path: (written.append(path), path.write_bytes(whole))
         )
-        assert compile_step(other).shape == other.compiled_step.shape and written == [path]
+        assert CompiledStep(other).shape == other.compiled_step.shape and written == [path]
     finally:
         path.write_bytes(whole)
     assert compiled_decoding.package_path(make_model()) != path

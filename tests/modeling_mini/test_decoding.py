@@ -3,7 +3,7 @@ The fast path of `generate`: when it runs, and that it writes what transformers'
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -71,24 +72,27 @@ def test_random_models_and_requests_give_the_same(group: int, dtype: torch.dtype
             torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "name", ["tiny", "small", "medium", *(pytest.param(n, marks=pytest.mark.slow) for n in ("large", "gpt2"))]
+    ("name", "tokens"),
+    [("tiny", 30), ("small", 30), ("medium", 30)]
+    + [pytest.param(name, 8, marks=pytest.mark.slow) for name in ("large", "gpt2")],
 )
-@pytest.mark.parametrize("batch", [1, 4])
-def test_presets_give_the_same_bits(name: str, dtype: torch.dtype, batch: int, fast_calls: list[int]) -> None:
-    model = MiniForCausalLM(MiniConfig.preset(name)).eval().to(dtype)
-    ids, mask = torch.randint(8, 264, (batch, 12)), torch.ones(batch, 12, dtype=torch.long)
-    mask[1:, :5] = 0
-    request = {"max_new_tokens": 30, "do_sample": True, "output_logits": True, "return_dict_in_generate": True}
-    results = []
-    for fast in (True, False):
-        torch.manual_seed(7)
-        results.append(model.generate(ids, attention_mask=mask, **request, fast_decoding=fast))
-    fast, slow = results
-    assert len(fast_calls) == 1
-    assert torch.equal(fast.sequences, slow.sequences)
-    assert torch.equal(torch.stack(fast.logits), torch.stack(slow.logits))
+def test_presets_give_the_same_bits(name: str, tokens: int, fast_calls: list[int]) -> None:
+    model = MiniForCausalLM(MiniConfig.preset(name)).eval()
+    request = {"max_new_tokens": tokens, "do_sample": True, "output_logits": True, "return_dict_in_generate": True}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model.to(dtype)
+        for batch in (1, 4):
+            ids, mask = torch.randint(8, 264, (batch, 12)), torch.ones(batch, 12, dtype=torch.long)
+            mask[1:, :5] = 0
+            results = []
+            for fast in (True, False):
+                torch.manual_seed(7)
+                results.append(model.generate(ids, attention_mask=mask, **request, fast_decoding=fast))
+            fast, slow = results
+            assert torch.equal(fast.sequences, slow.sequences), (dtype, batch)
+            assert torch.equal(torch.stack(fast.logits), torch.stack(slow.logits)), (dtype, batch)
+    assert len(fast_calls) == 6
 
 
 @pytest.mark.parametrize("norm_type", ["layernorm", "rmsnorm"])
@@ -216,6 +220,36 @@ def test_processors_criteria_and_streamers_of_the_user(batch: int, fast_calls: l
     assert 5 < len(results[0][0][0]) < 45  # the criterion stopped it
 
 
+class Answer(StoppingCriteria):
+    """Answers with what transformers' loop takes beside a tensor of truth values, one for each row."""
+
+    def __init__(self, of: Callable[[bool], Any]) -> None:
+        self.of = of
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return self.of(input_ids.shape[1] == 9)
+
+
+@pytest.mark.parametrize(
+    ("criteria", "length"),
+    [
+        ([Answer(lambda is_over: is_over)], 9),
+        ([Answer(torch.tensor)], 9),
+        ([Answer(lambda is_over: torch.full((2,), int(is_over)))], 9),
+        ([MaxLengthCriteria(20), MaxLengthCriteria(9)], 9),
+        ([MaxLengthCriteria(3)], 6),
+    ],
+    ids=["bool", "one for all", "numbers", "two lengths", "less than the prompt"],
+)
+def test_criteria_of_any_form(criteria: list[StoppingCriteria], length: int, fast_calls: list[int]) -> None:
+    model, ids = make_model(), torch.randint(1, 97, (2, 5))
+    request = {"max_new_tokens": 30, "do_sample": False, "stopping_criteria": StoppingCriteriaList(criteria)}
+    written = model.generate(ids, **request)
+    assert torch.equal(written, model.generate(ids, **request, fast_decoding=False))
+    assert written.shape[1] == length
+    assert len(fast_calls) == 1
+
+
 def test_a_cache_of_the_user_is_continued(fast_calls: list[int]) -> None:
     model, ids = make_model(), torch.randint(1, 97, (1, 8))
     results = []
@@ -233,13 +267,15 @@ def test_a_cache_of_the_user_is_continued(fast_calls: list[int]) -> None:
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
 
 
-def test_results_can_be_trained_on() -> None:
-    """Text and cache are no inference tensors, which autograd would refuse."""
+def test_results_can_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text and cache are no inference tensors, which autograd would refuse; also a cache that had to grow."""
+    monkeypatch.setattr(decoding, "FIRST_ROOM", 2)
     model, ids = make_model(), torch.randint(1, 97, (1, 8))
-    output = model.generate(ids, max_new_tokens=4, return_dict_in_generate=True, output_logits=True)
+    output = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True, output_logits=True)
     model(output.sequences, labels=output.sequences).loss.backward()
     assert model.lm_head.weight.grad is not None
-    assert not any(tensor.is_inference() for tensor in (output.sequences, *output.logits))
+    kept = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    assert not any(tensor.is_inference() for tensor in (output.sequences, *output.logits, *kept))
 
 
 def add_hook(model: MiniForCausalLM) -> None:
@@ -271,6 +307,7 @@ OBSTACLES_OF_MODELS = {
     "forward": (replace_forward, "model.layers.0.mlp is not a plain MiniMLP"),
     "layer": (replace_layer, "model.layers.0.mlp.up_proj is not a plain OtherLinear"),
     "training": (lambda model: model.train(), "training mode"),
+    "training of a part": (lambda model: model.model.layers[1].residual_dropout.train(), "training mode, or a part"),
     "eager attention": (lambda model: model.set_attn_implementation("eager"), "not sdpa"),
     "types": (mix_types, "several types"),
     "parametrization": (parametrize, "model.layers.0.mlp.up_proj is not a plain Parametrized"),

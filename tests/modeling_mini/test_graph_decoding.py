@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,10 +20,16 @@ class Unrecorded(Recording):
 
     def record(self) -> None:
         self.output = self.step()
+        self.graph = SimpleNamespace(replay=self.run)
 
-    def replay(self) -> torch.Tensor:
+    def run(self) -> None:
         Unrecorded.steps += 1
-        return self.output.copy_(self.step())
+        self.output.copy_(self.step())
+
+    def mark_end(self) -> None:
+        """There are no streams."""
+
+    wait = mark_end
 
 
 class UnrecordedStep(GraphStep):
@@ -68,7 +75,7 @@ def test_recordings_are_used_again_until_a_weight_moves() -> None:
     def both() -> Recording:
         written, steps = steps_of(model, request)
         assert steps == 11 and torch.equal(written, model.generate(**request, fast_decoding=False))
-        (recording,) = step.free[2, 16]
+        (recording,) = [each for each in step.free if (each.batch, each.capacity) == (2, 16)]
         return recording
 
     first = both()
@@ -82,6 +89,35 @@ def test_recordings_are_used_again_until_a_weight_moves() -> None:
     model.model.layers[0].mlp.up_proj.weight.data = torch.randn(80, 48)
     assert both() is not first
     assert copy.deepcopy(model).compiled_step is None and pickle.loads(pickle.dumps(model)).compiled_step is None
+
+
+def test_recordings_are_few_and_none_is_of_a_model_as_it_was() -> None:
+    model = make_model()
+    model.compiled_step = step = UnrecordedStep(model)
+    for batch in range(1, 9):
+        request = {"inputs": torch.randint(1, 97, (batch, 5)), "max_new_tokens": 4, "do_sample": False}
+        assert torch.equal(steps_of(model, request)[0], model.generate(**request, fast_decoding=False))
+    assert [each.batch for each in step.free] == [5, 6, 7, 8]
+    mine = step.take(model, 8, 8)
+    assert all(each is not mine for each in step.free), "two calls at once never share one"
+    model.model.norm.weight.data = model.model.norm.weight.data.clone()
+    other = step.take(model, 8, 8)
+    step.give_back(mine)
+    assert other is not mine and not step.free
+
+
+def test_recordings_can_be_written_in_and_outside_of_inference_mode() -> None:
+    """As a first call in inference mode, and the next without; also what PyTorch makes at the first recording."""
+    model = make_model()
+    ids = torch.randint(1, 97, (1, 5))
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, fast_decoding=False)
+    with torch.inference_mode():
+        model.compiled_step = step = UnrecordedStep(model)
+        assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
+    for recording in step.free:
+        buffers = (recording.token_ids, recording.place, recording.mask, recording.output, *recording.caches)
+        assert not any(buffer.is_inference() for buffer in buffers)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
