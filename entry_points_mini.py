@@ -22,6 +22,7 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+EXIT_NOBODY_READS = 141  # as the shell says it of a program that SIGPIPE ended
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 
 
@@ -121,11 +122,16 @@ def checkpoint_and_out(argv: list[str], program: str) -> tuple[list[str], list[s
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """
-    Ends the program with exit code 2 and one sentence for wrong input, and 130 for Ctrl-C. Set MINI_TRACEBACK=1 to see
-    where an error came from.
+    Ends the program with exit code 2 and one sentence for wrong input, with 130 for Ctrl-C, and with 141 and no word
+    where its output is read no further (`| head`). Set MINI_TRACEBACK=1 to see where an error came from.
     """
     try:
         yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):  # a stream that is no file has nothing to be flushed at the end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_NOBODY_READS)
     except (ValueError, OSError) as error:
         if os.environ.get("MINI_TRACEBACK") == "1":
             raise

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_program
+from entry_points_mini import one_sentence_errors
 from hub_server import Fault, HubServer
 from modeling_mini.loading import load_checkpoint
 from sharing_mini.arguments import SharingArguments, parse_arguments
@@ -205,6 +206,19 @@ def test_mistakes_are_one_sentence(server: HubServer, quick_run: Path, tmp_path:
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             parse_arguments(argv)
+
+
+def test_output_that_is_read_no_further(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """As by `| head -1`: no sentence, for nothing is wrong, also where the end of the output was the end of reading."""
+    for output in ("x" * 100_000, "x"):
+        reading, writing = os.pipe()
+        os.close(reading)
+        with open(writing, "w") as stream, monkeypatch.context() as context:
+            context.setattr(sys, "stdout", stream)
+            with pytest.raises(SystemExit) as ended, one_sentence_errors():
+                print(output)
+            assert ended.value.code == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_a_model_that_does_not_load_is_not_pushed(

@@ -72,7 +72,8 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
             write_file(out / f"{name}-{type_name}.gguf", native, model.config, vocabulary, rope, name, type_name)
     smallest = f"{name}-{types[-1]}.gguf"
     usage = f"""
-With [llama.cpp](https://github.com/ggml-org/llama.cpp):
+With [llama.cpp](https://github.com/ggml-org/llama.cpp), where the files are (from the Hub they come by `hf download
+PATH_OR_REPOSITORY --local-dir .`):
 
 ```bash
 llama-cli -m {smallest} -p "def " -n 100 -no-cnv

@@ -226,11 +226,16 @@ USAGE = """
 In Python, with `pip install onnxruntime transformers`:
 
 ```python
+from pathlib import Path
+
 import numpy as np
 import onnxruntime
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
-folder = "PATH_OR_REPOSITORY"  # of a repository, the folder that huggingface_hub.snapshot_download gives
+folder = "PATH_OR_REPOSITORY"
+if not Path(folder).is_dir():
+    folder = snapshot_download(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 session = onnxruntime.InferenceSession(f"{folder}/onnx/model.onnx")
 

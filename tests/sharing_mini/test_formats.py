@@ -2,10 +2,11 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub_server import HubServer
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from modeling_mini.export import export
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import Result, push
@@ -28,7 +29,9 @@ def test_native(hub: HubServer, model: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
-def test_other_runtimes(hub: HubServer, quick_run: Path, format: str) -> None:
+def test_other_runtimes(
+    hub: HubServer, quick_run: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip({"gguf": "gguf", "onnx": "onnxruntime"}[format])
     share(quick_run, format=format)
     files = hub.model("user/name").files()
@@ -38,6 +41,14 @@ def test_other_runtimes(hub: HubServer, quick_run: Path, format: str) -> None:
     assert card.data.license == "mit" and len(card.data.eval_results) == 3
     assert "max_steps: 40" in card.text and "![Bits per byte" in card.text and "curves.png" in files
     assert card.text.count("# ") >= 4 and "## License\n\nmit" in card.text
+    if format == "gguf":
+        assert "`hf download\nuser/name --local-dir .`" in card.text
+    else:  # a reader of the card has none of the files yet
+        (snippet,) = re.findall(r"^```python\n(.*?)^```$", card.text, flags=re.MULTILINE | re.DOTALL)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+        variables: dict[str, Any] = {}
+        exec(compile(snippet, "README.md", "exec"), variables)
+        assert len(variables["written"]) == 100 and hub.count("GET", "/cdn/") > 0
 
 
 def test_folder_that_was_exported_before(hub: HubServer, model: Path, tmp_path: Path) -> None:
