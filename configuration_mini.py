@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     },
-    # 19.5M: an evening on a laptop, minutes on a GPU
+    # 19.6M: an evening on a laptop, minutes on a GPU
     "medium": {
         "hidden_size": 512,
         "intermediate_size": 1152,
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
     },
-    # 85.1M: GPT-2's body over bytes
+    # 85.2M: GPT-2's body over bytes
     "large": {
         "hidden_size": 768,
         "intermediate_size": 2048,
