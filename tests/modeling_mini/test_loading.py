@@ -1,0 +1,39 @@
+"""What `--model` means, before anything is loaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+from modeling_mini.loading import find_checkpoint
+
+
+def make(folder: str, name: str = "config.json", age: int = 0) -> None:
+    """A folder that looks like a checkpoint, written so many seconds ago."""
+    path = Path("runs", folder)
+    path.mkdir(parents=True)
+    (path / name).touch()
+    os.utime(path / name, (1_700_000_000 - age,) * 2)
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_name_it_is_the_newest_run() -> None:
+    with pytest.raises(ValueError, match=r"no trained model under runs/: train one first, or name it by --model\.$"):
+        find_checkpoint(None)
+    make("old/best", age=20)
+    make("new/best", age=10)
+    make("older/final", age=30)
+    assert find_checkpoint(None) == "runs/new/best"
+    make("adapter/best", "adapter_config.json", age=5)
+    assert find_checkpoint(None) == "runs/adapter/best"
+
+
+def test_of_a_run_it_is_the_best_model_or_what_a_crash_left_of_it() -> None:
+    for name in (".final.previous", "final", ".best.previous", "best"):
+        make(f"run/{name}")
+        assert find_checkpoint("runs/run") == f"runs/run/{name}"
+    assert find_checkpoint("runs/run/final") == "runs/run/final"
+    assert find_checkpoint("user/name") == "user/name"
