@@ -23,6 +23,7 @@ import os
 import platform
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,8 @@ def constants_of(model: PreTrainedModel) -> list[Any]:
     """The numbers and names that a step takes from a model once, when it is compiled or recorded."""
     settings = [getattr(model.config, name) for name in CONFIG_FIELDS]
     modules = list(model.modules())
-    return settings + [vars(module).get(name) for name in MODULE_FIELDS for module in modules]
+    kinds = [type(module).__qualname__ for module in modules]  # an activation may have been exchanged in its place
+    return settings + kinds + [vars(module).get(name) for name in MODULE_FIELDS for module in modules]
 
 
 class CompiledStep:
@@ -273,9 +275,12 @@ def load_package(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor
     if not path.is_file():
         return None
     try:
+        with zipfile.ZipFile(path) as package:
+            if package.testzip() is not None:  # torch would run what is in it all the same
+                return None
         # Not the package itself, whose call operator reads the description of its arguments anew at each call.
         return torch._inductor.aoti_load_package(str(path)).loader.run
-    except RuntimeError:
+    except (zipfile.BadZipFile, RuntimeError):
         return None
 
 

@@ -14,6 +14,7 @@ from modeling_mini.compiled_decoding import CompiledDecoder, CompiledStep, StepO
 from modeling_mini.decoding import Turns
 from random_models import make_model, random_request, random_settings
 from torch import nn
+from transformers.activations import ACT2FN
 
 PROMPT = torch.arange(1, 6)[None]
 
@@ -153,6 +154,11 @@ def with_another_eps(model: MiniForCausalLM) -> dict[str, Any]:
     return {"inputs": PROMPT}
 
 
+def with_another_activation(model: MiniForCausalLM) -> dict[str, Any]:
+    model.model.layers[0].mlp.act_fn = ACT2FN["relu2"]
+    return {"inputs": PROMPT}
+
+
 def with_another_scale(model: MiniForCausalLM) -> dict[str, Any]:
     model.model.layers[0].self_attn.scaling *= 2
     return {"inputs": PROMPT}
@@ -160,7 +166,11 @@ def with_another_scale(model: MiniForCausalLM) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "change", [two_rows, padded, in_bfloat16, with_another_vocabulary, with_another_eps, with_another_scale]
+    "change",
+    [
+        *(two_rows, padded, in_bfloat16, with_another_vocabulary),
+        *(with_another_eps, with_another_activation, with_another_scale),
+    ],
 )
 def test_what_the_compiled_step_does_not_fit_goes_without(
     change: Callable[[MiniForCausalLM], dict[str, Any]], compiled: MiniForCausalLM, monkeypatch: pytest.MonkeyPatch
@@ -184,11 +194,13 @@ def test_the_file_is_used_again(compiled: MiniForCausalLM, monkeypatch: pytest.M
     assert other.compiled_step is not None and not written
     whole = path.read_bytes()
     try:
-        path.write_bytes(whole[: len(whole) // 2])
         monkeypatch.setattr(
             compiled_decoding, "write_package", lambda model, path: (written.append(path), path.write_bytes(whole))
         )
-        assert CompiledStep(other).shape == other.compiled_step.shape and written == [path]
+        half = len(whole) // 2
+        for damaged in (whole[:half], whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :], b""):
+            path.write_bytes(damaged)
+            assert CompiledStep(other).shape == other.compiled_step.shape and written.pop() == path
     finally:
         path.write_bytes(whole)
     assert compiled_decoding.package_path(make_model()) != path

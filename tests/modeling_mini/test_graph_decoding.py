@@ -128,7 +128,8 @@ def test_on_a_gpu(dtype: torch.dtype, batch: int) -> None:
     request = {"inputs": torch.randint(1, 97, (batch, 5), device="cuda"), "max_new_tokens": 80, "do_sample": False}
     request |= {"return_dict_in_generate": True, "output_logits": True}
     expected = model.generate(**request, fast_decoding=False)
-    model.compile_decoding()
+    with torch.inference_mode():  # the recordings are of use outside of it too
+        model.compile_decoding()
     assert type(model.compiled_step) is GraphStep
     for _ in range(2):
         written = model.generate(**request)
