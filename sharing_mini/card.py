@@ -367,8 +367,12 @@ def data_section(facts: Facts) -> str:
     lines = [f"Trained on `{facts.dataset}`"]
     if settings.get("dataset_config"):
         lines[0] += f", configuration `{settings['dataset_config']}`"
-    if "validation_ratio" in settings:
+    evaluated = settings.get("max_eval_tokens")
+    if settings.get("streaming") and evaluated:
+        lines[0] += f"; its first documents, of {evaluated:,} tokens together, were held out for the evaluation below"
+    elif "validation_ratio" in settings:
         lines[0] += f"; a share of {settings['validation_ratio']:g} of it was held out for the evaluation below"
+        lines[0] += f", which reads at most the first {evaluated:,} tokens of that" if evaluated else ""
     lines[0] += "."
     if "tokens" in facts.metrics:
         epoch = facts.metrics.get("epoch")

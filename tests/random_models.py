@@ -8,6 +8,12 @@ from configuration_mini import MiniConfig
 from modeling_mini import MiniForCausalLM
 from torch import nn
 
+# A model of a checkpoint folder, for tests that read or convert it.
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+
 
 def make_model(**settings: Any) -> MiniForCausalLM:
     """A small random model, with logits far enough apart that what it writes varies."""

@@ -186,6 +186,27 @@ def test_damaged_lines_of_a_run_are_passed_over(quick_run: Path, tmp_path: Path)
     assert prompt_of(run) == "A"
 
 
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {},
+            "; a share of 0.1 of it was held out for the evaluation below, which reads at most the first 8,192 tokens",
+        ),
+        ({"max_eval_tokens": 0}, "; a share of 0.1 of it was held out for the evaluation below. It has read"),
+        (
+            {"streaming": True},
+            "; its first documents, of 8,192 tokens together, were held out for the evaluation below.",
+        ),
+    ],
+)
+def test_what_was_held_out(quick_run: Path, tmp_path: Path, fields: dict[str, object], words: str) -> None:
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, **fields}))
+    assert words in card_of(run)
+
+
 def test_a_folder_beside_somebody_elses_configuration_is_no_run(model: Path) -> None:
     (model.parent / "config.yaml").write_text("dataset: other\n")
     assert "other" not in card_of(model)

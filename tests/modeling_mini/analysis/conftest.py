@@ -6,16 +6,8 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini import MiniForCausalLM
+from random_models import SHAPE
 from tokenization import ByteTokenizer
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +16,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("analysis") / "runs" / "tiny-sample"
     torch.manual_seed(0)
     # Weights larger than at the start of training: heads that differ.
-    model = MiniForCausalLM(MiniConfig(**SMALL, initializer_range=0.2))
+    model = MiniForCausalLM(MiniConfig(**SHAPE, initializer_range=0.2))
     model.save_pretrained(folder / "best")
     ByteTokenizer().save_pretrained(folder / "best")
     return folder

@@ -8,16 +8,8 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini import MiniForCausalLM
+from random_models import SHAPE
 from tokenization import ByteTokenizer
-
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 def random_model(**fields: Any) -> MiniForCausalLM:
