@@ -7,6 +7,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
+from .integrations import check_dora
+
 
 def base_of_adapter(adapter: str) -> str:
     """
@@ -41,7 +43,7 @@ def with_adapter(model: PreTrainedModel, adapter: str, merge_quantized: bool = F
     Raises:
         ValueError: if the adapter cannot be read, or does not fit the model.
     """
-    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     base = base_of_adapter(adapter)
     misfit = f"The adapter {adapter!r}, which was trained on {base!r}, does not fit {model.name_or_path!r}"
@@ -50,6 +52,7 @@ def with_adapter(model: PreTrainedModel, adapter: str, merge_quantized: bool = F
     try:
         with warnings.catch_warnings():  # of names of yesterday, and of keys, which are looked at below
             warnings.simplefilter("ignore")
+            check_dora(model, PeftConfig.from_pretrained(adapter))
             adapted = PeftModel.from_pretrained(model, adapter)
             differing = set(get_peft_model_state_dict(adapted)) ^ set(load_peft_weights(adapter, device="cpu"))
     except SafetensorError as error:

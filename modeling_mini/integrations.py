@@ -19,15 +19,25 @@ BLOCK_COLUMNS, BLOCK_ROWS = 64, 32
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 
 
-def check_quantized_layers(model: PreTrainedModel) -> None:
+def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> None:
     """
-    Holds what `from_pretrained` quantized against what bitsandbytes gets right.
+    Holds what `from_pretrained` quantized against what bitsandbytes gets right, and what it found in the folder against
+    what was asked for.
+
+    Args:
+        asked_for: the `quantization_config` of the call, if it had one.
 
     Raises:
-        ValueError: naming the layers that it would get wrong, and how to leave them out.
+        ValueError: naming the layers that would be wrong, and how to leave them out; or both kinds of quantization.
     """
     if not getattr(model, "is_quantized", False):
         return
+    found, wanted = kind_of_quantization(model.config.quantization_config), kind_of_quantization(asked_for)
+    if wanted is not None and wanted != found:
+        raise ValueError(
+            f"{model.name_or_path!r} is in {found} already and was asked for in {wanted}: load it without a "
+            f"quantization_config, or quantize the model that it was made of."
+        )
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     quantized = {name: model.get_submodule(name) for name, kind in kinds.items() if kind in QUANTIZED_LAYERS}
     embedding = model.get_input_embeddings().weight
@@ -48,6 +58,26 @@ def check_quantized_layers(model: PreTrainedModel) -> None:
             f"INT4 needs widths that are multiples of {BLOCK_COLUMNS} in and {BLOCK_ROWS} out; these layers have "
             f"others: {layers}. Load in INT8 instead, or leave them out by llm_int8_skip_modules={sorted(skipped)}."
         )
+
+
+def kind_of_quantization(config: Any) -> str | None:
+    """INT8 or INT4, by the configuration of bitsandbytes; `None` without one, or for another method."""
+    kinds = {"INT8": "load_in_8bit", "INT4": "load_in_4bit"}
+    return next((kind for kind, field in kinds.items() if getattr(config, field, False)), None)
+
+
+def check_dora(model: PreTrainedModel, peft_config: Any) -> None:
+    """
+    On a CPU, peft makes the weight of an INT8 layer anew in each forward pass of DoRA, without its scales; the second
+    pass fails.
+
+    Raises:
+        ValueError: for DoRA on a CPU over a model in INT8.
+    """
+    if not getattr(peft_config, "use_dora", False) or model.device.type != "cpu":
+        return
+    if any(type(module).__name__ == "Linear8bitLt" for module in model.modules()):
+        raise ValueError("peft has no DoRA over weights in INT8 on a CPU: take INT4, or an adapter without DoRA.")
 
 
 def load_whole_adapter(
@@ -80,6 +110,7 @@ def load_whole_adapter(
     try:
         if peft_config is None and peft_model_id is not None:
             peft_config = peft.PeftConfig.from_pretrained(peft_model_id, **place)
+        check_dora(model, peft_config)
         if getattr(peft_config, "use_dora", False):
             if adapter_state_dict is None:
                 adapter_state_dict = peft.load_peft_weights(peft_model_id, device="cpu", **place)
@@ -113,3 +144,42 @@ def load_whole_adapter(
             called += f", which was trained on {base!r},"
         raise ValueError(f"{called} does not fit {model.name_or_path!r}: {detail}")
     return info
+
+
+def refuse_part_of_adapter(
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *unused: Any
+) -> None:
+    """
+    A hook of torch before a state is loaded. peft loads the weights of an adapter by `load_state_dict(strict=False)`:
+    of one that was made for a model of more or fewer layers it leaves out the rest, with a warning at most.
+
+    Raises:
+        ValueError: if an adapter would be loaded in part.
+    """
+    layers = [name for name, part in model.named_modules() if hasattr(part, "base_layer") or is_beside(part)]
+    if not layers:
+        return
+    weights = model.state_dict(keep_vars=True)
+    keys_of_kind: dict[str, list[str]] = {}  # by what follows the name of the layer, such as lora_A.default.weight
+    for key in weights:
+        layer = next((name for name in layers if key.startswith(f"{name}.")), None)
+        kind = key.removeprefix(f"{layer}.")
+        if layer is not None and not kind.startswith(("base_layer.", "original_module.")):
+            keys_of_kind.setdefault(kind, []).append(key)
+    given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
+    loaded = {id(weights[key]) for key in given if key in weights}  # also by the other name of a tied weight
+    kinds = [kind for kind in keys_of_kind if any(key.endswith(f".{kind}") for key in given)]
+    if not kinds:
+        return  # another adapter's, or weights of the model
+    misfits = given - weights.keys()
+    misfits |= {key for kind in kinds for key in keys_of_kind[kind] if id(weights[key]) not in loaded}
+    if misfits:
+        raise ValueError(
+            f"{len(misfits)} weights of the adapter are in its file alone or in {model.name_or_path!r} alone, first "
+            f"{min(misfits)}."
+        )
+
+
+def is_beside(module: torch.nn.Module) -> bool:
+    """Whether it is peft's wrapper of a module that is trained in full."""
+    return hasattr(module, "modules_to_save") and hasattr(module, "original_module")

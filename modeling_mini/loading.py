@@ -77,8 +77,16 @@ def load_model(
     if adapter is not None and Path(adapter).is_dir():
         adapter = find_checkpoint(adapter)
     if checkpoint is None:
-        checkpoint = find_checkpoint(base_of_adapter(adapter))
-    base, tokenizer = load_checkpoint(checkpoint, **loading)
+        named = base_of_adapter(adapter)
+        try:
+            base, tokenizer = load_checkpoint(find_checkpoint(named), **loading)
+        except ValueError as error:
+            raise ValueError(
+                f"The adapter {adapter!r} lies on {named!r}, which could not be loaded; if that is elsewhere now, name "
+                f"it by --model and the adapter by --adapter. {error}"
+            ) from None
+    else:
+        base, tokenizer = load_checkpoint(checkpoint, **loading)
     if adapter is None:
         return base, tokenizer
     if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():  # one that was taught to chat ends its turns
@@ -118,7 +126,7 @@ def load_checkpoint(
     logger = logging.getLogger("transformers.modeling_utils")
     was_disabled, logger.disabled = logger.disabled, True  # it draws a table of what `check_complete` looks at
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         if quantization is not None:
             options["quantization_config"] = quantization_config(quantization, config, place)
@@ -152,6 +160,22 @@ def check_complete(name_or_path: str, found: dict[str, Any]) -> None:
                 f"The weights in {name_or_path!r} do not fit its {MODEL_CONFIG}: {len(names)} are {words}, first "
                 f"{first}."
             )
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: if its files are damaged.
+        OSError: if there are none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 (the tokenizers library raises nothing narrower)
+        raise ValueError(f"The tokenizer in {name_or_path!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
 def load_assistant(

@@ -46,7 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .compiled_decoding import CompiledStep
 from .decoding import decode, obstacle, obstacle_of_model
 from .graph_decoding import GraphStep
-from .integrations import check_quantized_layers, load_whole_adapter
+from .integrations import check_quantized_layers, load_whole_adapter, refuse_part_of_adapter
 from .remote_code import AUTO_MAP, write_remote_code
 
 logger = logging.get_logger(__name__)
@@ -281,6 +281,10 @@ class MiniPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MiniDecoderLayer, "attentions": MiniAttention}
 
+    def __init__(self, config: MiniConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(refuse_part_of_adapter)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """
@@ -338,7 +342,7 @@ class MiniPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "MiniPreTrainedModel":
         """Loads as every transformers model does, and refuses to quantize what bitsandbytes would get wrong."""
         loaded = super().from_pretrained(*args, **kwargs)
-        check_quantized_layers(loaded[0] if isinstance(loaded, tuple) else loaded)
+        check_quantized_layers(loaded[0] if isinstance(loaded, tuple) else loaded, kwargs.get("quantization_config"))
         return loaded
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:

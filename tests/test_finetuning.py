@@ -222,6 +222,7 @@ WRONG_FOR_THE_MODEL = {
     "down_proj, embed_tokens, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj, did you mean 'q_proj'?",
     "--lora_r 4 --lora_modules_to_save head": "lora_modules_to_save 'head' matches nothing in the model; there are ",
     "--lora_r 33": "lora_r 33 is larger than model.layers.0.self_attn.k_proj (32 x 64)",
+    "--lora_r 4 --use_dora --load_in_8bit": "peft has no DoRA over weights in INT8 on a CPU: take INT4",
     "--lora_r 4 --lora_target_modules lm_head": "train it in full by --lora_modules_to_save embed_tokens",
     "--assistant_only_loss": "assistant_only_loss needs records with messages",
     "--label_smoothing 0.1 --dataset missing.jsonl": "There is no file or directory 'missing.jsonl'",
@@ -255,6 +256,12 @@ def test_run_goes_on_with_the_adapter_and_the_base_that_it_began_with(quick_run:
     resume = ["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "5"]
     with pytest.raises(ValueError, match=r"cannot go on with other methods .*: lora_r \(was 4, now 8\)"):
         Trainer(parse_arguments([*resume, "--lora_r", "8"]))
+    with pytest.raises(ValueError, match=r"cannot go on with other methods .*: lora_r \(was 4, now None\)"):
+        Trainer(parse_arguments([*resume, "--lora_r", "0"]))
+    base = base.rename(tmp_path / "moved")
+    Trainer(parse_arguments([*resume, "--model", str(base)])).train()
+    adapted = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert len(losses(tmp_path / "run")) == 5 and adapted.peft_config["default"].base_model_name_or_path == str(base)
     with torch.no_grad():
         model.model.norm.weight.add_(1)
     model.save_pretrained(base)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from configuration_mini import nearest_name
 from modeling_mini.analysis.cost import ModelCost
+from modeling_mini.integrations import check_dora
 from modeling_mini.loading import load_checkpoint, with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -30,6 +31,7 @@ def adapt(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedMode
     from peft import LoraConfig, get_peft_model
 
     check_layers(model, arguments)
+    check_dora(model, arguments)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,

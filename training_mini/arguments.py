@@ -311,12 +311,14 @@ class Arguments:
     def as_dict(self) -> dict[str, Any]:
         """The settings that were given or have a default, without what this one call was told to do."""
         groups = dataclasses.asdict(self).values()
-        of_the_call = ("resume", "overwrite", "output_dir")
+        left_out = ["resume", "overwrite", "output_dir"]
+        if self.model.model is not None:
+            left_out.append("tokenizer")  # that of the model, wherever that has moved
         return {
             name: value
             for group in groups
             for name, value in group.items()
-            if value is not None and name not in of_the_call
+            if value is not None and name not in left_out
         }
 
 

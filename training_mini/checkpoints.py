@@ -292,6 +292,7 @@ def methods_of(arguments: Arguments) -> dict[str, Any]:
     """The optimizer, whether there is an average of the weights, and what makes an adapter the one that it is."""
     optimization, adapter = arguments.optimization, arguments.adapter
     methods = {"optimizer": optimization.optimizer, "average of the weights": optimization.ema_decay > 0}
+    methods["lora_r"] = None  # of a run without an adapter
     if adapter.lora_r:
         methods |= {name: getattr(adapter, name) for name in PARTS_OF_AN_ADAPTER}
         methods |= {"quantization": adapter.quantization, "weights of --model": digest_of(arguments.model.model)}

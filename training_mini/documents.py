@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,10 +194,19 @@ def read_records(file: Path) -> Iterator[dict[str, Any]]:
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it also raises
     builder = RECORD_SUFFIXES[base_suffix(file)]
+    if next(read_pieces(file), None) is None:
+        return  # datasets has no words for an empty file
     try:
-        records = datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True)
-        yield from records
-    except (datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, pandas.errors.ParserError) as error:
+        options = {}
+        if builder == "csv":
+            columns = pandas.read_csv(file, nrows=0).columns
+            if kind_of_examples(columns) is not None:  # of text alone, whatever it looks like: 4, true or None
+                features = datasets.Features({column: datasets.Value("string") for column in columns})
+                options = {"features": features, "keep_default_na": False}
+        yield from datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True, **options)
+    except (
+        datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, pandas.errors.ParserError, UnicodeDecodeError
+    ) as error:  # fmt: skip
         raise ValueError(f"{file} could not be read as {builder}: {error.__cause__ or error}") from None
 
 
@@ -230,8 +239,8 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
         return text_column
     if kind_of_examples(record) is not None:
         raise ValueError(
-            f"{name} has {' and '.join(record)}, which are not streamed: leave out --streaming, or name the "
-            f"column that is text by --text_column."
+            f"{name} has {' and '.join(record)}, which are learned only where all files are of records, and not "
+            f"streamed: leave out the other files or --streaming, or name the column that is text by --text_column."
         )
     for kind in (str, type(None)):  # the record at hand may be one without text
         for column in TEXT_COLUMNS:
@@ -239,11 +248,14 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
                 return column
     columns = [column for column, value in record.items() if isinstance(value, str)]
     if len(columns) != 1:
-        raise ValueError(f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text.")
+        raise ValueError(
+            f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text, or call those "
+            f"of examples messages, or prompt and completion."
+        )
     return columns[0]
 
 
-def kind_of_examples(record: dict[str, Any]) -> str | None:
+def kind_of_examples(record: Container[str]) -> str | None:
     """What a record with these columns teaches: "messages", "completion", or nothing but its text."""
     if "messages" in record:
         return "messages"

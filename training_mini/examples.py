@@ -59,22 +59,31 @@ def check_messages(name: str, messages: Any) -> list[dict[str, str]]:
     The messages with their role and text alone.
 
     Raises:
-        ValueError: if they are not a list of messages with a role and text.
+        ValueError: if they are not a list of messages with a role and text, or one calls tools, which no text shows.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name} must have a list of messages, got {type(messages).__name__} {str(messages)[:60]!r}.")
     checked = []
     for message in messages:
         role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+        if role is not None and message.get("tool_calls"):
+            raise ValueError(
+                f"{name}: a message of the {role} has tool_calls, which are not learned: write them into its content."
+            )
         if not isinstance(role, str) or not isinstance(content, str):
             raise ValueError(f"{name}: a message needs a role and a content that is text, got {str(message)[:80]}.")
         checked.append({"role": role, "content": content})
     return checked
 
 
-def encode_example(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[list[int], list[bool]]:
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, beginning: list[int], record: Record
+) -> tuple[list[int], list[bool]]:
     """
     The ids of a record, and whether each is to be said by the model.
+
+    Args:
+        beginning: what the tokenizer puts before a plain text.
 
     Raises:
         ValueError: naming the record, if it is not of the form that it should have.
@@ -93,7 +102,7 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, record: Record) -> tuple[
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(f"{name} must have messages, or a prompt and a completion that are text or lists of messages.")
-    before = [*tokenizer("").input_ids, *encode_text(tokenizer, prompt)]
+    before = [*beginning, *encode_text(tokenizer, prompt)]
     said = [*encode_text(tokenizer, completion), tokenizer.eos_token_id]
     return before + said, [False] * len(before) + [True] * len(said)
 
@@ -138,6 +147,7 @@ def write_examples(
     if kind == "messages" and tokenizer.chat_template is None:
         raise ValueError(f"{source.name!r} has messages, and the tokenizer has no chat template to write them by.")
     id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    beginning = tokenizer("").input_ids
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     ends: set[int] = set()
     with contextlib.ExitStack() as stack:
@@ -149,7 +159,7 @@ def write_examples(
             for split in SPLITS
         }
         for record in source.records():
-            ids, is_said = encode_example(tokenizer, record)
+            ids, is_said = encode_example(tokenizer, beginning, record)
             held_out, total = len(lengths["validation"]), sum(map(len, lengths.values()))
             split = "validation" if held_out + 0.5 <= validation_ratio * (total + 1) else "train"
             for writer, values in zip(writers[split], (ids, is_said), strict=True):
@@ -160,7 +170,7 @@ def write_examples(
                 ends.add(ids[len(ids) - 1 - is_said[::-1].index(True)])
     if not all(lengths.values()):
         raise ValueError(
-            f"{source.name!r} has {sum(map(len, lengths.values()))} examples, too few to train on some and hold out a "
+            f"{source.name!r} has too few examples ({sum(map(len, lengths.values()))}) to train on some and hold out a "
             f"share of {validation_ratio:g}."
         )
     for split in SPLITS:

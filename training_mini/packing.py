@@ -100,9 +100,9 @@ class ExampleRows:
         """What is to be known of examples that could not be taken as they are; nothing if all could."""
         sentences = []
         if self.too_long:
-            sentences.append(f"{self.too_long:,} examples are longer than the context and are learned up to there.")
+            sentences.append(f"Examples longer than the context, learned up to there: {self.too_long:,}.")
         if self.left_out:
-            sentences.append(f"{self.left_out:,} examples have nothing to learn in them and are left out.")
+            sentences.append(f"Examples with nothing to learn in them, left out: {self.left_out:,}.")
         return " ".join(sentences)
 
     def prompt(self, number: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Adapters of the real peft: every way to load one gives the same model, and one that does not fit is refused."""
 
+import contextlib
 import json
 import shutil
 import warnings
@@ -201,6 +202,16 @@ def test_an_adapter_beside_quantized_weights_and_merged_into_them(
     assert (tmp_path / "into" / "README.md").read_text().count("## Quantized") == 1
 
 
+def test_dora_over_int8_is_refused_before_its_second_forward_pass_fails(base: Path, adapters: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"does not fit .*no DoRA over weights in INT8 on a CPU: take INT4"):
+        load_model(str(base), str(adapters["dora"]), quantization="8bit")
+    model, _ = load_model(str(base), quantization="8bit")
+    with pytest.raises(ValueError, match="no DoRA over weights in INT8 on a CPU"):
+        model.load_adapter(adapters["dora"])
+    beside, _ = load_model(str(base), str(adapters["dora"]), quantization="4bit")
+    assert torch.equal(logits(beside), logits(beside))
+
+
 @pytest.mark.parametrize(
     "fields", [{"hidden_size": 128}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"seed": 4}]
 )
@@ -220,6 +231,28 @@ def test_an_adapter_of_another_base_names_both(
         model.load_adapter(str(adapter))
     assert str(caught.value).startswith(misfit)
     assert torch.equal(logits(model), before) and not getattr(model, "peft_config", None)
+    if fields != {"hidden_size": 128}:  # which torch refuses
+        with pytest.raises(ValueError, match=f"weights of the adapter are in its file alone or in '{other}'"):
+            peft.PeftModel.from_pretrained(model, adapter)
+
+
+def test_parts_of_adapters_are_refused_by_peft_and_whole_ones_are_not(
+    base: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """One of each kind loads beside another one; of a part of it, the hook on Mini names a weight."""
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for name in CONFIGS:
+        expected = logits(peft.AutoPeftModelForCausalLM.from_pretrained(adapters[name]))
+        beside = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapters["lora"])
+        with contextlib.suppress(ValueError):  # of peft: two that want the same embedding
+            beside.load_adapter(adapters[name], "second")
+            beside.set_adapter("second")
+            assert torch.equal(logits(beside), expected), name
+    part = shutil.copytree(adapters["lora"], tmp_path / "part")
+    weights = part / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(weights).items() if "layers.1" not in key}, weights)
+    with pytest.raises(ValueError, match=r"4 weights of the adapter .* first model\.layers\.1\.mlp\.down_proj\.lora_A"):
+        peft.PeftModel.from_pretrained(model, part)
 
 
 def test_a_copy_of_the_base_is_the_base(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -256,11 +289,20 @@ def test_an_adapter_without_some_or_all_of_its_weights(broken: Path) -> None:
     tensors = load_file(weights)
     dropped = sorted(tensors)[0]
     save_file({name: tensor for name, tensor in tensors.items() if name != dropped}, weights)
-    with pytest.raises(ValueError, match=dropped.removeprefix("base_model.model.")):
+    with pytest.raises(ValueError, match=r"first model\.layers\.0\.mlp\.down_proj\.lora_A\."):
         load_model(str(broken))
     weights.unlink()
     with pytest.raises(ValueError, match="broken"):
         load_model(str(broken))
+
+
+def test_an_adapter_whose_base_is_gone(broken: Path, base: Path) -> None:
+    config = json.loads((broken / "adapter_config.json").read_text())
+    moved = {**config, "base_model_name_or_path": f"{broken}/moved"}
+    (broken / "adapter_config.json").write_text(json.dumps(moved))
+    with pytest.raises(ValueError, match=r"The adapter '.*broken' lies on '.*moved', .* name it by --model and"):
+        load_model(str(broken))
+    assert type(load_model(str(base), str(broken))[0]) is MiniForCausalLM
 
 
 def test_an_adapter_whose_configuration_is_damaged(broken: Path) -> None:

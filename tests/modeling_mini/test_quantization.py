@@ -139,6 +139,18 @@ def test_a_quantized_folder_needs_no_flag_and_takes_none(quantized: tuple[str, P
             load_model(str(folder), quantization=flag)
 
 
+def test_a_quantized_folder_is_not_loaded_as_another_kind(quantized: tuple[str, Path]) -> None:
+    """transformers warns once in a process and keeps the kind of the folder."""
+    kind, folder = quantized
+    other = {"8bit": "4bit", "4bit": "8bit"}[kind]
+    words = f"is in INT{kind[0]} already and was asked for in INT{other[0]}"
+    with pytest.warns(UserWarning, match="will be used"), pytest.raises(ValueError, match=words):
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[other])
+    with pytest.warns(UserWarning, match="will be used"):
+        model = MiniForCausalLM.from_pretrained(folder, quantization_config=CONFIGS[kind])
+    assert type(model.model.layers[0].mlp.up_proj) is LAYERS[kind]
+
+
 def test_what_the_command_writes(quantized: tuple[str, Path], checkpoint: Path, capsys: pytest.CaptureFixture) -> None:
     kind, folder = quantized
     config = json.loads((folder / "config.json").read_text())["quantization_config"]

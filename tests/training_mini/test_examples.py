@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -113,8 +114,8 @@ def test_longer_than_the_context(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, records)
     rows = rows_of(corpus, 16)
     assert rows.notes() == (
-        f"{rows.too_long} examples are longer than the context and are learned up to there. "
-        f"{rows.left_out} examples have nothing to learn in them and are left out."
+        f"Examples longer than the context, learned up to there: {rows.too_long}. "
+        f"Examples with nothing to learn in them, left out: {rows.left_out}."
     )
     assert (rows.left_out, rows.too_long) == (3, 7), "of four of each kind, and one is held out"
     assert rows.make([0]).targets[0, -1] == TOKENIZER.encode_corpus(b"a")[0]
@@ -166,6 +167,7 @@ def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
     [
         ({"messages": []}, "must have a list of messages"),
         ({"messages": [{"role": "user"}]}, "a message needs a role and a content that is text"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "has tool_calls, which are not"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "must be system, user or assistant, got bot"),
         ({"prompt": "x", "completion": None}, "must have messages, or a prompt and a completion"),
         ({"prompt": 1, "completion": "x"}, "must have messages, or a prompt and a completion"),
@@ -177,12 +179,36 @@ def test_record_that_is_no_example(record: dict, message: str, tmp_path: Path) -
     assert message in str(error.value) and "examples.jsonl record 0" in str(error.value)
 
 
+def test_examples_in_csv_are_text_whatever_they_look_like(tmp_path: Path) -> None:
+    rows = ["1+1=,2", "What is there?,None", "Is it?,true", "agent,007", "nothing,"]
+    (tmp_path / "a.csv").write_text("\r\n".join(["\ufeffprompt,completion", *rows, ""]), encoding="utf-8")
+    corpus = load_corpus(DataArguments(dataset=str(tmp_path / "a.csv"), cache_dir=str(tmp_path / "cache")))
+    texts = [TOKENIZER.decode(corpus.train.ids[corpus.train.span(i)]) for i in range(len(corpus.train))]
+    assert texts == [f"<|bos|>{row.replace(',', '')}<|eos|>" for row in rows[: len(texts)]] and len(texts) >= 4
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.csv.zst"])
+def test_empty_file(name: str, tmp_path: Path) -> None:
+    with fsspec.open(str(tmp_path / name), "wb", compression="infer"):
+        pass
+    with pytest.raises(ValueError, match=f"There is no text in .*{name}"):
+        load_corpus(DataArguments(dataset=str(tmp_path / name), cache_dir=str(tmp_path / "cache")))
+
+
+def test_examples_beside_text(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text(json.dumps(chat("q", "a")))
+    (tmp_path / "data" / "b.txt").write_text("text")
+    with pytest.raises(ValueError, match="has messages, which are learned only where all files are of records"):
+        load_corpus(DataArguments(dataset=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache")))
+
+
 def test_too_few(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has 1 examples, too few to train on some and hold out"):
+    with pytest.raises(ValueError, match=r"has too few examples \(1\) to train on some and hold out"):
         corpus_of(tmp_path, [chat("q", "a")])
 
 
 def test_stream_of_conversations(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has messages, which are not streamed: leave out --streaming"):
+    with pytest.raises(ValueError, match=r"has messages, which .* not streamed: leave out .*--streaming"):
         (tmp_path / "chats.jsonl").write_text(json.dumps(chat("q", "a")))
         load_corpus(DataArguments(dataset=str(tmp_path / "chats.jsonl"), streaming=True), max_eval_tokens=10)
