@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import GenerationArguments
-from .writing import Stopwatch, encode_prompt, unknown_characters, write_on
+from .writing import Stopwatch, context_of, encode_prompt, unknown_characters, write_on
 
 # Flags that say where and how the work is done, and not what comes out of it.
 NOT_OF_THE_TEXT = ("batch_file", "output", "stats", "trust_remote_code", "adapter")
@@ -106,7 +106,7 @@ class BatchFile:
         notify: Callable[[str], None],
     ) -> None:
         """What `generate.py` says of one prompt, for all in a sentence each."""
-        context = model.config.max_position_embeddings
+        context = context_of(model)
         if long := sum(len(ids) >= context for ids in encoded):
             are = "1 prompt is" if long == 1 else f"{long:,} prompts are"
             notify(f"{are} longer than the context of {context} tokens: only the end is used.")

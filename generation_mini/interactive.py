@@ -15,7 +15,7 @@ from tokenization.chat import encode_messages
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import SAMPLING, GenerationArguments
-from .writing import CharacterStreamer, Stopwatch, encode_prompt, write_on
+from .writing import CharacterStreamer, Stopwatch, context_of, encode_prompt, write_on
 
 SETTINGS: dict[str, type] = {
     name: int if "int" in str(GenerationArguments.__annotations__[name]) else float
@@ -46,7 +46,7 @@ class Conversation:
         end_ids = model.generation_config.eos_token_id
         end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
         self.tokenizer = tokenizer
-        self.context = model.config.max_position_embeddings
+        self.context = context_of(model)
         self.is_chat = tokenizer.chat_template is not None and tokenizer.convert_tokens_to_ids("<|end|>") in end_ids
         self.turns: list[Turn] = []
 

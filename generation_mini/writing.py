@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -140,6 +141,11 @@ class Stopwatch(StoppingCriteria):
         return f"{tokens:,} tokens in {seconds:.2f} s: {tokens / seconds:,.0f} tokens/s{first}."
 
 
+def context_of(model: PreTrainedModel) -> int:
+    """How many tokens a model reads at most: any number where it has no positions, as recurrent ones."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     The ids of a prompt; where nothing is written before an empty one, a text begins as after the end of another.
@@ -237,7 +243,7 @@ def write_on(
     Raises:
         ValueError: if a token cannot be drawn, or memory does not suffice.
     """
-    context = model.config.max_position_embeddings
+    context = context_of(model)
     config = generation_config(model, arguments)
     end_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []

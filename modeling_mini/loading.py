@@ -174,7 +174,7 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # noqa: BLE001 (the tokenizers library raises nothing narrower)
+    except Exception as error:  # of the tokenizers library, which raises nothing narrower
         raise ValueError(f"The tokenizer in {name_or_path!r} is damaged ({type(error).__name__}: {error}).") from None
 
 

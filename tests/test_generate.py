@@ -20,8 +20,8 @@ from generation_mini.__main__ import main
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.loading import load_model
 from test_train_accelerate import one_sentence
-from tokenization import CharTokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenization import ByteTokenizer, CharTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 
 def generate(run: Path, *arguments: object, **settings: object):
@@ -122,6 +122,25 @@ def test_truncated_weights(broken) -> None:
 def test_missing_file_is_named(broken, name: str) -> None:
     folder = broken(lambda folder: (folder / name).unlink())
     assert name in one_sentence(generate(folder))
+
+
+@pytest.mark.parametrize("content", ["{}", "{", '{"version": "1.0", "added_tokens": [], "model": 3}'])
+def test_damaged_tokenizer(broken, content: str) -> None:
+    folder = broken(lambda folder: (folder / "tokenizer.json").write_text(content))
+    with pytest.raises(ValueError, match=r"tokenizer"):
+        load_model(str(folder))
+
+
+def test_model_of_another_family_without_a_context(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1, bos_token_id=1, eos_token_id=None)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--prompt", "abc", "--max_tokens", "5", "--temperature", "0"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *arguments])
+    main()
+    assert capsys.readouterr().out.startswith("abc")
 
 
 def test_impossible_configuration(broken) -> None:
