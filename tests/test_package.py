@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import venv
 from pathlib import Path
 
@@ -10,10 +9,13 @@ import pytest
 from conftest import ROOT
 
 PROGRAM = """
-import configuration_mini, generation_mini, modeling_mini, tokenization, train_accelerate, training_mini
+import configuration_mini, generation_mini, modeling_mini, push_to_hub, tokenization, train_accelerate, training_mini
+import generation_mini.transformers_cli
+from pathlib import Path
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_config(configuration_mini.MiniConfig.preset("tiny"))
 assert "site-packages" in modeling_mini.__file__, modeling_mini.__file__
+assert Path(modeling_mini.__file__).with_name("export").joinpath("web", "index.html").is_file()
 print(type(model).__name__, len(tokenization.ByteTokenizer()))
 """
 
@@ -28,6 +30,8 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
     run = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
     result = subprocess.run([python, "-c", PROGRAM], **run)
     assert result.stdout == "MiniForCausalLM 264\n", result.stderr
+    for command in ("mini-train", "mini-generate", "mini-push", "mini-transformers"):
+        assert python.with_name(command).is_file()
     for command, words in (("mini-train", "--dataset"), ("mini-generate", "--max_new_tokens")):
         result = subprocess.run([python.with_name(command), "--help"], **run)
         assert result.returncode == 0 and words in result.stdout, result.stderr
@@ -38,4 +42,3 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     result = subprocess.run([python.with_name("mini-generate"), "--prompt", "a"], env=os.environ, **run)
     assert result.returncode == 0 and result.stdout.startswith("a"), result.stderr
-    assert sys.prefix != str(tmp_path / "environment")
