@@ -143,6 +143,13 @@ def test_memory_is_near_the_measured_peak(config: PreTrainedConfig, batch: tuple
     assert checkpointed < 0.9 * plain or weights_rule
 
 
+def test_autocast_holds_copies_of_all_layers_at_the_end_of_the_forward_pass() -> None:
+    config = MiniConfig(**SIZES | {"num_hidden_layers": 8})
+    measured = measure_training_memory(config, 1, 16, "bfloat16", gradient_checkpointing=True)
+    estimate = ModelCost(config).training_memory(1, 16, "bfloat16", gradient_checkpointing=True).total
+    assert estimate == pytest.approx(measured, rel=0.01)
+
+
 def test_measured_peak_is_that_of_the_allocator(tmp_path: Path) -> None:
     model = make_model(CONFIGS["mini-gqa-rmsnorm-qknorm"])
     ids = torch.zeros(2, 64, dtype=torch.long)
