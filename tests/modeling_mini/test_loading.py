@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from modeling_mini.loading import find_checkpoint
+from modeling_mini.loading import existing_device, find_checkpoint
 
 
 def make(folder: str, name: str = "config.json", age: int = 0) -> None:
@@ -37,3 +37,11 @@ def test_of_a_run_it_is_the_best_model_or_what_a_crash_left_of_it() -> None:
         assert find_checkpoint("runs/run") == f"runs/run/{name}"
     assert find_checkpoint("runs/run/final") == "runs/run/final"
     assert find_checkpoint("user/name") == "user/name"
+
+
+def test_devices_that_are_not_there_or_hold_nothing() -> None:
+    assert existing_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match=r"^There is no device 'tpu:9' here; there is cpu.*\.$"):
+        existing_device("tpu:9")
+    with pytest.raises(ValueError, match=r"^The device 'meta' holds no numbers\.$"):
+        existing_device("meta")

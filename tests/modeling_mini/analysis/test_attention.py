@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,3 +173,13 @@ def test_windows_are_spread_over_the_text() -> None:
         text_windows(tokenizer, "", 50, 4)
     with pytest.raises(ValueError, match="got 1 and 4"):
         text_windows(tokenizer, text, 1, 4)
+
+
+def test_windows_that_run_out_of_text_are_left_out() -> None:
+    def words(text: str, **settings: object) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[int(word) for word in text.split()])
+
+    text = " ".join(str(number) for number in range(1000, 1020))  # 99 characters, the last windows have 1 or 2 words
+    windows = text_windows(words, text, length=4, count=96)
+    assert windows.shape[1] == 4 and 1 < len(windows) < 96
+    assert windows[0].tolist() == [1000, 1001, 1002, 1003] and windows[-1, -1] == 1019
