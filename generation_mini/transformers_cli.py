@@ -17,16 +17,17 @@ from modeling_mini.loading import find_checkpoint
 
 
 def main() -> None:
-    # Before the class is put there: importing the command fills the module anew.
-    try:
-        from transformers.cli.transformers import main as transformers_main
-    except ImportError as error:
-        sys.exit(f"error: {error}")
-    transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
-    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it, the server's list of models is an error
     with one_sentence_errors():
         sys.argv[1:] = with_checkpoint(sys.argv[1:])
-        transformers_main()
+        try:
+            # Before the class is put there: importing the command fills the module anew.
+            from transformers.cli.transformers import main as transformers_main
+
+            transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
+            Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it, the server's list of models is an error
+            transformers_main()
+        except ImportError as error:  # a package that only this command needs; the sentence says which
+            raise ValueError(str(error)) from error
 
 
 def with_checkpoint(argv: list[str]) -> list[str]:

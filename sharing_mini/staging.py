@@ -199,11 +199,13 @@ def is_pickle(path: Path) -> bool:
     if path.suffix.lower() in PICKLES:
         return True
     with open(path, "rb") as file:
-        start = file.read(2)
-    if start == b"PK" and zipfile.is_zipfile(path):  # what torch.save writes
+        start = file.read(9)
+    if start[:2] == b"PK" and zipfile.is_zipfile(path):  # what torch.save writes
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith(".pkl") for name in archive.namelist())
-    return len(start) == 2 and start[0] == 0x80 and 2 <= start[1] <= 5
+    # Safetensors begin with the length of their header, in eight bytes, which can look like the beginning of a pickle.
+    is_safetensors = start[3:] == bytes(5) + b"{"
+    return len(start) > 1 and start[0] == 0x80 and 2 <= start[1] <= 5 and not is_safetensors
 
 
 def check_weights(path: Path) -> None:

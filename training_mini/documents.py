@@ -107,7 +107,7 @@ def standard_library_files() -> list[Path]:
 
 
 def sample_documents() -> Iterator[Document]:
-    """Half a megabyte of generated sentences with a grammar and sums that are right: enough to see a model learn."""
+    """0.4 MB of generated sentences with a grammar and sums that are right: enough to see a model learn."""
     generator = random.Random(0)
     subjects = ["the cat", "a small bird", "the old teacher", "my friend", "the river", "a quiet child"]
     verbs = ["sees", "follows", "paints", "remembers", "hears", "finds"]

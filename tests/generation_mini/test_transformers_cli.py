@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +16,9 @@ import openai
 import pexpect
 import pytest
 import torch
+import transformers
 from conftest import ROOT
+from generation_mini import transformers_cli
 from modeling_mini.loading import load_model
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -128,3 +131,17 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         [*COMMAND, "serve", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "holds no trained model" in result.stderr
+
+
+def test_a_package_that_only_a_server_needs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.cli import serve
+
+    monkeypatch.setattr(serve, "is_serve_available", lambda: False)
+    monkeypatch.setattr(transformers, "MiniForCausalLM", None, raising=False)  # put back as it was
+    monkeypatch.setattr(sys, "argv", ["mini-transformers", "serve", str(checkpoint)])
+    with pytest.raises(SystemExit) as ended:
+        transformers_cli.main()
+    assert ended.value.code == 2
+    assert re.fullmatch(r"error: .*pip install .*\n", capsys.readouterr().err)

@@ -92,14 +92,14 @@ def test_no_place_on_a_disk_and_no_name_of_a_person(quick_run: Path, tmp_path: P
     run = Path(shutil.copytree(quick_run, tmp_path / "run"))
     settings = yaml.safe_load((run / "config.yaml").read_text())
     private = {
-        "dataset": "/home/jane/secret-project/books.txt",
-        "tokenizer": "~/jane/tokenizer",
-        "sample_prompts": ["/home/jane/prompt", "def "],
-        "cache_dir": "/home/jane",
+        "dataset": "/home/user/secret-project/books.txt",
+        "tokenizer": "~/private/tokenizer",
+        "sample_prompts": ["/home/user/prompt", "def "],
+        "cache_dir": "/home/user",
     }
     (run / "config.yaml").write_text(yaml.safe_dump({**settings, **private}))
     card = card_of(run)
-    assert "jane" not in card and "secret-project" not in card
+    assert "/home" not in card and "~" not in card and "secret-project" not in card
     assert "Trained on `books.txt`" in card and "dataset: books.txt" in card and "`tokenizer`" in card
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from files_mini import replace_folder
 from safetensors.torch import load_file, save_file
-from sharing_mini.staging import bytes_of, find_source, stage
+from sharing_mini.staging import bytes_of, find_source, is_pickle, stage
 from transformers import AutoModelForCausalLM
 
 
@@ -63,6 +63,14 @@ def test_refused_files(model: Path, tmp_path: Path, name: str, content: bytes, w
     assert words in sentence and Path(name).name in sentence
     if "token" in words or "key" in words:
         assert "line " in sentence and "a1B2" not in sentence
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x10280])
+def test_safetensors_whose_first_bytes_are_like_those_of_a_pickle(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "model.safetensors"
+    room = length - len('{"__metadata__":{"a":""},"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}')
+    save_file({"weight": torch.ones(1)}, path, metadata={"a": "b" * room})
+    assert path.read_bytes()[:2] == length.to_bytes(8, "little")[:2] and not is_pickle(path)
 
 
 def test_all_that_should_not_go_up_is_named(model: Path, tmp_path: Path) -> None:
