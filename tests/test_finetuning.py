@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from test_parallel import forked
 from test_train_accelerate import losses, one_sentence
 from torch.distributed.checkpoint import FileSystemReader
+from training_mini import parallel
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import states_of
 from training_mini.loop import Trainer, TrainingResult
@@ -237,14 +238,36 @@ def test_what_does_not_fit_the_model(flags: str, quick_run: Path, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
+def rounded_copy(run: Path, folder: Path) -> Path:
+    model, tokenizer = load_checkpoint(f"{run}/best", quantization="4bit")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def test_quantized_checkpoint_is_not_trained_in_full(quick_run: Path, tmp_path: Path) -> None:
-    model, tokenizer = load_checkpoint(f"{quick_run}/best", quantization="4bit")
-    model.save_pretrained(tmp_path / "rounded")
-    tokenizer.save_pretrained(tmp_path / "rounded")
+    rounded = rounded_copy(quick_run, tmp_path / "rounded")
     with pytest.raises(ValueError, match="are quantized and cannot be trained: give --lora_r 8"):
-        tune(tmp_path / "run", tmp_path / "rounded")
-    tune(tmp_path / "adapted", tmp_path / "rounded", "--lora_r", 4, "--max_steps", 3)
+        tune(tmp_path / "run", rounded)
+    tune(tmp_path / "adapted", rounded, "--lora_r", 4, "--max_steps", 3)
     assert len(losses(tmp_path / "adapted")) == 3
+
+
+def test_what_sharding_cannot_do(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(parallel, "check_launch", lambda: None)  # it wants a GPU for that, before anything else
+    with pytest.raises(ValueError, match="--lora_r does not work with DeepSpeed here"):
+        tune(tmp_path / "run", quick_run, "--lora_r", 4)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    for model, flags, words in (
+        (quick_run, ["--load_in_4bit"], "load_in_4bit does not work with FSDP2 here"),
+        (rounded_copy(quick_run, tmp_path / "rounded"), [], "Quantized weights do not work with FSDP2 here"),
+    ):
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        with pytest.raises(ValueError, match=words):
+            tune(tmp_path / "run", model, "--lora_r", 4, *flags)
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_run_goes_on_with_the_adapter_and_the_base_that_it_began_with(quick_run: Path, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ class AdapterArguments:
 
     def __post_init__(self) -> None:
         check_least(self, 0, "lora_r")
+        if self.lora_target_modules == ["all-linear"]:
+            self.lora_target_modules = []  # the default, by the name that peft has for it
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):

@@ -45,6 +45,13 @@ class Parallel:
         self.is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if self.is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("Mini shards by FSDP2 only: put fsdp_version: 2 into the configuration of accelerate.")
+        if arguments.adapter.lora_r and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise ValueError("--lora_r does not work with DeepSpeed here; an adapter is small, so DDP will do.")
+        if arguments.adapter.quantization is not None and self.is_sharded:
+            raise ValueError(
+                f"load_in_{arguments.adapter.quantization} does not work with FSDP2 here; rounded weights are small, "
+                f"so DDP will do."
+            )
         # Else accelerate would shard as well, on a GPU.
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         self.accelerator = make_accelerator(arguments)
@@ -52,13 +59,6 @@ class Parallel:
         if (self.is_sharded or self.accelerator.state.deepspeed_plugin) and arguments.monitoring.internals_steps:
             raise ValueError("--internals_steps looks into a whole model, and this launch shards it; leave it out.")
         self.is_deepspeed = self.accelerator.state.deepspeed_plugin is not None
-        if arguments.adapter.lora_r and self.is_deepspeed:
-            raise ValueError("--lora_r does not work with DeepSpeed here; an adapter is small, so DDP will do.")
-        if arguments.adapter.quantization is not None and self.is_sharded:
-            raise ValueError(
-                f"load_in_{arguments.adapter.quantization} does not work with FSDP2 here; rounded weights are small, "
-                f"so DDP will do."
-            )
         if self.is_deepspeed:
             plugin = self.accelerator.state.deepspeed_plugin
             optimization = arguments.optimization
@@ -84,6 +84,8 @@ class Parallel:
             return model
         if not self.is_sharded:
             return accelerator.prepare(model)
+        if getattr(model, "is_quantized", False):
+            raise ValueError("Quantized weights do not work with FSDP2 here; they are small, so DDP will do.")
         model.to(accelerator.device)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         policy = MixedPrecisionPolicy()
