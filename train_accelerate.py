@@ -4,6 +4,11 @@ import os
 import signal
 import sys
 
+# Before torch is loaded, which loads OpenMP, which reads it: its threads spin while they wait for each other, so long
+# that training crawls where other programs want the cores (docs/LOG.md).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, one_sentence_errors
 from training_mini.arguments import Arguments, parse_arguments

@@ -224,11 +224,13 @@ def test_accelerate_launch(tmp_path: Path) -> None:
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", "accelerate.json"]
         + ["--cpu", str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "3"],
         cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_DISPLAY_ENV": "verbose"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "tiny-sample" / "final" / "model.safetensors").is_file()
     # The launcher sets OMP_NUM_THREADS to 1, and that is not what training runs with.
     assert f"1 x cpu with {psutil.cpu_count(logical=False)} threads" in result.stdout
+    assert "GOMP_SPINCOUNT = '1000'" in result.stderr  # as OpenMP itself says it
 
 
 def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
