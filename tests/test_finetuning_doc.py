@@ -11,8 +11,8 @@ from conftest import ROOT, run_program
 
 PAGE = (ROOT / "docs" / "FINETUNING.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
-# The taught form. Base and adapter are trained here in seconds, so that the facts are right is not asked.
-CAPITAL, LEGS = r"The capital of \w+ is \w+\.", r"A \w+ has \w+ legs\."
+# What the page shows of the taught model: the form, and the facts.
+ANSWERS = re.findall(r"^> (.*)$", PAGE, flags=re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -35,11 +35,11 @@ def test_blocks(tmp_path: Path) -> None:
         assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
         outputs.append(result.stdout)
     _, before, _, training, of_adapter, of_merged, in_python, of_rounded, peft = outputs
-    assert "continues what you write" in before and not re.search(CAPITAL, before)
+    assert len(ANSWERS) == 2 and "continues what you write" in before and "capital" not in before
     assert re.search(r"[\d,]+ of [\d,]+ parameters learn \([\d.]+%\), about [\d.]+ MiB", training)
     assert "What is the capital of" in of_adapter
-    assert "answers in turns" in of_merged and re.search(CAPITAL, of_merged) and re.search(LEGS, of_merged)
-    assert re.fullmatch(CAPITAL, in_python.strip())
+    assert "answers in turns" in of_merged and re.findall(r"^> (.+)$", of_merged, flags=re.MULTILINE) == ANSWERS
+    assert in_python == "The capital of Italy is Rome.\n"
     assert "parameters learn" in of_rounded and "trainable params" in peft
 
 
