@@ -1,6 +1,5 @@
 """The program behind `generate.py`, `mini-generate` and `python -m generation_mini`."""
 
-import os
 import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
@@ -16,18 +15,10 @@ from .batch_file import BatchFile
 from .interactive import converse, print_notice, write_to_terminal
 from .writing import CharacterStreamer, Stopwatch, encode_prompt, unknown_characters, write_on
 
-EXIT_NOBODY_READS = 141  # as the shell says it of a program that SIGPIPE ended
-
 
 def main() -> None:
     with one_sentence_errors():
-        try:
-            run(parse_arguments(sys.argv[1:]))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Who read the text has enough of it, as `head` does: nothing to report, here or when Python flushes.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(EXIT_NOBODY_READS)
+        run(parse_arguments(sys.argv[1:]))
 
 
 def run(arguments: GenerationArguments) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from configuration_mini import MiniConfig
 from files_mini import read_json
 from safetensors import SafetensorError
 from transformers import (
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -143,18 +145,19 @@ def load_checkpoint(
         raise ValueError(f"No model could be loaded from {name_or_path!r}: {error}") from None
     finally:
         logger.disabled = was_disabled
-    check_complete(name_or_path, found)
+    check_complete(name_or_path, config, found)
     check_quantized_layers(model)  # Mini has done so; another model has not
     return (model if options else model.to(place)).eval(), tokenizer
 
 
-def check_complete(name_or_path: str, found: dict[str, Any]) -> None:
+def check_complete(name_or_path: str, config: PreTrainedConfig, found: dict[str, Any]) -> None:
     """
     Raises ValueError if weights are missing, left over or of another shape: `from_pretrained` makes random ones up for
-    those, or leaves layers out, and warns.
+    those, or leaves layers out, and warns. Other models than Mini come with weights that belong to nothing.
     """
     for kind, words in (("missing", "not there"), ("unexpected", "left over"), ("mismatched", "of another shape")):
-        if names := found[f"{kind}_keys"]:
+        names = found[f"{kind}_keys"]
+        if names and (kind != "unexpected" or config.model_type == MiniConfig.model_type):
             first = min(name if isinstance(name, str) else name[0] for name in names)
             raise ValueError(
                 f"The weights in {name_or_path!r} do not fit its {MODEL_CONFIG}: {len(names)} are {words}, first "

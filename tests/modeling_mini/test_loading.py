@@ -4,7 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from modeling_mini.loading import existing_device, find_checkpoint
+import torch
+from modeling_mini.loading import existing_device, find_checkpoint, load_checkpoint
+from safetensors.torch import load_file, save_file
+from tokenization import ByteTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def make(folder: str, name: str = "config.json", age: int = 0) -> None:
@@ -45,3 +49,18 @@ def test_devices_that_are_not_there_or_hold_nothing() -> None:
         existing_device("tpu:9")
     with pytest.raises(ValueError, match=r"^The device 'meta' holds no numbers\.$"):
         existing_device("meta")
+
+
+def test_another_model_may_have_weights_that_belong_to_nothing_and_must_have_its_own(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq_of_old": torch.ones(4)}
+    save_file(weights | frequencies, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_checkpoint(str(tmp_path))
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config\.json: 1 are not there, first model\.norm\.weight\.$"):
+        load_checkpoint(str(tmp_path))
