@@ -32,7 +32,7 @@ MODEL = [
     r"model(-\d{5}-of-\d{5})?\.safetensors",
     r"model\.safetensors\.index\.json",
 ]
-ADAPTER = [r"adapter_config\.json", r"adapter_model\.safetensors"]
+ADAPTER = [r"(adapter_config|generation_config)\.json", r"adapter_model\.safetensors"]
 CODE = [re.escape(name) for name in remote_code_files()]
 # What from_pretrained looks at.
 LOADED = [*TOKENIZER, *MODEL, *ADAPTER, *CODE]

@@ -286,13 +286,16 @@ def test_adapter(server: HubServer, pushed: str, quick_run: Path, tmp_path: Path
         if "lora_B" in name:
             parameter.data.mul_(50)  # else it writes what its base writes
     adapted.save_pretrained(tmp_path / "adapter")
+    adapted.generation_config.save_pretrained(tmp_path / "adapter")  # as the trainer does
     with pytest.raises(
         ValueError, match="which is a folder here: push that first, and name it by --base_model user/na"
     ):
         here(tmp_path / "adapter", "user/adapter")
     assert here(tmp_path / "adapter", "user/adapter", base_model="user/name").verified
     files = server.model("user/adapter").files()
-    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", ".gitattributes"}
+    assert set(files) == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "generation_config.json", ".gitattributes",
+    }  # fmt: skip
     assert str(quick_run.parent).encode() not in b"".join(files.values())
     card = files["README.md"].decode()
     assert "base_model: user/name" in card and "library_name: peft" in card and "| r | 4 |" in card
