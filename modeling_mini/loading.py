@@ -1,5 +1,6 @@
 """From what a user calls a model to a model and its tokenizer."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def load_model(
         base, tokenizer = load_checkpoint(checkpoint, **loading)
     if adapter is None:
         return base, tokenizer
-    if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():  # one that was taught to chat ends its turns
+    with contextlib.suppress(OSError):  # only one that was taught to chat has it, and ends its turns
         base.generation_config = GenerationConfig.from_pretrained(adapter)
     return with_adapter(base, adapter, merge_quantized), tokenizer
 

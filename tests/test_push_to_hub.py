@@ -21,7 +21,7 @@ from sharing_mini.pushing import Result
 from sharing_mini.pushing import push as push_here
 from sharing_mini.reporting import report
 from test_train_accelerate import one_sentence
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 CLIENT = "@huggingface/hub@2.17.5"
 
@@ -286,7 +286,8 @@ def test_adapter(server: HubServer, pushed: str, quick_run: Path, tmp_path: Path
         if "lora_B" in name:
             parameter.data.mul_(50)  # else it writes what its base writes
     adapted.save_pretrained(tmp_path / "adapter")
-    adapted.generation_config.save_pretrained(tmp_path / "adapter")  # as the trainer does
+    # As the trainer writes it for a model that answers in turns; here, any token ends one.
+    GenerationConfig(eos_token_id=list(range(264))).save_pretrained(tmp_path / "adapter")
     with pytest.raises(
         ValueError, match="which is a folder here: push that first, and name it by --base_model user/na"
     ):
@@ -310,6 +311,9 @@ def test_adapter(server: HubServer, pushed: str, quick_run: Path, tmp_path: Path
     expected = adapted.eval().generate(**inputs, do_sample=False, max_new_tokens=40)[0].tolist()
     assert json.loads(output.splitlines()[-1]) == expected != greedy(quick_run / "best")
     assert isinstance(adapted, PeftModel)
+    command = ("generate.py", "--adapter", "user/adapter", "--trust_remote_code", "--prompt", "The", "--temperature", 0)
+    written = run_program(*command, cwd=tmp_path, **server.environment(tmp_path / "hf"))
+    assert (written.returncode, written.stdout.rstrip("\n")) == (0, "The"), written.stderr  # and not 40 tokens more
 
 
 @pytest.mark.slow
