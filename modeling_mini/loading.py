@@ -1,6 +1,5 @@
 """From what a user calls a model to a model and its tokenizer."""
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,11 @@ def load_model(
         base, tokenizer = load_checkpoint(checkpoint, **loading)
     if adapter is None:
         return base, tokenizer
-    with contextlib.suppress(OSError):  # only one that was taught to chat has it, and ends its turns
+    try:  # one that was taught to chat ends its turns
         base.generation_config = GenerationConfig.from_pretrained(adapter)
+    except OSError:  # most have none; but where it lies there, it is damaged
+        if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():
+            raise
     return with_adapter(base, adapter, merge_quantized), tokenizer
 
 

@@ -309,6 +309,15 @@ def test_an_adapter_whose_configuration_is_damaged(broken: Path) -> None:
         load_model(str(broken))
 
 
+def test_an_adapter_whose_generation_settings_are_damaged(broken: Path) -> None:
+    (broken / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    model, _ = load_model(str(broken))
+    assert model.generation_config.eos_token_id == [2, 7]
+    (broken / "generation_config.json").write_text('{"eos_token_id": [2,')
+    with pytest.raises(OSError, match=r"generation_config\.json"):
+        load_model(str(broken))
+
+
 def test_an_adapter_that_names_no_base(broken: Path, base: Path) -> None:
     config = json.loads((broken / "adapter_config.json").read_text())
     (broken / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
