@@ -12,8 +12,8 @@ if "OMP_WAIT_POLICY" not in os.environ:
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, one_sentence_errors
 from training_mini.arguments import Arguments, parse_arguments
-from training_mini.loop import TrainingResult, train
 from training_mini.monitoring import format_seconds
+from training_mini.trainer import TrainingResult, train
 
 
 def report(result: TrainingResult, arguments: Arguments) -> str:

@@ -24,14 +24,14 @@ import psutil
 import torch
 from configuration_mini import PRESETS, MiniConfig
 from entry_points_mini import option
-from modeling_mini.loading import find_checkpoint, load_checkpoint
+from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from tokenization import ByteTokenizer
 from torch.nn import functional as F
 from training_mini.arguments import DataArguments
-from training_mini.corpus import Corpus, load_corpus
+from training_mini.data.corpus import Corpus, load_corpus
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from training_mini.arguments import DataArguments, parse_arguments
-from training_mini.batches import RowMaker, TrainingBatches
 from training_mini.checkpoints import damage_of, states_of
-from training_mini.corpus import load_corpus
-from training_mini.documents import standard_library_files
+from training_mini.data.batches import RowMaker, TrainingBatches
+from training_mini.data.corpus import load_corpus
+from training_mini.data.sources import standard_library_files
+from training_mini.data.streaming import StreamBatches
 from training_mini.evaluation import compressor_bits_per_byte
-from training_mini.loop import Trainer
-from training_mini.streaming import StreamBatches
+from training_mini.trainer import Trainer
 from transformers import PreTrainedTokenizerFast
 
 WINDOWS, CONTEXT = 512, 1024

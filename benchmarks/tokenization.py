@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 from rich.table import Table
 from tokenization import ByteTokenizer, CharTokenizer
-from training_mini.documents import PIECE_SIZE, sample_documents
+from training_mini.data.sources import PIECE_SIZE, sample_documents
 
 
 def main() -> None:

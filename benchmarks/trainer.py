@@ -23,8 +23,8 @@ import torch
 from entry_points_mini import one_sentence_errors
 from torch import nn
 from training_mini.arguments import parse_arguments
-from training_mini.loop import Trainer
 from training_mini.signals import StopRequest
+from training_mini.trainer import Trainer
 
 TURNS, STEPS = 10, 10
 

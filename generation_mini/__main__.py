@@ -5,7 +5,7 @@ import sys
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from accelerate.utils import set_seed
 from entry_points_mini import one_sentence_errors
-from modeling_mini.loading import existing_device, load_assistant, load_model
+from modeling_mini.loading.checkpoints import existing_device, load_assistant, load_model
 from modeling_mini.modeling_mini import compiled_step_class
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .arguments import GenerationArguments, parse_arguments
 from .batch_file import BatchFile
 from .interactive import converse, print_notice, write_to_terminal
-from .writing import CharacterStreamer, Stopwatch, encode_prompt, unknown_characters, write_on
+from .text_generation import CharacterStreamer, Stopwatch, encode_prompt, unknown_characters, write_on
 
 
 def main() -> None:

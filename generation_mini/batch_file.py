@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import GenerationArguments
-from .writing import Stopwatch, context_of, encode_prompt, unknown_characters, write_on
+from .text_generation import Stopwatch, context_of, encode_prompt, unknown_characters, write_on
 
 # Flags that say where and how the work is done, and not what comes out of it.
 NOT_OF_THE_TEXT = ("batch_file", "output", "stats", "trust_remote_code", "adapter")

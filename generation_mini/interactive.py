@@ -15,7 +15,7 @@ from tokenization.chat import encode_messages
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import SAMPLING, GenerationArguments
-from .writing import CharacterStreamer, Stopwatch, context_of, encode_prompt, write_on
+from .text_generation import CharacterStreamer, Stopwatch, context_of, encode_prompt, write_on
 
 SETTINGS: dict[str, type] = {
     name: int if "int" in str(GenerationArguments.__annotations__[name]) else float

@@ -13,7 +13,7 @@ import modeling_mini
 import transformers
 from entry_points_mini import one_sentence_errors
 from huggingface_hub.constants import HF_HUB_CACHE
-from modeling_mini.loading import find_checkpoint
+from modeling_mini.loading.checkpoints import find_checkpoint
 
 
 def main() -> None:

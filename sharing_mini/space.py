@@ -10,7 +10,7 @@ import yaml
 from .staging import Staged
 
 ROOT = Path(__file__).parent.parent
-PAGE = "modeling_mini.demo"
+PAGE = "generation_mini.demo"
 # Module to distribution, where they differ.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 APP = '''"""The page to try {name}."""
@@ -18,7 +18,7 @@ APP = '''"""The page to try {name}."""
 import os
 import sys
 
-from modeling_mini.demo import main
+from generation_mini.demo import main
 
 sys.argv[1:] = ["--{flag}", "{name}", "--host", "0.0.0.0", "--port", os.environ.get("GRADIO_SERVER_PORT", "7860")]
 main()

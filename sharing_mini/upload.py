@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from modeling_mini.loading import ADAPTER_CONFIG, MODEL_CONFIG
+from modeling_mini.loading.checkpoints import ADAPTER_CONFIG, MODEL_CONFIG
 
 from .hub import Hub
 from .staging import LOADED, Staged

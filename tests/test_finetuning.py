@@ -7,19 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import run_program
 from datasets import Dataset
+from helpers.programs import run_program
+from helpers.runs import forked, losses
 from modeling_mini import MiniForCausalLM
-from modeling_mini.loading import load_checkpoint
+from modeling_mini.loading.checkpoints import load_checkpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_parallel import forked
-from test_train_accelerate import losses
 from torch.distributed.checkpoint import FileSystemReader
-from training_mini import parallel
+from training_mini import distributed
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import states_of
-from training_mini.loop import Trainer, TrainingResult
+from training_mini.trainer import Trainer, TrainingResult
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
@@ -255,7 +254,7 @@ def test_quantized_checkpoint_is_not_trained_in_full(quick_run: Path, tmp_path: 
 
 def test_what_sharding_cannot_do(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(parallel, "check_launch", lambda: None)  # it wants a GPU for that, before anything else
+    monkeypatch.setattr(distributed, "check_launch", lambda: None)  # it wants a GPU for that, before anything else
     with pytest.raises(ValueError, match="--lora_r does not work with DeepSpeed here"):
         tune(tmp_path / "run", quick_run, "--lora_r", 4)
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")

@@ -15,11 +15,10 @@ import peft
 import pexpect
 import pytest
 import torch
-from conftest import ROOT, run_program
 from generation_mini.__main__ import main
+from helpers.programs import ROOT, one_sentence, run_program
 from modeling_mini import MiniConfig, MiniForCausalLM
-from modeling_mini.loading import load_model
-from test_train_accelerate import one_sentence
+from modeling_mini.loading.checkpoints import load_model
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
@@ -241,7 +240,14 @@ def test_int4_of_a_shape_that_would_be_wrong_is_refused(broken) -> None:
 
 
 def test_a_quantized_folder_is_written_by_a_command_and_takes_no_flag(quick_run: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "modeling_mini.quantize", str(quick_run), str(tmp_path / "int4"), "--load_in_4bit"]
+    command = [
+        sys.executable,
+        "-m",
+        "modeling_mini.quantize",
+        str(quick_run),
+        str(tmp_path / "int4"),
+        "--load_in_4bit",
+    ]
     written = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (written.returncode, written.stderr) == (0, ""), written.stderr
     assert re.fullmatch(r".*int4: 0\.1 MB of weights\n", written.stdout)

@@ -13,7 +13,6 @@ FLOORS = [
     ("tokenization", 1),
     ("entry_points_mini", 1),
     ("files_mini", 1),
-    ("modeling_mini/demo", 5),
     ("modeling_mini/analysis", 3),
     ("modeling_mini/export", 3),
     ("modeling_mini", 2),

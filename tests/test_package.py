@@ -6,7 +6,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.programs import ROOT
 
 PROGRAM = """
 import configuration_mini, generation_mini, modeling_mini, push_to_hub, tokenization, train_accelerate, training_mini

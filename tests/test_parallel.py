@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,15 +15,15 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import QUICK, ROOT, run_program, start_program
-from test_train_accelerate import losses, metrics, train, wait_for_steps, weights
+from helpers.programs import ROOT, free_port
+from helpers.runs import ON_CPU, QUICK, forked, losses, metrics, train, wait_for_steps, weights
 from torch.distributed.checkpoint import FileSystemReader
-from training_mini import parallel
+from training_mini import distributed
+from training_mini import launch as launch_module
 from training_mini.arguments import OptimizationArguments
 from training_mini.checkpoints import states_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
-ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6".split()
 
 
@@ -44,33 +43,6 @@ def launch(config: str | None, cwd: Path, *arguments: object, **environment: str
         command(config, *arguments), cwd=cwd, env={**os.environ, **ON_CPU, **environment},
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
-
-
-def forked(config: str | None, cwd: Path, *arguments: object) -> str:
-    """
-    What training printed on the processes that a configuration starts, or on one for `None`. They are forked, with the
-    variables that `accelerate launch` sets, which saves the imports of the launcher and of each process.
-    """
-    if config is None:
-        result = run_program("train_accelerate.py", *arguments, cwd=cwd, OMP_NUM_THREADS="1")
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-    environment = {**ON_CPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if config == "cpu_fsdp2.yaml":
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    processes = [
-        start_program("train_accelerate.py", *arguments, cwd=cwd, **environment, RANK=rank, LOCAL_RANK=rank)
-        for rank in "01"
-    ]
-    outputs = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return outputs[0][0]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def evaluations(run: Path) -> list[float]:
@@ -253,15 +225,15 @@ def test_how_many_processes_were_asked_for(
     (tmp_path / "two.yaml").write_text("num_processes: 2\n")
     (tmp_path / "default.yaml").write_text("num_processes: 4\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parallel, "default_config_file", str(tmp_path / "default.yaml"))
-    assert parallel.asked_processes(SimpleNamespace(cmdline=command.split)) == asked
+    monkeypatch.setattr(launch_module, "default_config_file", str(tmp_path / "default.yaml"))
+    assert launch_module.asked_processes(SimpleNamespace(cmdline=command.split)) == asked
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"ema_decay": 0.9}, {"find_batch_size": True}], ids=str)
 def test_what_deepspeed_cannot_do(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"does not work with DeepSpeed; leave it out, or shard by fsdp2\.yaml"):
-        parallel.check_deepspeed(OptimizationArguments(**settings))
-    parallel.check_deepspeed(OptimizationArguments())
+        distributed.check_deepspeed(OptimizationArguments(**settings))
+    distributed.check_deepspeed(OptimizationArguments())
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

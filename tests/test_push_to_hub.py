@@ -12,15 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_program
 from entry_points_mini import one_sentence_errors
-from hub_server import Fault, HubServer
-from modeling_mini.loading import load_checkpoint
+from helpers.hub_server import Fault, HubServer
+from helpers.programs import ROOT, one_sentence, run_program
+from modeling_mini.loading.checkpoints import load_checkpoint
 from sharing_mini.arguments import SharingArguments, parse_arguments
 from sharing_mini.pushing import Result
 from sharing_mini.pushing import push as push_here
 from sharing_mini.reporting import report
-from test_train_accelerate import one_sentence
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 CLIENT = "@huggingface/hub@2.17.5"

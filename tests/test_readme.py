@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from helpers.programs import ROOT, run_program
 from modeling_mini import MiniConfig, MiniForCausalLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

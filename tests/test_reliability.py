@@ -10,21 +10,21 @@ import signal
 import time
 from pathlib import Path
 
-import nursery
 import pytest
 import torch
-from conftest import QUICK, ROOT, run_program, start_program
+from helpers import fork_server
+from helpers.programs import ROOT, one_sentence, run_program, start_program
+from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, train_here, wait_for_steps, weights
 from safetensors.torch import load_file
-from test_train_accelerate import losses, metrics, one_sentence, run_on_a_full_disk, train, wait_for_steps, weights
-from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import damage_of, states_of
-from training_mini.loop import Trainer, TrainingResult
 
 
 def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
     """The exit code of a trainer; minus the number of the signal if one ended it."""
     # Forked, so that the instants of a kill fall into training and saving, not into seconds of imports.
-    process = nursery.Program([str(ROOT / "train_accelerate.py"), *map(str, arguments)], cwd, dict(os.environ), None)
+    process = fork_server.Program(
+        [str(ROOT / "train_accelerate.py"), *map(str, arguments)], cwd, dict(os.environ), None
+    )
     if kill_after is not None:
         time.sleep(kill_after)
         process.kill()
@@ -32,11 +32,11 @@ def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not nursery.IS_POSSIBLE, reason="needs Linux")
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
 def test_fifty_kills(tmp_path: Path) -> None:
     """`kill -9` at 50 random instants of a run that saves at every step: it ends as an unbroken one, bit by bit."""
     settings = [*QUICK, "--max_steps", 200, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
-    nursery.server()  # starts once, and its start is not the run's
+    fork_server.server()  # starts once, and its start is not the run's
     began = time.monotonic()
     assert run(tmp_path, *settings, "--output_dir", "whole") == 0
     whole_seconds = time.monotonic() - began
@@ -171,17 +171,6 @@ def test_full_disk_can_be_survived(tmp_path: Path) -> None:
     assert "final could not be written" in one_sentence(result), "the model itself must be"
     assert [state.name for state in states_of(tmp_path / "run")] == ["step_4"]
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written fills the disk"
-
-
-def train_here(folder: Path, *arguments: object, bad_steps: range = range(0)) -> tuple[Trainer, TrainingResult]:
-    """A run in this process, in which the gradients of some steps are not finite."""
-    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(folder), *map(str, arguments)]))
-
-    def spoil(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * math.nan if trainer.state.step + 1 in bad_steps else gradient
-
-    trainer.unwrapped_model.model.norm.weight.register_hook(spoil)
-    return trainer, trainer.train()
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

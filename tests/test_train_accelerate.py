@@ -1,54 +1,22 @@
 """train_accelerate.py as a user types it: what a run leaves behind, how it goes on, and what wrong input says."""
 
-import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import nursery
 import psutil
 import pytest
 import torch
 import train_accelerate
 import yaml
 from accelerate.utils import write_basic_config
-from conftest import QUICK, ROOT, run_program, start_program
-from safetensors.torch import load_file
+from helpers.programs import ROOT, one_sentence, one_sentence_of, run_program, start_program
+from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
 from transformers import AutoModelForCausalLM
-
-
-def train(cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    return run_program("train_accelerate.py", *QUICK, *arguments, cwd=cwd, **environment)
-
-
-def weights(run: Path, name: str = "final") -> dict[str, torch.Tensor]:
-    return load_file(run / name / "model.safetensors")
-
-
-def metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in metrics(run) if "loss" in line]
-
-
-def one_sentence_of(returncode: int, errors: str) -> str:
-    """The error of a program, after checking that it is one line, without a traceback, with exit code 2."""
-    assert returncode == 2, errors
-    assert "Traceback" not in errors
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and errors.strip().splitlines()[-1] == lines[0], errors
-    return lines[0].removeprefix("error: ")
-
-
-def one_sentence(result: subprocess.CompletedProcess) -> str:
-    return one_sentence_of(result.returncode, result.stderr)
 
 
 def test_what_a_run_leaves_behind(quick_run: Path) -> None:
@@ -169,18 +137,6 @@ def test_interrupted_and_resumed_twice_is_the_same_run(quick_run: Path, tmp_path
     ]
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
-
-
-def wait_for_steps(run: Path, steps: int, process: subprocess.Popen | nursery.Program, seconds: float = 120) -> None:
-    """Waits until a run has logged so many steps."""
-    deadline = time.monotonic() + seconds
-    while not (run / "metrics.jsonl").is_file() or len(losses_so_far(run)) < steps:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or hangs"
-        time.sleep(0.01)
-
-
-def losses_so_far(run: Path) -> list[str]:
-    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
 
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how_to_go_on(tmp_path: Path) -> None:
@@ -355,14 +311,6 @@ def test_resume_with_other_methods_is_refused(
     arguments = ("--resume", "--output_dir", "run", "--max_steps", 50, *settings)
     sentence = one_sentence(run_program("train_accelerate.py", *arguments, cwd=tmp_path))
     assert "cannot go on with other methods than it began with" in sentence and change in sentence
-
-
-def run_on_a_full_disk(cwd: Path, *arguments: object) -> subprocess.CompletedProcess:
-    """Training that can write no file of more than 50 KB: the model has 160, so metrics can be written, weights not."""
-    process = start_program("train_accelerate.py", *arguments, cwd=cwd)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
-    output, errors = process.communicate(timeout=120)
-    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, run_program
+from helpers.programs import one_sentence, run_program
+from helpers.runs import QUICK, losses, metrics, train, train_here, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_reliability import train_here
-from test_train_accelerate import losses, metrics, one_sentence, train, weights
 from training_mini.arguments import parse_arguments
-from training_mini.loop import Trainer
+from training_mini.trainer import Trainer
 
 
 def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from configuration_mini import PRESETS, MiniConfig, nearest_name
 from entry_points_mini import ArgumentParser, option
-from modeling_mini.loading import (
+from modeling_mini.loading.checkpoints import (
     ADAPTER_CONFIG,
     CHECKPOINTS_OF_A_RUN,
     MODEL_CONFIG,

@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedConfig
 
-from .adaptation import is_adapted
 from .arguments import Arguments
-from .averaging import WeightAverage
-from .parallel import Parallel
+from .distributed import Parallel
+from .lora import is_adapted
+from .optimization import WeightAverage
 
 PARTS_OF_AN_ADAPTER = (
     "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"

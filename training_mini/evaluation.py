@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .batches import Batch, RowMaker
+from .data.batches import Batch, RowMaker
 
 
 @dataclass(frozen=True)

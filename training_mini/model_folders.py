@@ -5,13 +5,13 @@ from pathlib import Path
 
 from files_mini import replace_folder, writing
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from modeling_mini.loading import CHECKPOINTS_OF_A_RUN
+from modeling_mini.loading.checkpoints import CHECKPOINTS_OF_A_RUN
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adaptation import is_adapted, lora_alpha
 from .arguments import AdapterArguments, Arguments
 from .checkpoints import TrainerState
 from .evaluation import Evaluation
+from .lora import is_adapted, lora_alpha
 
 USAGE = """\
 from transformers import pipeline

@@ -1,14 +1,18 @@
-"""The optimizer and the learning rate."""
+"""How the weights move: optimizers, schedules, a moving average, and what keeps a model from being too sure."""
 
+import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from .arguments import OptimizationArguments
+from .data.batches import NOT_LEARNED
 
 
 def make_optimizers(model: PreTrainedModel, arguments: OptimizationArguments) -> list[torch.optim.Optimizer]:
@@ -89,3 +93,85 @@ def share_of_peak(step: int, arguments: OptimizationArguments) -> float:
     if name == "wsd" or (name == "cosine" and step >= warmup):
         share = share * (1.0 - arguments.min_lr_rate) + arguments.min_lr_rate
     return share
+
+
+class WeightAverage:
+    """
+    The exponential moving average of the trainable parameters (Polyak and Juditsky 1992), sharded where they are.
+
+    Args:
+        decay: the share of the old average that each step keeps. For the first steps it is (1 + n) / (10 + n) if that
+            is less, so that the random start is forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Moves the average towards the weights after `step` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(list(self.averages.values()), list(self.parameters.values()), step)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def in_place(self) -> Iterator[None]:
+        """The model with the average as its weights."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.copy_into_model(self.averages)
+        try:
+            yield
+        finally:
+            self.copy_into_model(own)
+
+    @torch.no_grad()
+    def copy_into_model(self, values: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])
+
+
+def regularized_loss(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Sums over all tokens, in float32: the loss to minimise, and the plain cross-entropy to report.
+
+    With Z the sum of exponentials over the vocabulary, the first is the cross-entropy with a target of which
+    `label_smoothing` is spread evenly over the vocabulary (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567), plus
+    `z_loss` (log Z)^2, which holds the logits near zero (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311).
+
+    Args:
+        logits: (batch, length, vocabulary).
+        targets: (batch, length); -100 counts nothing.
+    """
+    counts = targets != NOT_LEARNED
+    logits, targets = logits[counts].float(), targets[counts]
+    log_partition = logits.logsumexp(dim=-1)
+    cross_entropy = log_partition - logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    loss = cross_entropy
+    if label_smoothing:
+        loss = (1 - label_smoothing) * loss + label_smoothing * (log_partition - logits.mean(dim=-1))
+    if z_loss:
+        loss = loss + z_loss * log_partition.square()
+    return loss.sum(), cross_entropy.detach().sum()
+
+
+def dropout_at(step: int, arguments: OptimizationArguments) -> float | None:
+    """The dropout of the step after `step` steps: `dropout_start` at the first, `dropout_end` at the last."""
+    if arguments.dropout_start is None or arguments.dropout_end is None:
+        return None
+    share = min(1.0, step / max(1, arguments.max_steps - 1))
+    if arguments.dropout_annealing == "cosine":
+        share = (1 - math.cos(math.pi * share)) / 2
+    return arguments.dropout_start + share * (arguments.dropout_end - arguments.dropout_start)
+
+
+def set_dropout(model: nn.Module, probability: float) -> None:
+    """Sets every dropout of a model in the manner of transformers: modules, and the attribute of attention."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = probability

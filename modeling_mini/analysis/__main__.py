@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 from configuration_mini import MiniConfig, nearest_name
 from entry_points_mini import ArgumentParser, one_sentence_errors, option
-from modeling_mini.loading import find_checkpoint, load_checkpoint
+from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.table import Table

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from helpers.programs import run_program
 
 PROGRAM = "benchmarks/training.py"
 QUICK = "--size tiny --batch_size 1 --context 16 --rounds 1 --steps 1".split()

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_program, start_program
 from generation_mini import batch_file
 from generation_mini.__main__ import main
 from generation_mini.arguments import GenerationArguments
 from generation_mini.batch_file import BatchFile, read_prompts, read_written
-from generation_mini.writing import Continuation, write_on
-from test_train_accelerate import one_sentence
+from generation_mini.text_generation import Continuation, write_on
+from helpers.programs import one_sentence, run_program, start_program
 
 PROMPTS = [
     "the " * (1 + index % 7) + str(index) + random.Random(index).choice(["", " é漢", "\t", "  "]) for index in range(40)

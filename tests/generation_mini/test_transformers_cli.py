@@ -17,9 +17,9 @@ import pexpect
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 from generation_mini import transformers_cli
-from modeling_mini.loading import load_model
+from helpers.programs import ROOT
+from modeling_mini.loading.checkpoints import load_model
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 COMMAND = [sys.executable, "-m", "generation_mini.transformers_cli"]

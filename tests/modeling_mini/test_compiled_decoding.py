@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.random_models import make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, compiled_decoding
 from modeling_mini.compiled_decoding import CompiledDecoder, CompiledStep, StepOfModel
 from modeling_mini.decoding import Turns
-from random_models import make_model, random_request, random_settings
 from torch import nn
 from transformers.activations import ACT2FN
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from configuration_mini import MiniConfig
+from helpers.random_models import make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, decoding, modeling_mini
-from random_models import make_model, random_request, random_settings
 from torch import nn
 from transformers import (
     DynamicCache,

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.random_models import make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, graph_decoding
 from modeling_mini.graph_decoding import GraphStep, Recording
-from random_models import make_model, random_request, random_settings
 
 
 class Unrecorded(Recording):

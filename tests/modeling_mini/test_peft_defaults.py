@@ -6,7 +6,7 @@ import sys
 import peft
 import pytest
 import torch
-from conftest import ROOT
+from helpers.programs import ROOT
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.peft_defaults import TableFinder, register_peft_defaults
 from peft.utils import constants

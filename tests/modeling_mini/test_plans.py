@@ -65,7 +65,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     folder = tmp_path_factory.mktemp("plans")
     for name, fields in MODELS.items():
         make_model(**fields).save_pretrained(folder / name)
-    worker = Path(__file__).with_name("plan_worker.py")
+    worker = ROOT / "tests" / "helpers" / "plan_worker.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder]
     result = subprocess.run(
         [str(part) for part in (*launch, *(folder / name for name in MODELS))],

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import sharing_mini.hub
 import torch
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
 

@@ -10,7 +10,7 @@ import sharing_mini.card
 import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from modeling_mini import quantize
+from modeling_mini.export import quantized
 from modeling_mini.remote_code import remote_code_files
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import prompt_of, push
@@ -141,7 +141,7 @@ def test_sections_that_somebody_added_stay(quick_run: Path, tmp_path: Path) -> N
 
 
 def test_a_quantized_copy_does_not_pass_on_figures_without_a_word(quick_run: Path, tmp_path: Path) -> None:
-    quantize.run([str(quick_run), str(tmp_path / "int8"), "--load_in_8bit"])
+    quantized.run([str(quick_run), str(tmp_path / "int8"), "--load_in_8bit"])
     card = card_of(tmp_path / "int8")
     assert "| Bits per byte, sample, held out |" in card
     assert card.index("Figures above are those of the model before.") > card.index("| Bits per byte, sample")

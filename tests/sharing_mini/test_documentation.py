@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from hub_server import HubServer
+from helpers.hub_server import HubServer
+from helpers.programs import ROOT
 from sharing_mini.arguments import parse_arguments
 
 DOCUMENT = (ROOT / "docs" / "SHARING.md").read_text(encoding="utf-8").split("## Other runtimes")[0]

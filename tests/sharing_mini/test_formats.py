@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_server import HubServer
+from helpers.hub_server import HubServer
 from huggingface_hub import ModelCard, constants
 from modeling_mini.export import export
 from sharing_mini.arguments import SharingArguments

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hub_server import Fault, HubServer, Repository
+from helpers.hub_server import Fault, HubServer, Repository
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
 from torch import nn
-from training_mini.batches import RowMaker
+from training_mini.data.batches import RowMaker
 from training_mini.evaluation import HeldOutText, compressor_bits_per_byte, evaluate
 
 

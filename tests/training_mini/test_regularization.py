@@ -5,8 +5,7 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
 from training_mini.arguments import OptimizationArguments
-from training_mini.averaging import WeightAverage
-from training_mini.regularization import dropout_at, regularized_loss, set_dropout
+from training_mini.optimization import WeightAverage, dropout_at, regularized_loss, set_dropout
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from configuration_mini import MiniConfig
+from helpers.random_models import SHAPE
 from modeling_mini import MiniForCausalLM
-from random_models import SHAPE
 from tokenization import ByteTokenizer
 
 

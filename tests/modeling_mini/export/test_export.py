@@ -5,13 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.exports import random_model, same_parameters
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, __main__, export, module_of
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
-
-from .conftest import random_model, same_parameters
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

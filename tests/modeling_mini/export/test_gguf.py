@@ -8,21 +8,11 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from modeling_mini import MiniForCausalLM
+from helpers.exports import bpe_tokenizer, random_model, write
 from modeling_mini.export import export
 from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
 from tokenization import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, TokenizersBackend
-
-from .conftest import random_model
-
-
-def write(model: MiniForCausalLM, folder: Path, tokenizer: Any = None) -> Path:
-    """A checkpoint folder."""
-    model.save_pretrained(folder)
-    (tokenizer or ByteTokenizer()).save_pretrained(folder)
-    return folder
+from transformers import AutoModelForCausalLM
 
 
 def value_of(reader: gguf.GGUFReader, key: str) -> Any:
@@ -152,17 +142,6 @@ def test_tokenizers_that_llama_cpp_has_not_are_refused(tmp_path: Path) -> None:
     padded = Vocabulary.of(ByteTokenizer(), 266)
     assert padded.tokens[264:] == ["[UNUSED264]", "[UNUSED265]"]
     assert padded.types[264:] == [gguf.TokenType.UNUSED] * 2
-
-
-def bpe_tokenizer() -> TokenizersBackend:
-    """GPT-2's kind of tokenizer, small."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "w"), ("Ã", "©"), ("1", "2"), ("Ġ", "Ġ")]
-    tokens = ["<|endoftext|>", *alphabet, *("".join(merge) for merge in merges)]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return TokenizersBackend(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
 
 
 def test_merges_go_along() -> None:

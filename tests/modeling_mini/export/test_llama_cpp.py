@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.exports import HALF_TURNED, bpe_tokenizer, random_model, write
 from modeling_mini.export import export
 from tokenization import SPECIAL_TOKENS, ByteTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from .conftest import random_model
-from .test_gguf import bpe_tokenizer, write
-from .test_native import HALF_TURNED
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install llama-cpp-python)")
 pytestmark = pytest.mark.slow

@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import yaml
 from accelerate import Accelerator
+from helpers.exports import random_model
 from modeling_mini.export import export
 from tokenization import BOS_ID, ByteTokenizer, CharTokenizer, load_tokenizer
-from training_mini.batches import RowMaker
+from training_mini.data.batches import RowMaker
 from training_mini.evaluation import HeldOutText, evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from .conftest import random_model
 
 TEXT = "def area(self):\n    return self.width ** 2  # <|eos|> is text here\r\n" * 30
 

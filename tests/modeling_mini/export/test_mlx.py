@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.exports import random_model
 from modeling_mini.export import export
 from tokenization import ByteTokenizer
-
-from .conftest import random_model
 
 mx = pytest.importorskip("mlx.core", reason="MLX is not installed (pip install mlx-lm 'mlx[cpu]')")
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install mlx-lm 'mlx[cpu]')")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from configuration_mini import PRESETS, ROPE_TYPES, MiniConfig
+from helpers.exports import HALF_TURNED, random_model, same_parameters, without_dtype
 from modeling_mini.export import export
 from modeling_mini.export.mini import mini_config, to_mini
 from modeling_mini.export.native import native_config, to_native
@@ -25,8 +26,6 @@ from transformers import (
     StableLmConfig,
     StableLmForCausalLM,
 )
-
-from .conftest import random_model, same_parameters, without_dtype
 
 
 def rope_of(draw: random.Random, rope_type: str, rotary_dim: int) -> dict[str, Any]:
@@ -93,7 +92,6 @@ def random_fields(draw: random.Random, kind: str, rope_type: str) -> dict[str, A
     return fields
 
 
-HALF_TURNED = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 CLASSES = {"llama": LlamaForCausalLM, "qwen3": Qwen3ForCausalLM, "stablelm": StableLmForCausalLM}
 
 

@@ -1,0 +1,221 @@
+"""From what a user calls a model to a model and its tokenizer."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from configuration_mini import MiniConfig
+from files_mini import read_json
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from ..integrations import check_quantized_layers
+from .adapters import base_of_adapter, with_adapter
+from .quantization import check_bitsandbytes, is_quantized, quantization_config
+
+RUNS_FOLDER = Path("runs")
+# In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
+CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
+
+def find_checkpoint(model: str | None) -> str:
+    """
+    The checkpoint folder, adapter folder or Hub name that `--model` means.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if model is None:
+        configs = [
+            path for run in RUNS_FOLDER.glob("*") for name in CHECKPOINTS_OF_A_RUN
+            for config in (MODEL_CONFIG, ADAPTER_CONFIG) for path in run.glob(f"{name}/{config}")
+        ]  # fmt: skip
+        if not configs:
+            raise ValueError(f"There is no trained model under {RUNS_FOLDER}/: train one first, or name it by --model.")
+        newest_run = max(configs, key=lambda path: path.stat().st_mtime).parent.parent
+        return find_checkpoint(str(newest_run))
+    folder = Path(model)
+    if not folder.exists():
+        if model.count("/") == 1 and not model.startswith(".") and not folder.parent.is_dir():
+            return model
+        raise ValueError(f"There is no run or checkpoint folder {model!r}.")
+    for place in (folder, *(folder / name for name in CHECKPOINTS_OF_A_RUN)):
+        if (place / MODEL_CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+            return model if place == folder else str(place)
+    if (folder / "trainer_state.json").is_file():
+        raise ValueError(f"{model!r} is a state to resume training from; name its run, or the folder best or final.")
+    raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
+
+
+def load_model(
+    model: str | None, adapter: str | None = None, merge_quantized: bool = False, **loading: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    What `--model` and `--adapter` mean, ready to write. A folder of an adapter brings the name of its base with it.
+
+    Args:
+        merge_quantized: see `with_adapter`.
+        loading: passed to `load_checkpoint`.
+
+    Raises:
+        ValueError: if something is missing, damaged, or does not belong together.
+    """
+    checkpoint = find_checkpoint(model) if model is not None or adapter is None else None
+    if checkpoint is not None and not (Path(checkpoint) / MODEL_CONFIG).is_file() and Path(checkpoint).is_dir():
+        if adapter is not None:
+            raise ValueError(f"model {model!r} is an adapter itself, so --adapter cannot be given too.")
+        checkpoint, adapter = None, checkpoint
+    if adapter is not None and Path(adapter).is_dir():
+        adapter = find_checkpoint(adapter)
+    if checkpoint is None:
+        named = base_of_adapter(adapter)
+        try:
+            base, tokenizer = load_checkpoint(find_checkpoint(named), **loading)
+        except ValueError as error:
+            raise ValueError(
+                f"The adapter {adapter!r} lies on {named!r}, which could not be loaded; if that is elsewhere now, name "
+                f"it by --model and the adapter by --adapter. {error}"
+            ) from None
+    else:
+        base, tokenizer = load_checkpoint(checkpoint, **loading)
+    if adapter is None:
+        return base, tokenizer
+    try:  # one that was taught to chat ends its turns
+        base.generation_config = GenerationConfig.from_pretrained(adapter)
+    except OSError:  # most have none; but where it lies there, it is damaged
+        if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():
+            raise
+    return with_adapter(base, adapter, merge_quantized), tokenizer
+
+
+def load_checkpoint(
+    name_or_path: str,
+    trust_remote_code: bool = False,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    quantization: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """
+    The model in evaluation mode, and the tokenizer.
+
+    Args:
+        dtype: of the weights; "auto" as they were saved.
+        device: a GPU if there is one, when absent.
+        quantization: "8bit" or "4bit", see `quantization_config`.
+
+    Raises:
+        ValueError: if a file is missing or damaged, naming it, or the device is not there.
+    """
+    place = existing_device(device)
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+            raise ValueError(f"{name_or_path!r} has no weights: model.safetensors is missing.")
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{name_or_path!r} has no tokenizer: tokenizer.json is missing.")
+        for name in (MODEL_CONFIG, GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                read_json(folder / name)  # of one that is cut short, transformers says less, or nothing
+    options: dict[str, Any] = {}
+    logger = logging.getLogger("transformers.modeling_utils")
+    was_disabled, logger.disabled = logger.disabled, True  # it draws a table of what `check_complete` looks at
+    try:
+        tokenizer = load_tokenizer(name_or_path, trust_remote_code)
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        if quantization is not None:
+            options["quantization_config"] = quantization_config(quantization, config, place)
+        if quantization is not None or is_quantized(config):
+            check_bitsandbytes(place)
+            options["device_map"] = {"": place}  # quantized weights are made where they stay
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, ignore_mismatched_sizes=True,
+            output_loading_info=True, **options,
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {name_or_path!r} are damaged or cut short ({error}).") from None
+    except OSError as error:
+        raise ValueError(f"No model could be loaded from {name_or_path!r}: {error}") from None
+    finally:
+        logger.disabled = was_disabled
+    check_complete(name_or_path, config, found)
+    check_quantized_layers(model)  # Mini has done so; another model has not
+    return (model if options else model.to(place)).eval(), tokenizer
+
+
+def check_complete(name_or_path: str, config: PreTrainedConfig, found: dict[str, Any]) -> None:
+    """
+    Raises ValueError if weights are missing, left over or of another shape: `from_pretrained` makes random ones up for
+    those, or leaves layers out, and warns. Other models than Mini come with weights that belong to nothing.
+    """
+    for kind, words in (("missing", "not there"), ("unexpected", "left over"), ("mismatched", "of another shape")):
+        names = found[f"{kind}_keys"]
+        if names and (kind != "unexpected" or config.model_type == MiniConfig.model_type):
+            first = min(name if isinstance(name, str) else name[0] for name in names)
+            raise ValueError(
+                f"The weights in {name_or_path!r} do not fit its {MODEL_CONFIG}: {len(names)} are {words}, first "
+                f"{first}."
+            )
+
+
+def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: if its files are damaged.
+        OSError: if there are none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # of the tokenizers library, which raises nothing narrower
+        raise ValueError(f"The tokenizer in {name_or_path!r} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def load_assistant(
+    name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """
+    A model that drafts for another one.
+
+    Raises:
+        ValueError: if it has another vocabulary.
+    """
+    assistant, its_tokenizer = load_checkpoint(find_checkpoint(name), trust_remote_code, device=str(model.device))
+    if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"assistant {name!r} has another tokenizer than the model: it cannot draft for it.")
+    return assistant
+
+
+def existing_device(name: str | None) -> torch.device:
+    """
+    The device of that name; without a name, a GPU if there is one.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        raise ValueError(f"There is no device {name!r} here; there is {', '.join(there)}.") from None
+    if device.type == "meta":
+        raise ValueError("The device 'meta' holds no numbers.")
+    return device

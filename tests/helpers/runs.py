@@ -1,0 +1,93 @@
+"""Small training runs, and what they leave behind."""
+
+import json
+import math
+import resource
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+from helpers import fork_server
+from helpers.programs import free_port, run_program, start_program
+from safetensors.torch import load_file
+from training_mini.arguments import parse_arguments
+from training_mini.trainer import Trainer, TrainingResult
+
+# A run of seconds: a model of two narrow layers on the generated sample.
+QUICK = (
+    "--dataset sample --num_hidden_layers 2 --hidden_size 64 --intermediate_size 64 --num_attention_heads 2 "
+    "--num_key_value_heads 1 --max_position_embeddings 64 --train_batch_size 8 --warmup_steps 2 --logging_steps 1 "
+    "--max_eval_tokens 8192"
+).split()
+ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+
+def train(cwd: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    return run_program("train_accelerate.py", *QUICK, *arguments, cwd=cwd, **environment)
+
+
+def train_here(folder: Path, *arguments: object, bad_steps: range = range(0)) -> tuple[Trainer, TrainingResult]:
+    """A run in this process, in which the gradients of some steps are not finite."""
+    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(folder), *map(str, arguments)]))
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * math.nan if trainer.state.step + 1 in bad_steps else gradient
+
+    trainer.unwrapped_model.model.norm.weight.register_hook(spoil)
+    return trainer, trainer.train()
+
+
+def forked(config: str | None, cwd: Path, *arguments: object) -> str:
+    """
+    What training printed on the processes that a configuration starts, or on one for `None`. They are forked, with the
+    variables that `accelerate launch` sets, which saves the imports of the launcher and of each process.
+    """
+    if config is None:
+        result = run_program("train_accelerate.py", *arguments, cwd=cwd, OMP_NUM_THREADS="1")
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+    environment = {**ON_CPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if config == "cpu_fsdp2.yaml":
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    processes = [
+        start_program("train_accelerate.py", *arguments, cwd=cwd, **environment, RANK=rank, LOCAL_RANK=rank)
+        for rank in "01"
+    ]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return outputs[0][0]
+
+
+def run_on_a_full_disk(cwd: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Training that can write no file of more than 50 KB: the model has 160, so metrics can be written, weights not."""
+    process = start_program("train_accelerate.py", *arguments, cwd=cwd)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+    output, errors = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def wait_for_steps(
+    run: Path, steps: int, process: subprocess.Popen | fork_server.Program, seconds: float = 120
+) -> None:
+    """Waits until a run has logged so many steps."""
+    deadline = time.monotonic() + seconds
+    while not (run / "metrics.jsonl").is_file() or len(losses_so_far(run)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, "the run ended, or hangs"
+        time.sleep(0.01)
+
+
+def losses_so_far(run: Path) -> list[str]:
+    return [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run) if "loss" in line]
+
+
+def weights(run: Path, name: str = "final") -> dict[str, torch.Tensor]:
+    return load_file(run / name / "model.safetensors")

@@ -1,0 +1,66 @@
+"""What `--model` means, before anything is loaded."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from modeling_mini.loading.checkpoints import existing_device, find_checkpoint, load_checkpoint
+from safetensors.torch import load_file, save_file
+from tokenization import ByteTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def make(folder: str, name: str = "config.json", age: int = 0) -> None:
+    """A folder that looks like a checkpoint, written so many seconds ago."""
+    path = Path("runs", folder)
+    path.mkdir(parents=True)
+    (path / name).touch()
+    os.utime(path / name, (1_700_000_000 - age,) * 2)
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_without_a_name_it_is_the_newest_run() -> None:
+    with pytest.raises(ValueError, match=r"no trained model under runs/: train one first, or name it by --model\.$"):
+        find_checkpoint(None)
+    make("old/best", age=20)
+    make("new/best", age=10)
+    make("older/final", age=30)
+    assert find_checkpoint(None) == "runs/new/best"
+    make("adapter/best", "adapter_config.json", age=5)
+    assert find_checkpoint(None) == "runs/adapter/best"
+
+
+def test_of_a_run_it_is_the_best_model_or_what_a_crash_left_of_it() -> None:
+    for name in (".final.previous", "final", ".best.previous", "best"):
+        make(f"run/{name}")
+        assert find_checkpoint("runs/run") == f"runs/run/{name}"
+    assert find_checkpoint("runs/run/final") == "runs/run/final"
+    assert find_checkpoint("user/name") == "user/name"
+
+
+def test_devices_that_are_not_there_or_hold_nothing() -> None:
+    assert existing_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match=r"^There is no device 'tpu:9' here; there is cpu.*\.$"):
+        existing_device("tpu:9")
+    with pytest.raises(ValueError, match=r"^The device 'meta' holds no numbers\.$"):
+        existing_device("meta")
+
+
+def test_another_model_may_have_weights_that_belong_to_nothing_and_must_have_its_own(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=1)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq_of_old": torch.ones(4)}
+    save_file(weights | frequencies, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, _ = load_checkpoint(str(tmp_path))
+    assert torch.equal(model.lm_head.weight, weights["lm_head.weight"])
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"do not fit its config\.json: 1 are not there, first model\.norm\.weight\.$"):
+        load_checkpoint(str(tmp_path))

@@ -1,0 +1,199 @@
+"""
+Examples to learn from: conversations, and prompts with their completions, as ids of which some are to be said.
+
+A record with `messages` is a conversation, in the form of the tokenizer's chat template. One with `prompt` and
+`completion` is plain text, in which the completion ends with `<|eos|>`; or, where both are lists of messages, a
+conversation again. These are the forms of TRL.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenization import CharTokenizer, MiniTokenizer, encode_messages, marks_the_assistant
+from transformers import PreTrainedTokenizerBase
+
+from .shards import ShardedIds, ShardWriter
+from .sources import DocumentSource, Record, kind_of_examples
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Examples:
+    """
+    Attributes:
+        ids: of all examples in a row, `(tokens,)`.
+        is_said: for each of them, whether the model is to say it, `(tokens,)`.
+        ends: where each example ends, `(examples,)`.
+    """
+
+    ids: ShardedIds
+    is_said: ShardedIds
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def span(self, number: int, longest: int | None = None) -> slice:
+        """Where an example lies; of a longer one, its first `longest` ids."""
+        start = int(self.ends[number - 1]) if number else 0
+        end = int(self.ends[number])
+        return slice(start, end if longest is None else min(end, start + longest))
+
+
+def kind_of(source: DocumentSource, text_column: str | None) -> str | None:
+    """What the records of a source teach, by the first of them; `None` for text, and where a column was asked for."""
+    if source.records is None or text_column is not None:
+        return None
+    first = next(iter(source.records()), None)
+    return None if first is None else kind_of_examples(first[1])
+
+
+def check_messages(name: str, messages: Any) -> list[dict[str, str]]:
+    """
+    The messages with their role and text alone.
+
+    Raises:
+        ValueError: if they are not a list of messages with a role and text, or one calls tools, which no text shows.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{name} must have a list of messages, got {type(messages).__name__} {str(messages)[:60]!r}.")
+    checked = []
+    for message in messages:
+        role, content = (message.get(key) for key in ("role", "content")) if isinstance(message, dict) else (None, None)
+        if role is not None and message.get("tool_calls"):
+            raise ValueError(
+                f"{name}: a message of the {role} has tool_calls, which are not learned: write them into its content."
+            )
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise ValueError(f"{name}: a message needs a role and a content that is text, got {str(message)[:80]}.")
+        checked.append({"role": role, "content": content})
+    return checked
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, beginning: list[int], record: Record
+) -> tuple[list[int], list[bool]]:
+    """
+    The ids of a record, and whether each is to be said by the model.
+
+    Args:
+        beginning: what the tokenizer puts before a plain text.
+
+    Raises:
+        ValueError: naming the record, if it is not of the form that it should have.
+    """
+    name, columns = record
+    try:
+        if columns.get("messages") is not None:
+            return encode_messages(tokenizer, check_messages(name, columns["messages"]))
+        prompt, completion = columns.get("prompt"), columns.get("completion")
+        if isinstance(prompt, list) and isinstance(completion, list):
+            prompt, completion = check_messages(name, prompt), check_messages(name, completion)
+            ids, _ = encode_messages(tokenizer, prompt + completion)
+            begun, _ = encode_messages(tokenizer, prompt, add_generation_prompt=True)
+            return ids, [number >= len(begun) for number in range(len(ids))]
+    except ValueError as error:
+        raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
+    if not isinstance(prompt, str) or not isinstance(completion, str):
+        raise ValueError(f"{name} must have messages, or a prompt and a completion that are text or lists of messages.")
+    before = [*beginning, *encode_text(tokenizer, prompt)]
+    said = [*encode_text(tokenizer, completion), tokenizer.eos_token_id]
+    return before + said, [False] * len(before) + [True] * len(said)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids without special tokens: what looks like one stays text."""
+    if isinstance(tokenizer, MiniTokenizer):
+        return tokenizer.encode_corpus(text.encode("utf-8", "replace")).tolist()
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+
+
+def character_tokenizer(source: DocumentSource) -> CharTokenizer:
+    """The tokenizer of all characters in the examples."""
+
+    def texts() -> Iterator[str]:
+        for name, columns in source.records():
+            for column in ("messages", "prompt", "completion"):
+                value = columns.get(column)
+                if isinstance(value, str):
+                    yield value
+                elif value is not None:
+                    yield from (message["content"] for message in check_messages(name, value))
+
+    return CharTokenizer.from_text(texts())
+
+
+def write_examples(
+    source: DocumentSource,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase,
+    validation_ratio: float,
+    folder: Path,
+    advance: Callable[[int], object],
+) -> dict[str, Any]:
+    """
+    Encodes all examples into `folder`, and gives what is to be known of them. An example goes to validation whenever
+    that brings the share held out nearer to the ratio. Calls `advance` with the number of examples that are done.
+
+    Raises:
+        ValueError: for a record that is not an example, or too few of them.
+    """
+    if kind == "messages" and tokenizer.chat_template is None:
+        raise ValueError(f"{source.name!r} has messages, and the tokenizer has no chat template to write them by.")
+    id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    beginning = tokenizer("").input_ids
+    lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+    ends: set[int] = set()
+    with contextlib.ExitStack() as stack:
+        writers = {
+            split: [
+                stack.enter_context(contextlib.closing(ShardWriter(folder, name, dtype, sys.maxsize)))
+                for name, dtype in ((split, id_dtype), (f"{split}-said", np.dtype(np.uint8)))
+            ]
+            for split in SPLITS
+        }
+        for record in source.records():
+            ids, is_said = encode_example(tokenizer, beginning, record)
+            held_out, total = len(lengths["validation"]), sum(map(len, lengths.values()))
+            split = "validation" if held_out + 0.5 <= validation_ratio * (total + 1) else "train"
+            for writer, values in zip(writers[split], (ids, is_said), strict=True):
+                writer.write(np.array(values, dtype=writer.dtype))
+            lengths[split].append(len(ids))
+            advance(1)
+            if True in is_said:
+                ends.add(ids[len(ids) - 1 - is_said[::-1].index(True)])
+    if not all(lengths.values()):
+        raise ValueError(
+            f"{source.name!r} has too few examples ({sum(map(len, lengths.values()))}) to train on some and hold out a "
+            f"share of {validation_ratio:g}."
+        )
+    for split in SPLITS:
+        np.save(folder / f"{split}-ends.npy", np.cumsum(lengths[split]))
+    return {
+        "kind": kind,
+        "dtype": id_dtype.name,
+        "marks_what_is_said": kind == "completion" or marks_the_assistant(tokenizer),
+        # With what a turn ends: one special token, in every chat template that is known.
+        "end_ids": sorted(ends & set(tokenizer.all_special_ids)),
+        **{f"{split}_examples": len(lengths[split]) for split in SPLITS},
+    }
+
+
+def open_examples(folder: Path, split: str, dtype: str) -> Examples:
+    """
+    Raises:
+        ValueError: if a file is missing or cut short.
+    """
+    try:
+        ends = np.load(folder / f"{split}-ends.npy")
+    except (OSError, ValueError, EOFError):
+        raise ValueError(f"{folder / f'{split}-ends.npy'} is missing or cut short.") from None
+    tokens = [int(ends[-1])]
+    ids, is_said = ShardedIds(folder, split, dtype, tokens), ShardedIds(folder, f"{split}-said", "uint8", tokens)
+    return Examples(ids, is_said, ends)

@@ -1,0 +1,418 @@
+"""
+A corpus: documents, split into train and validation, as memory-mapped files of token ids.
+
+Encoding happens once. The result lies in a cache folder whose name is a hash of the content, the tokenizer and the
+settings that matter, so a second run starts at once, and a changed file is a different corpus. Memory use does not
+depend on the size of the corpus.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from files_mini import replace_folder, write_text
+from tokenization import CHAT_TEMPLATE, ByteTokenizer, CharTokenizer, MiniTokenizer, load_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from ..arguments import DataArguments
+from ..monitoring import progress_bar
+from .conversations import Examples, character_tokenizer, kind_of, open_examples, write_examples
+from .shards import ShardedIds, ShardWriter, shard_name
+from .sources import PIECE_SIZE, DocumentSource, open_source, open_stream
+from .streaming import TokenStream
+
+FACTS = "corpus.json"
+FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
+SHARD_TOKENS = 2**29  # 1 GiB of 16-bit ids
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """
+    Attributes:
+        train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document. Of a dataset that is
+            only streamed, `train` is the stream. Of records that are examples to learn from, both are `Examples`.
+        tokenizer: what made them.
+        bytes_per_token: bytes of text per id, `(vocabulary,)`: what turns nats per token into bits per byte.
+        settings: what decides the ids, by name: the content, the tokenizer, and how one was applied to the other.
+        kind: of examples, what they are: conversations ("messages") or a prompt and its "completion".
+        marks_what_is_said: of examples, whether it is known which part of them the model is to say.
+        end_ids: of examples, the special tokens that end what is said.
+    """
+
+    name: str
+    train: ShardedIds | TokenStream | Examples
+    validation: np.ndarray | Examples
+    tokenizer: PreTrainedTokenizerBase
+    bytes_per_token: np.ndarray
+    settings: dict[str, Any]
+    kind: str | None = None
+    marks_what_is_said: bool = False
+    end_ids: tuple[int, ...] = ()
+
+    @property
+    def train_size(self) -> str:
+        """How much there is to train on, for people."""
+        unit = "tokens" if self.kind is None else "examples"
+        return "a stream" if isinstance(self.train, TokenStream) else f"{len(self.train):,} {unit}"
+
+    def text_of(self, ids: np.ndarray) -> bytes:
+        """The bytes of text that a span of the corpus stands for."""
+        if isinstance(self.tokenizer, MiniTokenizer):
+            return self.tokenizer.decode_corpus(ids)
+        return self.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")
+
+
+def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progress: bool = True) -> Corpus:
+    """
+    The corpus that the arguments name: from the cache, encoded now, or the stream of a dataset.
+
+    Several processes may call this together: one encodes, the others wait for it.
+
+    Args:
+        max_eval_tokens: tokens at the start of a stream that are held out.
+
+    Raises:
+        ValueError: for a dataset that does not exist, is empty, or holds bytes that its tokenizer cannot read.
+    """
+    if arguments.streaming:
+        return stream_corpus(arguments, max_eval_tokens)
+    if is_encoded(arguments):
+        return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
+    source = open_source(arguments)
+    kind = kind_of(source, arguments.text_column)
+    tokenizer = make_tokenizer(arguments)
+    cache = Path(arguments.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "format": FORMAT,
+        "content": content_digest(source, cache, show_progress),
+        "tokenizer": tokenizer_key(tokenizer),
+        "validation_ratio": arguments.validation_ratio,
+        "errors": arguments.errors,
+        "text_column": arguments.text_column,
+    }
+    if kind is not None:
+        template = tokenizer.chat_template if tokenizer is not None else CHAT_TEMPLATE
+        settings |= {"kind": kind, "chat_template": short_hash(str(template))}
+    folder = cache / "corpora" / short_hash(json.dumps(settings))
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / FACTS).is_file():
+            partial = folder.with_name(f"{folder.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+            partial.mkdir()
+            if kind is None:
+                encode_corpus(source, tokenizer, arguments, settings, partial, show_progress)
+            else:
+                encode_examples(source, kind, tokenizer, arguments, settings, partial, show_progress)
+            replace_folder(partial, folder)
+    return open_corpus(source.name, folder)
+
+
+def is_encoded(arguments: DataArguments) -> bool:
+    """Whether the dataset is a folder of ids that were encoded before."""
+    return (Path(arguments.dataset) / FACTS).is_file()
+
+
+def open_corpus(name: str, folder: Path) -> Corpus:
+    """
+    Opens an encoded corpus.
+
+    Raises:
+        ValueError: if a file of it is missing or cut short.
+    """
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if "kind" in facts:
+        train, validation = (open_examples(folder, split, facts["dtype"]) for split in ("train", "validation"))
+        about = facts["kind"], facts["marks_what_is_said"], tuple(facts["end_ids"])
+        return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"], *about)
+    train = ShardedIds(folder, "train", facts["dtype"], facts["train_shards"])
+    validation = ShardedIds(folder, "validation", facts["dtype"], [facts["validation_tokens"]])[:]
+    return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"])
+
+
+def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> Corpus:
+    """
+    A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
+
+    Raises:
+        ValueError: for characters as tokens, which would need the whole text, and without `max_eval_tokens`.
+    """
+    tokenizer = make_tokenizer(arguments)
+    if tokenizer is None:
+        raise ValueError("--tokenizer char needs to read the whole text first, so it cannot go with --streaming.")
+    if not max_eval_tokens:
+        raise ValueError("--streaming holds out the first max_eval_tokens tokens, so --max_eval_tokens cannot be 0.")
+
+    def encode(name: str, pieces: Iterator[bytes]) -> np.ndarray:
+        ids = [*encode_pieces(tokenizer, name, pieces, arguments.errors), np.array([tokenizer.eos_token_id])]
+        return np.concatenate(ids)
+
+    def open_records() -> "datasets.IterableDataset":  # noqa: F821
+        return open_stream(arguments)
+
+    stream = TokenStream(open_records, arguments.dataset, arguments.text_column, encode)
+    validation = stream.hold_out(max_eval_tokens)
+    settings = {
+        "dataset": [arguments.dataset, arguments.dataset_config, arguments.dataset_split],
+        "content": hashlib.sha256(validation.tobytes()).hexdigest()[:20],
+        "tokenizer": tokenizer_key(tokenizer),
+        "errors": arguments.errors,
+        "text_column": arguments.text_column,
+    }
+    return Corpus(arguments.dataset, stream, validation, tokenizer, bytes_per_token(tokenizer), settings)
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A hash of all that decides the ids that a tokenizer gives."""
+    return short_hash(tokenizer.backend_tokenizer.to_str() if tokenizer is not None else "char")
+
+
+def short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was asked for; `None` for characters, which are known only when the text has been read."""
+    if arguments.tokenizer in (None, "byte"):
+        return ByteTokenizer()
+    if arguments.tokenizer == "char":
+        return None
+    try:
+        tokenizer = load_tokenizer(arguments.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--tokenizer {arguments.tokenizer!r} is neither byte nor char, and no tokenizer could be loaded from it "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer {arguments.tokenizer!r} has no eos token to put between documents.")
+    return tokenizer
+
+
+def content_digest(source: DocumentSource, cache: Path, show_progress: bool) -> str:
+    """A hash of the content, remembered by names, sizes and times, so that an unchanged corpus is not read again."""
+    quick = hashlib.sha256(source.quick_key.encode()).hexdigest()
+    remembered = cache / "digests" / quick
+    if remembered.is_file():
+        return remembered.read_text()
+    with progress_bar(f"Looking through {source.name}", source.total_bytes, "bytes", show_progress) as advance:
+        digest = source.digest(advance)
+    remembered.parent.mkdir(exist_ok=True)
+    write_text(remembered, digest)
+    return digest
+
+
+def encode_corpus(
+    source: DocumentSource,
+    tokenizer: PreTrainedTokenizerBase | None,
+    arguments: DataArguments,
+    settings: dict[str, Any],
+    folder: Path,
+    show_progress: bool,
+) -> None:
+    """
+    Writes the shards of `train` and of `validation` (always one), `corpus.json` and the tokenizer into `folder`.
+
+    A document goes to validation whenever that brings the share held out nearer to the ratio. Where whole documents
+    cannot make the ratio (there is one, or a few long ones), the rest is taken from the end of the training ids, by
+    position.
+    """
+    passes = 2 if tokenizer is None else 1
+    total = source.total_bytes and source.total_bytes * passes
+    with progress_bar(f"Encoding {source.name}", total, "bytes", show_progress) as advance:
+
+        def documents() -> Iterator[tuple[str, Iterator[bytes]]]:
+            for name, pieces in source.read():
+                yield name, (advance(len(piece)) or piece for piece in pieces)
+
+        if tokenizer is None:
+            texts = (
+                piece.decode("utf-8", arguments.errors)
+                for name, pieces in documents()
+                for piece in whole_characters(name, pieces, arguments.errors)
+            )
+            tokenizer = CharTokenizer.from_text(texts)
+        id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        separator = np.array([tokenizer.eos_token_id], dtype=id_dtype)
+        read_bytes = {"train": 0, "validation": 0}
+        number_of_documents = 0
+        writers = {
+            "train": ShardWriter(folder, "train", id_dtype, SHARD_TOKENS),
+            "validation": ShardWriter(folder, "validation", id_dtype, sys.maxsize),
+        }
+        with contextlib.closing(writers["train"]), contextlib.closing(writers["validation"]):
+            for name, pieces in documents():
+                first = next(pieces, b"")
+                if not first:
+                    continue
+                # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
+                held_out = read_bytes["validation"] + len(first) / 2
+                is_due = held_out <= arguments.validation_ratio * (sum(read_bytes.values()) + len(first))
+                split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
+                all_pieces = counted(first, pieces, read_bytes, split)
+                for ids in encode_pieces(tokenizer, name, all_pieces, arguments.errors):
+                    writers[split].write(ids)
+                writers[split].write(separator)
+                number_of_documents += 1
+        if not number_of_documents:
+            raise ValueError(f"There is no text in {source.name!r}.")
+    tokens = {split: sum(writer.lengths) for split, writer in writers.items()}
+    by_position = move_tail(
+        folder, writers["train"].lengths, tokens["validation"], arguments.validation_ratio, id_dtype
+    )
+    tokens = {"train": tokens["train"] - by_position, "validation": tokens["validation"] + by_position}
+    if not tokens["train"] or not tokens["validation"]:
+        total = sum(tokens.values())
+        raise ValueError(f"{source.name!r} has {total} tokens, too few to train on some and hold some out.")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    facts = {
+        "dataset": source.name,
+        "documents": number_of_documents,
+        "train_tokens": tokens["train"],
+        "train_shards": writers["train"].lengths,
+        "validation_tokens": tokens["validation"],
+        "validation_tokens_by_position": by_position,
+        "dtype": id_dtype.name,
+        "settings": settings,
+    }
+    write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
+
+
+def encode_examples(
+    source: DocumentSource,
+    kind: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    arguments: DataArguments,
+    settings: dict[str, Any],
+    folder: Path,
+    show_progress: bool,
+) -> None:
+    """As `encode_corpus`, for records that are examples to learn from."""
+    tokenizer = tokenizer or character_tokenizer(source)
+    with progress_bar(f"Encoding {source.name}", None, "examples", show_progress) as advance:
+        facts = write_examples(source, kind, tokenizer, arguments.validation_ratio, folder, advance)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    write_text(folder / FACTS, json.dumps({"dataset": source.name, **facts, "settings": settings}, indent=2) + "\n")
+
+
+def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
+    """A piece that was read ahead and those behind it, their bytes counted under `split`."""
+    for piece in itertools.chain([first], rest):
+        counts[split] += len(piece)
+        yield piece
+
+
+def move_tail(folder: Path, lengths: list[int], held_out: int, ratio: float, id_dtype: np.dtype) -> int:
+    """
+    Moves the end of the training ids to validation where that, with `held_out` ids, has less than half its share.
+    Shortens `lengths`, the ids in each training shard, by what it moved, and returns that.
+    """
+    target = int((sum(lengths) + held_out) * ratio)
+    missing = target - held_out
+    if missing <= target / 2:
+        return 0
+    left = missing
+    moves = []  # from the last shard backwards: which, and where to cut it
+    for number in reversed(range(len(lengths))):
+        part = min(left, lengths[number])
+        lengths[number] -= part
+        moves.append((folder / shard_name("train", number), lengths[number] * id_dtype.itemsize))
+        left -= part
+        if not left:
+            break
+    with open(folder / shard_name("validation", 0), "ab") as validation_file:
+        for path, start in reversed(moves):
+            with open(path, "r+b") as file:
+                file.seek(start)
+                shutil.copyfileobj(file, validation_file)
+                file.truncate(start)
+            if not start:
+                path.unlink()
+    while lengths and not lengths[-1]:
+        lengths.pop()
+    return missing
+
+
+def whole_characters(name: str, pieces: Iterable[bytes], errors: str) -> Iterator[bytes]:
+    """
+    Cuts pieces anew so that none ends inside a UTF-8 character.
+
+    Raises:
+        ValueError: naming document and offset, if the bytes are not UTF-8 and `errors` is `"strict"`.
+    """
+    offset, rest = 0, b""
+    for piece in pieces:
+        piece = rest + piece
+        # A character has at most four bytes: look for a lead byte among the last three that wants more than there is.
+        cut = len(piece)
+        for back in range(1, min(4, len(piece) + 1)):
+            byte = piece[-back]
+            if byte >= 0xC0:
+                needs = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+                cut = len(piece) - back if needs > back else len(piece)
+                break
+            if byte < 0x80:
+                break
+        complete, rest = piece[:cut], piece[cut:]
+        yield checked_utf8(name, offset, complete, errors)
+        offset += len(complete)
+    if rest:
+        yield checked_utf8(name, offset, rest, errors)
+
+
+def checked_utf8(name: str, offset: int, data: bytes, errors: str) -> bytes:
+    """The same bytes if they are UTF-8; with `errors="replace"`, invalid sequences as U+FFFD."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if errors == "strict":
+            raise ValueError(
+                f"{name} is not valid UTF-8 at byte {offset + error.start} ({error.reason}); use --tokenizer byte, "
+                f"or --errors replace to read such bytes as U+FFFD."
+            ) from None
+        return data.decode("utf-8", "replace").encode("utf-8")
+    return data
+
+
+def encode_pieces(
+    tokenizer: PreTrainedTokenizerBase, name: str, pieces: Iterable[bytes], errors: str
+) -> Iterator[np.ndarray]:
+    """The ids of a document, piece by piece."""
+    if isinstance(tokenizer, ByteTokenizer):
+        yield from map(tokenizer.encode_corpus, pieces)
+    elif isinstance(tokenizer, CharTokenizer):
+        yield from map(tokenizer.encode_corpus, whole_characters(name, pieces, errors))
+    else:
+        # Any other tokenizer sees one piece at a time: a token across two pieces (4 MiB) is cut in two.
+        for piece in whole_characters(name, pieces, errors):
+            ids = tokenizer(piece.decode("utf-8"), add_special_tokens=False, split_special_tokens=True, verbose=False)
+            yield np.array(ids["input_ids"], dtype=np.int64)
+
+
+def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """
+    Bytes of text per id, `(len(tokenizer),)`, 0 for special tokens. Exact for bytes, characters and byte-level BPE; for
+    others, the length of the decoded token.
+    """
+    if isinstance(tokenizer, MiniTokenizer):
+        return tokenizer.bytes_per_token()
+    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    special = set(tokenizer.all_special_ids)
+    lengths = np.zeros(len(tokenizer), dtype=np.int64)
+    for i in range(len(tokenizer)):
+        if i not in special and (token := tokenizer.convert_ids_to_tokens(i)) is not None:
+            # In the byte-level alphabet each character stands for one byte.
+            lengths[i] = len(token) if is_byte_level else len(tokenizer.decode([i]).encode("utf-8"))
+    return lengths

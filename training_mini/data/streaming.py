@@ -1,0 +1,178 @@
+"""
+Training from the stream of a dataset that is stored nowhere, and going on from the exact position in it.
+
+Every process reads the whole stream and takes its rows of each batch, so batches do not depend on how many there are;
+what a process cannot read fast enough belongs into encoded shards.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from .batches import Batch, RowMaker, key_of, permute
+from .sources import record_documents
+
+# Windows that are shuffled together. Neighbours in a stream are often of one document; with these many, a batch of
+# usual size has two of one document only now and then.
+BLOCK_WINDOWS = 1024
+
+Encode = Callable[[str, Iterator[bytes]], np.ndarray]
+
+
+class TokenStream:
+    """
+    The token ids of a stream of records, over and over, without end.
+
+    Args:
+        open_records: opens the dataset at its beginning.
+        name: what errors call it.
+        text_column: the column with the text; `None` finds it.
+        encode: name and bytes of a document to its ids, with the separator.
+    """
+
+    def __init__(
+        self,
+        open_records: Callable[[], "datasets.IterableDataset"],  # noqa: F821
+        name: str,
+        text_column: str | None,
+        encode: Encode,
+    ) -> None:
+        self.open_records, self.name, self.text_column, self.encode = open_records, name, text_column, encode
+        self.epoch = 0
+        self._held_out = 0  # documents at the beginning that are never trained on
+        self._begin(None)
+
+    def _begin(self, position: dict[str, Any] | None) -> None:
+        """Opens the dataset, at a position of `datasets` or at its beginning."""
+        self._records = self.open_records()
+        if position is not None:
+            self._records.load_state_dict(position)
+        self._documents = record_documents(self.name, self._records, self.text_column)
+        self._at_document = position
+        self._ids, self._used = np.empty(0, dtype=np.int64), 0
+
+    def _next_document(self) -> bool:
+        """Goes to the next document; false at the end of the dataset."""
+        position = copy.deepcopy(self._records.state_dict())
+        document = next(self._documents, None)
+        if document is None:
+            return False
+        self._at_document = position
+        self._ids, self._used = self.encode(*document), 0
+        return True
+
+    def hold_out(self, tokens: int) -> np.ndarray:
+        """Takes the first documents, until they have `tokens` ids, out of all that is read later, `(tokens,)`."""
+        parts: list[np.ndarray] = []
+        while sum(map(len, parts)) < tokens and self._next_document():
+            parts.append(self._ids)
+        self._held_out = len(parts)
+        if not parts or not self._next_document():
+            raise ValueError(
+                f"{self.name!r} has no more than the {tokens} tokens to hold out; use a smaller --max_eval_tokens."
+            )
+        self._begin(None)
+        self._skip_held_out()
+        return np.concatenate(parts)[:tokens].astype(np.uint32)
+
+    def _skip_held_out(self) -> None:
+        for _ in range(self._held_out):
+            self._next_document()
+        self._used = len(self._ids)
+
+    def read(self, count: int) -> np.ndarray:
+        """The next `count` ids, `(count,)`."""
+        parts = []
+        while count:
+            if self._used == len(self._ids) and not self._next_document():
+                self.epoch += 1
+                self._begin(None)
+                self._skip_held_out()
+                continue
+            part = self._ids[self._used : self._used + count]
+            parts.append(part)
+            self._used += len(part)
+            count -= len(part)
+        return np.concatenate(parts)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position: the epoch, where `datasets` stood before the current document, and how much of that is read."""
+        return {"epoch": self.epoch, "records": self._at_document, "used": self._used}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        self._begin(state["records"])
+        if state["records"] is None:
+            self._skip_held_out()
+        else:
+            self._next_document()
+            self._used = state["used"]
+        self.epoch = state["epoch"]
+
+
+class StreamBatches:
+    """
+    Global batches from a stream: blocks of `BLOCK_WINDOWS` windows in the order of the stream, shuffled within.
+
+    Args:
+        rows: how windows become rows.
+        batch_size: rows of a global batch.
+    """
+
+    def __init__(self, stream: TokenStream, rows: RowMaker, batch_size: int, seed: int) -> None:
+        self.stream, self.rows, self.batch_size, self.seed = stream, rows, batch_size, seed
+        self._blocks: dict[int, np.ndarray] = {}
+        self._positions: dict[int, dict[str, Any]] = {}
+        self._next_block = 0
+
+    def epoch_of(self, step: int) -> float:
+        """Whole epochs that the reading of the stream has completed; it reads ahead by up to a block."""
+        return float(self.stream.epoch)
+
+    def learned_tokens(self, step: int) -> int:
+        """The tokens of a global batch that the loss is a mean over."""
+        return self.batch_size * self.rows.context_length
+
+    def micro_batches(
+        self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
+    ) -> Iterator[Batch]:
+        """The share of one process in the batch of a step, in `parts`; steps are asked for in order."""
+        blocks, offsets = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), BLOCK_WINDOWS)
+        self._read_blocks(int(blocks[0]), int(blocks[-1]))
+        length = self.rows.context_length
+        shares = zip(
+            blocks.reshape(parts, num_processes, -1)[:, process_index],
+            offsets.reshape(parts, num_processes, -1)[:, process_index],
+            strict=True,
+        )
+        for part_blocks, part_offsets in shares:
+            windows = [self._blocks[block][offset] for block, offset in zip(part_blocks, part_offsets, strict=True)]
+            ids = np.concatenate(windows)
+            yield self.rows.make(ids, range(0, len(ids), length))
+
+    def _read_blocks(self, first: int, last: int) -> None:
+        """Holds the blocks from `first` to `last`, and forgets those before."""
+        length = self.rows.context_length
+        while self._next_block <= last:
+            self._positions[self._next_block] = self.stream.state_dict()
+            windows = self.stream.read(BLOCK_WINDOWS * length).reshape(BLOCK_WINDOWS, length)
+            key = key_of(self.seed, self._next_block)
+            self._blocks[self._next_block] = windows[permute(np.arange(BLOCK_WINDOWS), BLOCK_WINDOWS, key)]
+            self._next_block += 1
+        for block in [block for block in self._blocks if block < first]:
+            del self._blocks[block], self._positions[block]
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """The position of the block in which the batch of `step` begins: reading goes on from there."""
+        block = step * self.batch_size // BLOCK_WINDOWS
+        position = self._positions[block] if block in self._positions else self.stream.state_dict()
+        return {"block": block, "position": position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        self._blocks.clear()
+        self._positions.clear()
+        self._next_block = state["block"]
+        self.stream.load_state_dict(state["position"])

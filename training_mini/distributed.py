@@ -1,0 +1,192 @@
+"""
+One run on several processes: how it is launched, how a model is spread over them, and how they agree.
+
+What `accelerate launch` was told is read from its environment. Sharding is PyTorch's own `fully_shard` on every kind of
+device: accelerate's FSDP2 is silently DDP on a CPU, and a path that only large machines take is a path that no test
+sees.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import PreTrainedModel
+
+from .arguments import Arguments, OptimizationArguments
+from .launch import check_launch, check_processes
+from .lora import blank_copy
+
+
+class Parallel:
+    """
+    The processes of a run.
+
+    Attributes:
+        accelerator: accelerate's view of them.
+        is_sharded: whether weights, gradients and optimizer are spread over the processes (FSDP2).
+        is_deepspeed: whether DeepSpeed spreads them; it then owns the optimizer step.
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        check_launch()
+        self.is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError("Mini shards by FSDP2 only: put fsdp_version: 2 into the configuration of accelerate.")
+        if arguments.adapter.lora_r and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise ValueError("--lora_r does not work with DeepSpeed here; an adapter is small, so DDP will do.")
+        if arguments.adapter.quantization is not None and self.is_sharded:
+            raise ValueError(
+                f"load_in_{arguments.adapter.quantization} does not work with FSDP2 here; rounded weights are small, "
+                f"so DDP will do."
+            )
+        # Else accelerate would shard as well, on a GPU.
+        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        self.accelerator = make_accelerator(arguments)
+        check_processes(self.accelerator)
+        if (self.is_sharded or self.accelerator.state.deepspeed_plugin) and arguments.monitoring.internals_steps:
+            raise ValueError("--internals_steps looks into a whole model, and this launch shards it; leave it out.")
+        self.is_deepspeed = self.accelerator.state.deepspeed_plugin is not None
+        if self.is_deepspeed:
+            plugin = self.accelerator.state.deepspeed_plugin
+            optimization = arguments.optimization
+            check_deepspeed(optimization)
+            micro_batch = optimization.train_batch_size // self.accelerator.num_processes
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max(
+                1, micro_batch // optimization.gradient_accumulation_steps
+            )
+            plugin.deepspeed_config["gradient_accumulation_steps"] = optimization.gradient_accumulation_steps
+            plugin.deepspeed_config["gradient_clipping"] = optimization.max_grad_norm
+
+    @property
+    def name(self) -> str:
+        """What spreads the model, for people."""
+        if self.accelerator.num_processes == 1 and not (self.is_sharded or self.is_deepspeed):
+            return ""
+        return "FSDP2" if self.is_sharded else "DeepSpeed" if self.is_deepspeed else "DDP"
+
+    def spread(self, model: PreTrainedModel) -> nn.Module:
+        """The model on its device, and wrapped or sharded as the launch said; DeepSpeed does it with the optimizer."""
+        accelerator = self.accelerator
+        if self.is_deepspeed:
+            return model
+        if not self.is_sharded:
+            return accelerator.prepare(model)
+        if getattr(model, "is_quantized", False):
+            raise ValueError("Quantized weights do not work with FSDP2 here; they are small, so DDP will do.")
+        model.to(accelerator.device)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        policy = MixedPrecisionPolicy()
+        if accelerator.mixed_precision == "bf16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in blocks_of(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    @contextlib.contextmanager
+    def without_reduction(self, model: nn.Module) -> Iterator[None]:
+        """Backward passes whose gradients stay on their process, to be reduced with those of a later one."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                model.set_requires_gradient_sync(True)
+        elif self.is_deepspeed:
+            yield  # it counts the parts itself
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
+        """Clips the gradients of the whole model to `max_norm`; gives the norm that they had, on every process."""
+        if self.is_deepspeed:
+            return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm) or 0.0)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+    def whole_model(self, model: nn.Module) -> PreTrainedModel | None:
+        """
+        The model in one piece on the main process, `None` on the others. Every process calls it: a sharded model is
+        gathered into the memory of the main process's host.
+        """
+        unwrapped = self.accelerator.unwrap_model(model)
+        if self.is_deepspeed:
+            state = self.accelerator.get_state_dict(model)
+        elif self.is_sharded:
+            state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        else:
+            return unwrapped if self.accelerator.is_main_process else None
+        if not self.accelerator.is_main_process:
+            return None
+        copy = blank_copy(unwrapped)
+        copy.load_state_dict(state)
+        return copy
+
+    def anyone(self, flag: bool) -> bool:
+        """Whether the flag is set on any process."""
+        return any(gather_object([flag]))
+
+    def from_main(self, value: object) -> object:
+        """The value that the main process has."""
+        return broadcast_object_list([value])[0]
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks, which the model itself names as units that must stay whole."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def make_accelerator(arguments: Arguments) -> Accelerator:
+    """
+    The accelerator, with bfloat16 and TF32 where a GPU has them unless the user decided.
+
+    Raises:
+        ValueError: for a precision that the device lacks.
+    """
+    run = arguments.run
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    has_tf32 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    if run.tf32 and not has_tf32:
+        raise ValueError("--tf32 needs an NVIDIA GPU of the Ampere generation or later; leave it out here.")
+    if run.bf16 and torch.cuda.is_available() and not has_bf16:
+        raise ValueError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --bf16 false.")
+    if has_tf32 and run.tf32 is not False:
+        torch.set_float32_matmul_precision("high")
+    launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"accelerate was told mixed_precision {launched_precision}, and Mini trains in bf16 or no: float16 needs "
+            f"scaled losses, and on a CPU it would silently be float32."
+        )
+    bf16 = run.bf16 if run.bf16 is not None else has_bf16 or launched_precision == "bf16"
+    trackers = arguments.monitoring.report_to
+    accelerator = Accelerator(
+        mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=str(arguments.output_dir)
+    )
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if accelerator.device.type == "cpu" and launched and torch.get_num_threads() == 1:
+        # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise: half the speed on two cores.
+        cores = psutil.cpu_count(logical=False) or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))))
+    return accelerator
+
+
+def check_deepspeed(optimization: OptimizationArguments) -> None:
+    """Raises `ValueError` for settings that need the optimizer step, which DeepSpeed keeps to itself."""
+    settings = {
+        "--optimizer muon": optimization.optimizer == "muon",
+        "--ema_decay": optimization.ema_decay > 0,
+        "--find_batch_size": optimization.find_batch_size,
+    }
+    for setting, is_given in settings.items():
+        if is_given:
+            raise ValueError(f"{setting} does not work with DeepSpeed; leave it out, or shard by fsdp2.yaml.")

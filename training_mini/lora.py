@@ -1,0 +1,201 @@
+"""
+Training a few weights beside those of a model: LoRA through peft, over weights in full or rounded to 4 or 8 bits.
+
+peft is imported within functions: it takes a second, and most runs do not need it.
+"""
+
+import math
+import warnings
+from pathlib import Path
+
+import torch
+from configuration_mini import nearest_name
+from modeling_mini.analysis.cost import ModelCost
+from modeling_mini.integrations import check_dora
+from modeling_mini.loading.checkpoints import load_checkpoint, with_adapter
+from torch import nn
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .arguments import AdapterArguments, Arguments
+
+MIB = 2**20
+
+
+def adapt(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedModel:
+    """
+    A peft model around `model`, of which only the adapter learns.
+
+    Raises:
+        ValueError: for layers that do not exist or that the adapter does not suit.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    check_layers(model, arguments)
+    check_dora(model, arguments)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=lora_alpha(arguments),
+        lora_dropout=arguments.lora_dropout,
+        target_modules=arguments.lora_target_modules or "all-linear",
+        modules_to_save=arguments.lora_modules_to_save or None,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        # An embedding that is trained in full stays the head's; peft would make two of them.
+        ensure_weight_tying=bool(tied_among(model, arguments.lora_modules_to_save)),
+    )
+    leave_unpacked(model)
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft asks by a name of yesterday
+        return get_peft_model(model, config)
+
+
+def lora_alpha(arguments: AdapterArguments) -> float:
+    return arguments.lora_alpha if arguments.lora_alpha is not None else 2 * arguments.lora_r
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether `adapt` made it."""
+    return hasattr(model, "peft_config")
+
+
+def check_layers(model: PreTrainedModel, arguments: AdapterArguments) -> None:
+    """Raises `ValueError` if a name matches nothing, the rank is too large, or a tied weight would be adapted twice."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    head = model.get_output_embeddings()
+    chosen: dict[str, nn.Module] = {}
+    for target in arguments.lora_target_modules:
+        matching = {name: layer for name, layer in layers.items() if is_named(name, target)}
+        if not matching:
+            raise ValueError(f"lora_target_modules {target!r} matches no layer of the model{known(target, layers)}")
+        chosen |= matching
+    if tied := tied_among(model, arguments.lora_target_modules):
+        raise ValueError(
+            f"lora_target_modules: {tied} is embedding and head in one, and an adapter on it would count twice once it "
+            f"is merged; train it in full by --lora_modules_to_save {tied}."
+        )
+    modules = dict(model.named_modules())
+    for target in arguments.lora_modules_to_save:
+        if not any(is_named(name, target) for name in modules):
+            raise ValueError(f"lora_modules_to_save {target!r} matches nothing in the model{known(target, modules)}")
+    if not chosen:
+        chosen = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head}
+    sizes = {name: sizes_of(layer) for name, layer in chosen.items()}
+    name, (rows, columns) = min(sizes.items(), key=lambda item: min(item[1]))
+    if arguments.lora_r > min(rows, columns):
+        raise ValueError(
+            f"lora_r {arguments.lora_r} is larger than {name} ({rows} x {columns}): an adapter of a rank above "
+            f"{min(rows, columns)} has more weights than it can use."
+        )
+
+
+def is_named(name: str, target: str) -> bool:
+    """Whether a module has this name, or one that ends in it: how peft matches."""
+    return name == target or name.endswith(f".{target}")
+
+
+def known(target: str, modules: dict[str, nn.Module]) -> str:
+    """The end of a sentence: the nearest name, or all of them."""
+    names = sorted({name.rsplit(".")[-1] for name in modules if name and not name.rsplit(".")[-1].isdigit()})
+    return f"; there are {', '.join(names)}{nearest_name(target, names) or '.'}"
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    return layer.out_features, layer.in_features  # of a quantized layer the weight has another shape
+
+
+def tied_among(model: PreTrainedModel, targets: list[str]) -> str | None:
+    """The name of the embedding, if it is one of `targets` or the head is, and both are one matrix."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embedding.weight:
+        return None
+    names = {name for name, module in model.named_modules() if module is embedding or module is head}
+    is_meant = any(is_named(name, target) for name in names for target in targets)
+    return next(n for n, m in model.named_modules() if m is embedding).rsplit(".")[-1] if is_meant else None
+
+
+def leave_unpacked(model: PreTrainedModel) -> None:
+    """
+    Where a CPU has AVX512-BF16, bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, and
+    no gradient passes through packed ones, silently: the first evaluation of a run would end its learning.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def blank_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same shape, with the same adapter or none, whose weights are still to be loaded."""
+    copy = AutoModelForCausalLM.from_config(model.config)
+    if is_adapted(model):
+        from peft import get_peft_model
+
+        copy = get_peft_model(copy, model.peft_config["default"])
+    copy.generation_config = model.generation_config
+    return copy
+
+
+def merged_model(arguments: Arguments, adapter: Path) -> PreTrainedModel:
+    """The model that the run started from, with the adapter in a folder added to its weights, in float32 on the CPU."""
+    quantization = arguments.adapter.quantization
+    base, _ = load_checkpoint(arguments.model.model, dtype=torch.float32, quantization=quantization)
+    if quantization is not None:
+        base = base.dequantize()
+    model = with_adapter(base.to("cpu", torch.float32), str(adapter))
+    model.generation_config = GenerationConfig.from_pretrained(adapter)
+    return model
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def describe(model: PreTrainedModel, rows: int, length: int, bf16: bool, gradient_checkpointing: bool) -> str:
+    """
+    What share of a model learns, and the memory that this takes, beside that of training all of it.
+
+    The weights are counted as they lie there; gradients and the two moments of AdamW for what learns; activations by
+    the formula of `ModelCost`, as for training in full: a layer keeps its input for its adapter as it would for its
+    weight; and what the adapters keep beside it. Within 6 % of measured peaks, in bfloat16 15 % (docs/LOG.md).
+
+    Args:
+        rows: sequences in a part of a batch on one device.
+    """
+    trainable = trainable_parameters(model)
+    # The packed weights of 4 bits count as half of what they are.
+    total = model.num_parameters()
+    share = f"{trainable:,} of {total:,} parameters learn ({trainable / total:.1%})"
+    try:
+        cost = ModelCost(model.config)
+    except ValueError:
+        return share  # not of Llama's shape
+    full = cost.training_memory(rows, length, "bfloat16" if bf16 else "float32", gradient_checkpointing)
+    weights = model.get_memory_footprint()
+    kept = kept_by_adapters(model, rows * length) * (torch.bfloat16 if bf16 else torch.float32).itemsize
+    if gradient_checkpointing:
+        kept /= model.config.num_hidden_layers  # it is there for one block at a time
+    needed = weights + 3 * trainable * torch.float32.itemsize + full.activations + kept + full.working
+    return f"{share}, about {in_mib(needed)} of memory for {rows} x {length} tokens; in full, {in_mib(full.total)}"
+
+
+def kept_by_adapters(model: nn.Module, tokens: int) -> float:
+    """
+    Numbers that adapters keep for the backward pass of so many tokens beside the input of their layer: with dropout,
+    the input that was left and what it was multiplied by, which is a byte each on a GPU; in DoRA, what the layer and
+    what the adapter put out, and the identity from which peft multiplies the adapter out.
+    """
+    if not is_adapted(model):
+        return 0
+    config = model.peft_config["default"]
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    kept = 0.0
+    if config.lora_dropout:
+        kept += (2 if model.device.type == "cpu" else 1.25) * tokens * sum(layer.in_features for layer in layers)
+    if config.use_dora:
+        kept += sum(2 * tokens * layer.out_features + layer.in_features**2 for layer in layers)
+    return kept
+
+
+def in_mib(number: int) -> str:
+    return f"{number / MIB:,.{0 if number >= 100 * MIB or math.isclose(number, 0) else 1}f} MiB"
