@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from configuration_mini import PRESETS, MiniConfig, nearest_name
 from entry_points_mini import ArgumentParser, option
+from files_mini import read_text, write_text
 from modeling_mini.loading.checkpoints import (
     ADAPTER_CONFIG,
     CHECKPOINTS_OF_A_RUN,
@@ -308,7 +310,7 @@ class Arguments:
 
     def save(self, path: Path) -> None:
         """Writes the resolved settings as YAML that `--config` and `--resume` read back."""
-        path.write_text(yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that were given or have a default, without what this one call was told to do."""
@@ -346,6 +348,18 @@ def newest_run() -> Path:
     if not runs:
         raise ValueError(f"There is no run under {RUNS_FOLDER}/ to resume; start one without --resume.")
     return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+
+
+def check_is_complete(path: Path) -> None:
+    """
+    Raises `ValueError` if the settings of a run were cut short: what is missing would be taken for its default. Every
+    run has a seed, and its line stands near the end of the file.
+    """
+    if not re.search(r"^seed: \d+$", read_text(path), re.MULTILINE):
+        raise ValueError(
+            f"{path} is empty or cut short, so the settings of the run are not known: put a copy of it there, or start "
+            f"anew with --overwrite."
+        )
 
 
 def find_base(name: str) -> str:
@@ -390,6 +404,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
                 "--resume goes on with the settings of the run itself: give changes as flags, not by --config."
             )
         yaml_path = folder / "config.yaml"
+        check_is_complete(yaml_path)
         argv = [*argv, f"--output_dir={folder}"]
     model, adapter, data, optimization, monitoring, run, *_ = parser.parse(argv, yaml_path)
     if model.model is None:

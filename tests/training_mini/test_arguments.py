@@ -1,5 +1,7 @@
 """Settings from flags, YAML files and earlier runs."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,32 @@ def test_saved_settings_are_read_back(tmp_path: Path) -> None:
     arguments = parse_arguments(flags)
     arguments.save(tmp_path / "config.yaml")
     assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == arguments
+
+
+def test_settings_that_cannot_be_written_leave_those_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk, or killed just before the file is complete."""
+    path = tmp_path / "config.yaml"
+    parse_arguments(["--seed", "1"]).save(path)
+    before = path.read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        parse_arguments(["--seed", "2"]).save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_settings_that_were_cut_short_are_refused_on_resume(share: float, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    parse_arguments(["--max_steps", "40", "--warmup_steps", "2"]).save(path)
+    text = path.read_text()
+    assert parse_arguments(["--resume", "--output_dir", str(tmp_path)]).optimization.max_steps == 40
+    path.write_text(text[: int(share * len(text))])
+    with pytest.raises(ValueError, match="config.yaml is empty or cut short"):
+        parse_arguments(["--resume", "--output_dir", str(tmp_path)])
 
 
 def test_model_settings_reach_the_configuration() -> None:
