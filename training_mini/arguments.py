@@ -23,6 +23,7 @@ from modeling_mini.loading.checkpoints import (
 RUNS_FOLDER = Path("runs")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 TRACKERS = ("tensorboard", "trackio", "wandb")
+WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is long enough for them
 
 
 @dataclass
@@ -171,8 +172,12 @@ class OptimizationArguments:
         "cosine", "cosine to a floor, wsd (warmup, stable, decay to a floor), linear to 0, or constant; all warm up"
     )
     min_lr_rate: float = option(0.1, "share of the peak learning rate that is the floor of cosine and wsd")
-    warmup_steps: int = option(100, "steps in which the learning rate rises from 0")
-    decay_ratio: float = option(0.2, "share of max_steps in which wsd decays, at the end")
+    warmup_steps: int | None = option(
+        None, f"steps in which the learning rate rises from 0 (default: {WARMUP_STEPS}, of a short run a tenth of it)"
+    )
+    decay_ratio: float | None = option(
+        None, f"share of max_steps in which wsd decays, at the end (default: {DECAY_RATIO}, or what the warmup leaves)"
+    )
     weight_decay: float = option(0.1, "decoupled decay, on matrices only")
     adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
     adam_beta2: float = option(0.99, "decay of AdamW's mean of squared gradients")
@@ -190,6 +195,11 @@ class OptimizationArguments:
 
     def __post_init__(self) -> None:
         check_least(self, 1, "max_steps", "train_batch_size", "gradient_accumulation_steps", "max_skipped_steps")
+        # Only a value that was given is refused.
+        if self.warmup_steps is None:
+            self.warmup_steps = min(WARMUP_STEPS, self.max_steps // 10)
+        if self.decay_ratio is None:
+            self.decay_ratio = min(DECAY_RATIO, max(0.0, 1 - self.warmup_steps / self.max_steps))
         check_least(
             self, 0, "weight_decay", "max_grad_norm", "warmup_steps", "z_loss", "early_stopping_patience",
         )  # fmt: skip

@@ -82,6 +82,16 @@ def test_settings_that_were_cut_short_are_refused_on_resume(share: float, tmp_pa
         parse_arguments(["--resume", "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize(
+    ("flags", "warmup", "decay"),
+    [("--max_steps 1200", 100, 240), ("--max_steps 20", 2, 4), ("--max_steps 1", 0, 0)]
+    + [("--max_steps 20 --warmup_steps 18", 18, 2), ("--max_steps 3 --warmup_steps 2", 2, 1)],
+)
+def test_settings_that_nobody_gave_fit_the_length_of_the_run(flags: str, warmup: int, decay: int) -> None:
+    optimization = parse_arguments([*flags.split(), "--lr_scheduler_type", "wsd"]).optimization
+    assert (optimization.warmup_steps, optimization.decay_steps) == (warmup, decay)
+
+
 def test_model_settings_reach_the_configuration() -> None:
     flags = "--size small --hidden_size 128 --norm_type rmsnorm --qk_norm --attention_dropout 0.1 --head_dim 64"
     config = parse_arguments(flags.split()).model.model_config(vocab_size=300)
