@@ -75,6 +75,11 @@ def nearest_name(name: str, known: list[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def unknown_norm(reader: str, norm: str) -> ValueError:
+    """The refusal of whatever cannot compute a norm, in place of taking it for another one."""
+    return ValueError(f"{reader} does not know the norm {norm!r}.")
+
+
 def one_sentence_errors(config_class: type) -> type:
     """Turns the two-line exceptions of `@strict` into a `ValueError` that holds only the sentence that matters."""
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from configuration_mini import MiniConfig
 from entry_points_mini import option
-from modeling_mini import modeling_mini
+from modeling_mini import fast_generation
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -106,7 +106,7 @@ def make_model(contender: str, settings: Settings) -> PreTrainedModel:
     if contender == COMPILED:
         model.compile_decoding()
         assert model.compiled_step is not None
-    with mock.patch.object(modeling_mini, "decode", wraps=modeling_mini.decode) as fast_path:
+    with mock.patch.object(fast_generation, "decode", wraps=fast_generation.decode) as fast_path:
         run_model(model, Case(contender, 1, 4, "greedy", True, 2), settings)
     assert fast_path.called == (contender in (FAST, COMPILED))
     return model

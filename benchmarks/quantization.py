@@ -19,11 +19,11 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import modeling_mini.modeling_mini as model_code
 import psutil
 import torch
 from configuration_mini import PRESETS, MiniConfig
 from entry_points_mini import option
+from modeling_mini import fast_generation
 from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
 from rich import box
 from rich.console import Console
@@ -119,7 +119,7 @@ def measure_model(name: str, folder: str, settings: Settings) -> list[dict[str, 
         # All write the same number of tokens.
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
-        with mock.patch.object(model_code, "decode", wraps=model_code.decode) as fast_path:
+        with mock.patch.object(fast_generation, "decode", wraps=fast_generation.decode) as fast_path:
             seconds_to_write(model, settings)
         rows[kind]["fast_path"] = fast_path.called
     turns = {kind: lambda model=model: seconds_to_write(model, settings) for kind, model in models.items()}

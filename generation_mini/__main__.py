@@ -5,8 +5,8 @@ import sys
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from accelerate.utils import set_seed
 from entry_points_mini import one_sentence_errors
+from modeling_mini.fast_generation import compiled_step_class
 from modeling_mini.loading.checkpoints import existing_device, load_assistant, load_model
-from modeling_mini.modeling_mini import compiled_step_class
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 

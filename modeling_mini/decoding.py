@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from configuration_mini import unknown_norm
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -36,6 +37,11 @@ OUTPUT_CAPTURING = "transformers.utils.output_capturing"
 # Above this many bytes the projections stay apart: a step then waits for memory, not for calls. Fused beside apart, in
 # tokens/s on two cores: small (6 MiB) 2,310 and 2,196, medium (48 MiB) 205 and 209, large (225 MiB) 45 and 51.
 FUSED_BYTES = 16 * 1024**2
+# The norms that a step can compute: the function, and the attributes of the module that it takes after the states.
+NORMS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], tuple[str, ...]]] = {
+    nn.LayerNorm: (F.layer_norm, ("normalized_shape", "weight", "bias", "eps")),
+    nn.RMSNorm: (F.rms_norm, ("normalized_shape", "weight", "eps")),
+}
 # Cache and text begin with room for this many more tokens, and double when they are full.
 FIRST_ROOM = 1024
 
@@ -145,11 +151,13 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, module: nn.Module) -> "Norm":
-        if type(module) is nn.LayerNorm:
-            return cls(F.layer_norm, (module.normalized_shape, module.weight, module.bias, module.eps))
-        if type(module) is nn.RMSNorm:
-            return cls(F.rms_norm, (module.normalized_shape, module.weight, module.eps))
-        return cls(None)
+        """Raises ValueError for a norm that is not in `NORMS`."""
+        if type(module) is nn.Identity:
+            return cls(None)
+        if type(module) not in NORMS:
+            raise unknown_norm("decoding_step", type(module).__name__)
+        function, names = NORMS[type(module)]
+        return cls(function, tuple(getattr(module, name) for name in names))
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         return self.function(states, *self.arguments)

@@ -1,22 +1,99 @@
 """
-Where bitsandbytes and peft would go wrong with a Mini model without a word, or say it in many.
+How a Mini model is saved and loaded, and checks where bitsandbytes and peft would give a wrong model without an error.
 
-A copy of this file travels with each checkpoint: the checks hold wherever a folder is loaded. It has no import of peft
-and bitsandbytes, because transformers would then load no folder where they are not installed.
+A copy of this file travels with each checkpoint, so the checks hold wherever a folder is loaded. It does not import
+peft and bitsandbytes at the top: transformers would then refuse to load a folder where they are not installed.
 """
 
 import importlib
+import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .remote_code import AUTO_MAP, MODEL_MODULE, write_remote_code
 
 # bitsandbytes stores 4-bit weights in blocks of 64 along a row, and its CPU kernel takes 32 rows at once. With other
 # shapes a model loads, and fails when it is first called, or is read back wrong (docs/LOG.md).
 BLOCK_COLUMNS, BLOCK_ROWS = 64, 32
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
+# Arguments of `save_pretrained` that are for `push_to_hub`.
+HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr", "commit_description", "tags")
+WEIGHTS = re.compile(r"model(\.[\w-]+)?\.safetensors")
+SHARD = re.compile(r"model(?P<variant>\.[\w-]+?)?-\d{5}-of-\d{5}\.safetensors")
+INDEX = re.compile(r"model\.safetensors\.index(?P<variant>\.[\w-]+)?\.json")
+
+
+class CheckpointMixin:
+    """Saving and loading of every Mini model; goes before `PreTrainedModel` among the bases of a class."""
+
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.register_load_state_dict_pre_hook(refuse_part_of_adapter)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves as every transformers model does, adds the code, so that the folder loads with `trust_remote_code=True`
+        where Mini is not installed, and removes weights that an earlier save left there. A class defined elsewhere (a
+        block swapped in an experiment) is left to transformers' own `register_for_auto_class`.
+        """
+        if getattr(self, "is_quantized", False):
+            # By default transformers undoes what loading did, which it cannot do for quantized weights.
+            kwargs.setdefault("save_original_format", False)
+        is_minis = type(self).__module__ == MODEL_MODULE
+        if is_minis:
+            self.config.auto_map = dict(AUTO_MAP)
+        elif any(name in AUTO_MAP.values() for name in (getattr(self.config, "auto_map", None) or {}).values()):
+            # A class loaded from a checkpoint of Mini has its map, which names files that are not written here.
+            del self.config.auto_map
+        hub_arguments = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
+        super().save_pretrained(save_directory, is_main_process, **kwargs)
+        if is_main_process:
+            remove_older_weights(Path(save_directory))
+            if is_minis:
+                write_remote_code(save_directory)
+        if push_to_hub:
+            repo_id = hub_arguments.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
+            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_arguments)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "CheckpointMixin":
+        """Loads as every transformers model does, and refuses to quantize what bitsandbytes would get wrong."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        check_quantized_layers(loaded[0] if isinstance(loaded, tuple) else loaded, kwargs.get("quantization_config"))
+        return loaded
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads as every transformers model does, and DoRA too; refuses what does not fit: see `load_whole_adapter`."""
+        return load_whole_adapter(self, super().load_adapter, *args, **kwargs)
+
+
+def remove_older_weights(folder: Path) -> None:
+    """
+    Leaves the weights that `save_pretrained` has just written. transformers removes the shards of an earlier save, but
+    not a single file from before shards, which it would then load, nor an index whose shards are gone.
+    """
+    names = [path.name for path in folder.iterdir()]
+    sharded = {match["variant"] or "" for match in map(SHARD.fullmatch, names) if match}
+    for name in names:
+        if match := INDEX.fullmatch(name):
+            is_older = (match["variant"] or "") not in sharded
+        else:
+            match = WEIGHTS.fullmatch(name)
+            is_older = match is not None and (match[1] or "") in sharded
+        if is_older:
+            (folder / name).unlink()
 
 
 def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> None:

@@ -9,24 +9,16 @@ Names follow Llama, so that adapters, parallelism plans, exporters and people fi
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from configuration_mini import MiniConfig
+from configuration_mini import MiniConfig, unknown_norm
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2CLS, ACT2FN
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
@@ -39,23 +31,23 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_u
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
 from transformers.models.auto import AutoModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, logging
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .compiled_decoding import CompiledStep
-from .decoding import decode, obstacle, obstacle_of_model
-from .graph_decoding import GraphStep
-from .integrations import check_quantized_layers, load_whole_adapter, refuse_part_of_adapter
-from .remote_code import AUTO_MAP, write_remote_code
+from .fast_generation import FastGenerationMixin, forwards_of
+from .integrations import CheckpointMixin
 
-logger = logging.get_logger(__name__)
+# What `norm_type` names. Whatever computes a Mini in another way has a list of the norms that it knows, and refuses
+# all others: decoding.py (generate then takes transformers' loop), export/ and analysis/cost.py.
+NORM_CLASSES: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 def make_norm(config: MiniConfig, size: int) -> nn.Module:
     """The normalisation over the last dimension that `config.norm_type` names."""
-    norm_class = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}[config.norm_type]
-    return norm_class(size, eps=config.norm_eps)
+    if config.norm_type not in NORM_CLASSES:
+        raise unknown_norm("The model", config.norm_type)
+    return NORM_CLASSES[config.norm_type](size, eps=config.norm_eps)
 
 
 class MiniRotaryEmbedding(nn.Module):
@@ -265,8 +257,8 @@ class MiniDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.residual_dropout(mlp_output)
 
 
-class MiniPreTrainedModel(PreTrainedModel):
-    """What every Mini model shares: how it starts, what it supports, and how it is saved."""
+class MiniPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What every Mini model shares: its initial weights, and what it supports. Loading and saving: integrations.py."""
 
     config: MiniConfig
     config_class = MiniConfig
@@ -280,10 +272,6 @@ class MiniPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": MiniDecoderLayer, "attentions": MiniAttention}
-
-    def __init__(self, config: MiniConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.register_load_state_dict_pre_hook(refuse_part_of_adapter)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -305,49 +293,6 @@ class MiniPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         else:
             super()._init_weights(module)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        is_main_process: bool = True,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """
-        Saves as every transformers model does, and adds the code, so that the folder loads with
-        `trust_remote_code=True` where Mini is not installed. A class defined elsewhere (a block swapped in an
-        experiment) is left to transformers' own `register_for_auto_class`.
-        """
-        if getattr(self, "is_quantized", False):
-            # transformers would undo what loading did, and cannot: reading quantized weights has no inverse there.
-            kwargs.setdefault("save_original_format", False)
-        if type(self).__module__ != __name__:
-            # A class loaded from a checkpoint of Mini has its map, which names files that are not written here.
-            auto_map = getattr(self.config, "auto_map", None) or {}
-            if any(reference in AUTO_MAP.values() for reference in auto_map.values()):
-                del self.config.auto_map
-            super().save_pretrained(save_directory, is_main_process, push_to_hub=push_to_hub, **kwargs)
-            return
-        self.config.auto_map = dict(AUTO_MAP)
-        hub_names = ("repo_id", "commit_message", "private", "revision", "create_pr", "commit_description", "tags")
-        hub_kwargs = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
-        super().save_pretrained(save_directory, is_main_process, **kwargs)
-        if is_main_process:
-            write_remote_code(save_directory)
-        if push_to_hub:
-            repo_id = hub_kwargs.pop("repo_id", os.path.basename(os.path.normpath(save_directory)))
-            self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "MiniPreTrainedModel":
-        """Loads as every transformers model does, and refuses to quantize what bitsandbytes would get wrong."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        check_quantized_layers(loaded[0] if isinstance(loaded, tuple) else loaded, kwargs.get("quantization_config"))
-        return loaded
-
-    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads as every transformers model does; DoRA too, and nothing that does not fit: see `load_whole_adapter`."""
-        return load_whole_adapter(self, super().load_adapter, *args, **kwargs)
 
 
 class MiniModel(MiniPreTrainedModel):
@@ -425,14 +370,13 @@ class MiniModel(MiniPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
+class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin):
     """The language model: `MiniModel` and a head over the vocabulary, with `generate()`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
-    compiled_step: CompiledStep | GraphStep | None = None
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__(config)
@@ -486,65 +430,11 @@ class MiniForCausalLM(MiniPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
         )
 
-    def compile_decoding(self) -> None:
-        """
-        Compiles the step with which `generate` writes. On a CPU that is a native function for one sequence in float32:
-        several times as fast, after half a minute the first time on a machine and a second from then on. On a GPU it is
-        a CUDA graph, for any batch. Everything else is decoded as before, and so is this where there is no compiler or
-        the model has other than plain layers; a warning then says so.
-        """
-        reason = obstacle_of_model(self, PLAIN_MODULES)
-        if reason is None:
-            try:
-                self.compiled_step = compiled_step_class(self.device)(self)
-                return
-            except (ValueError, RuntimeError, OSError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning(f"Decoding is not compiled, and goes on without: {reason[:300]}")
 
-    def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, fast_decoding: bool | None = None, **kwargs: Any
-    ) -> tuple[GenerationConfig, dict]:
-        """Lets `generate` take `fast_decoding=False`, which generation configs know only as an entry of their own."""
-        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        if fast_decoding is not None:
-            generation_config.fast_decoding = fast_decoding
-        return generation_config, model_kwargs
-
-    def _sample(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: BaseStreamer | None = None,
-        **model_kwargs: Any,
-    ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
-        """Where `generate` comes to for greedy decoding and sampling: the fast path wherever it gives the same."""
-        if obstacle(self, PLAIN_MODULES, generation_config, synced_gpus, model_kwargs) is None:
-            return decode(
-                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
-            )
-        return super()._sample(
-            input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
-        )
-
-
-def compiled_step_class(device: torch.device) -> type[CompiledStep] | type[GraphStep]:
-    """What `compile_decoding` makes for a model on this device."""
-    return GraphStep if device.type == "cuda" else CompiledStep
-
-
-# What decoding.py reproduces: classes, not subclasses, with the forward that they have here and now.
-PLAIN_MODULES: dict[type, Callable] = {
-    module_class: module_class.forward
-    for module_class in (
-        *(MiniForCausalLM, MiniModel, MiniDecoderLayer, MiniAttention, MiniMLP, MiniRotaryEmbedding),
-        *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.ModuleList),
-        *(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()),
-    )
-}
+# The blocks that decoding.py computes in its own way.
+MiniForCausalLM.plain_modules = forwards_of(
+    MiniForCausalLM, MiniModel, MiniDecoderLayer, MiniAttention, MiniMLP, MiniRotaryEmbedding
+)
 
 
 class MiniForSequenceClassification(GenericForSequenceClassification, MiniPreTrainedModel):

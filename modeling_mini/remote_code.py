@@ -2,9 +2,9 @@
 The code that a checkpoint folder carries.
 
 A folder that names its classes in `auto_map` loads anywhere with `trust_remote_code=True`, if the files beside the
-weights import nothing but installed libraries and each other. In the repository the configuration lives one folder up
-from the model; in a checkpoint all files lie side by side, so the one import between the two is made relative.
-This file travels with them: a model loaded from a checkpoint saves itself the same way again.
+weights import only installed libraries and each other. In the repository the configuration lies one folder above the
+model; in a checkpoint all files lie side by side, so imports of the configuration are made relative.
+This file travels with them: a model loaded from a checkpoint saves its code in the same way again.
 """
 
 import inspect
@@ -21,22 +21,20 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_mini.MiniForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_mini.MiniForQuestionAnswering",
 }
+# The files beside this one that travel: modeling_mini.py, and all that it imports.
+TRAVELLING = (
+    *("modeling_mini.py", "fast_generation.py", "decoding.py", "compiled_decoding.py", "graph_decoding.py"),
+    *("integrations.py", "remote_code.py"),
+)
+# The module of Mini's own classes: in the repository, or in the folder that this copy was loaded from.
+MODEL_MODULE = f"{__package__}.modeling_mini"
 
 
 def remote_code_files() -> dict[str, str]:
     """The files of the flat copy, name to content."""
-    here = Path(__file__).parent
-    sources = {
-        "configuration_mini.py": Path(inspect.getfile(MiniConfig)),
-        "modeling_mini.py": here / "modeling_mini.py",
-        "decoding.py": here / "decoding.py",
-        "compiled_decoding.py": here / "compiled_decoding.py",
-        "graph_decoding.py": here / "graph_decoding.py",
-        "integrations.py": here / "integrations.py",
-        "remote_code.py": here / "remote_code.py",
-    }
+    sources = [Path(inspect.getfile(MiniConfig)), *(Path(__file__).parent / name for name in TRAVELLING)]
     absolute, relative = "\nfrom configuration_mini import", "\nfrom .configuration_mini import"
-    return {name: path.read_text(encoding="utf-8").replace(absolute, relative) for name, path in sources.items()}
+    return {path.name: path.read_text(encoding="utf-8").replace(absolute, relative) for path in sources}
 
 
 def write_remote_code(folder: str | os.PathLike) -> None:

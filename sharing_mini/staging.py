@@ -192,6 +192,11 @@ def check_files(source: Source) -> None:
         for name in sorted(shards):
             if not (source.folder / name).is_file():
                 raise ValueError(f"{str(source.folder)!r} is not complete: {name} is missing.")
+        if others := sorted({name for name in files if name.endswith(".safetensors")} - shards):
+            raise ValueError(
+                f"{str(source.folder)!r} holds the weights of two saves, of which only one is loaded ({others[0]} is "
+                f"not one of {', '.join(sorted(shards)[:2])}): save the model into a new folder."
+            )
 
 
 def is_pickle(path: Path) -> bool:

@@ -16,6 +16,7 @@ import yaml
 from accelerate.utils import write_basic_config
 from helpers.programs import ROOT, one_sentence, one_sentence_of, run_program, start_program
 from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
+from modeling_mini.remote_code import remote_code_files
 from transformers import AutoModelForCausalLM
 
 
@@ -26,9 +27,8 @@ def test_what_a_run_leaves_behind(quick_run: Path) -> None:
     assert {path.name for path in (quick_run / "checkpoints").iterdir()} == {"step_20", "step_40"}
     for name in ("best", "final"):
         assert {path.name for path in (quick_run / name).iterdir()} == {
-            "README.md", "chat_template.jinja", "compiled_decoding.py", "config.json", "configuration_mini.py",
-            "decoding.py", "generation_config.json", "graph_decoding.py", "integrations.py", "model.safetensors",
-            "modeling_mini.py", "remote_code.py", "tokenizer.json", "tokenizer_config.json",
+            "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
+            "tokenizer.json", "tokenizer_config.json", *remote_code_files(),
         }  # fmt: skip
     assert (quick_run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert losses(quick_run)[-1] < losses(quick_run)[0] - 1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from configuration_mini import unknown_norm
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -81,8 +82,7 @@ class ModelCost:
         self.matrix_parameters = sum(module.weight.numel() for module in linear)
         self.largest_matrix = max(module.weight.numel() for module in linear)
         block, final_norm = model.model.layers[0], model.model.norm
-        self._saved_by_norm = 1 if isinstance(final_norm, nn.LayerNorm) else 2
-        self._statistics_of_norm = 2 if isinstance(final_norm, nn.LayerNorm) else 1
+        self._saved_by_norm, self._statistics_of_norm = saved_by(final_norm)
         self._has_qk_norm = any(True for _ in getattr(block.self_attn, "q_norm", nn.Identity()).parameters())
         self.layers = config.num_hidden_layers
         self.heads = config.num_attention_heads
@@ -245,6 +245,20 @@ def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
             raise ValueError(f"{type(model).__name__} is not Llama-shaped: Llama has no parameter {name}.")
         counts[part] += parameter.numel()
     return counts
+
+
+def saved_by(norm: nn.Module) -> tuple[int, int]:
+    """
+    What the backward pass of a norm needs: how many tensors of its size, and how many numbers for each token.
+
+    Raises:
+        ValueError: if it is neither a LayerNorm nor an RMSNorm, by whatever library.
+    """
+    if isinstance(norm, nn.LayerNorm):
+        return 1, 2  # its input; mean and standard deviation
+    if type(norm).__name__.endswith("RMSNorm"):
+        return 2, 1  # its input and its result before the weight; the root of the mean square
+    raise unknown_norm("The estimate of memory", type(norm).__name__)
 
 
 def check_sizes(batch_size: int, length: int, dtype: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from configuration_mini import MiniConfig
+from configuration_mini import MiniConfig, unknown_norm
 from files_mini import writing
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -73,6 +73,8 @@ def native_config(config: MiniConfig) -> PreTrainedConfig:
         fields["rope_parameters"]["partial_rotary_factor"] = share  # absent, it would be a quarter
         return StableLmConfig(layer_norm_eps=config.norm_eps, **fields)
 
+    if config.norm_type != "rmsnorm":
+        raise unknown_norm("The format native", config.norm_type)
     name = "Qwen3" if config.qk_norm else "Llama"
     if not proportional:
         if not turns_whole_heads:

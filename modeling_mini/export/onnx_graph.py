@@ -21,14 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx_ir as ir
 import torch
+from configuration_mini import unknown_norm
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..modeling_mini import PLAIN_MODULES, MiniForCausalLM, MiniRotaryEmbedding
+from ..modeling_mini import MiniForCausalLM, MiniRotaryEmbedding
 
 OPSET = 23
 IR_VERSION = 10  # of the file format: the oldest that knows the opset, for the oldest runtimes that do
+# The norms that have an operator: its name, and the weights that it takes.
+NORMS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
+    nn.LayerNorm: ("LayerNormalization", ("weight", "bias")),
+    nn.RMSNorm: ("RMSNormalization", ("weight",)),
+}
 BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_length", "total_sequence_length"
 
 
@@ -133,7 +139,7 @@ def check_exportable(model: PreTrainedModel) -> None:
             f"format mini."
         )
     for name, module in model.named_modules():
-        if PLAIN_MODULES.get(type(module)) is not type(module).forward or "forward" in module.__dict__:
+        if model.plain_modules.get(type(module)) is not type(module).forward or "forward" in module.__dict__:
             raise ValueError(
                 f"The format onnx takes a plain Mini, and {name!r} is a {type(module).__name__} that it does not know, "
                 f"or has another forward."
@@ -189,10 +195,12 @@ def linear(op: Builder, name: str, module: nn.Linear, x: ir.Value) -> ir.Value:
 
 
 def norm(op: Builder, name: str, module: nn.Module, x: ir.Value) -> ir.Value:
-    weight = op.weight(f"{name}.weight", module.weight)
-    if isinstance(module, nn.RMSNorm):
-        return op("RMSNormalization", x, weight, axis=-1, epsilon=module.eps)
-    return op("LayerNormalization", x, weight, op.weight(f"{name}.bias", module.bias), axis=-1, epsilon=module.eps)
+    """Raises ValueError for a norm that is not in `NORMS`."""
+    if type(module) not in NORMS:
+        raise unknown_norm("The format onnx", type(module).__name__)
+    op_type, weights = NORMS[type(module)]
+    weights = [op.weight(f"{name}.{weight}", getattr(module, weight)) for weight in weights]
+    return op(op_type, x, *weights, axis=-1, epsilon=module.eps)
 
 
 class Turns(NamedTuple):

@@ -218,7 +218,7 @@ def test_without_a_compiler_one_warning(
     with caplog.at_level("WARNING"), config.patch({"cpp.cxx": ("no-such-compiler",)}):
         model.compile_decoding()
     assert model.compiled_step is None
-    (warning,) = [record.message for record in caplog.records if record.name == "modeling_mini.modeling_mini"]
+    (warning,) = [record.message for record in caplog.records if record.name == "modeling_mini.fast_generation"]
     assert warning.startswith("Decoding is not compiled, and goes on without: ") and "\n" not in warning
     assert not list(tmp_path.rglob("*.pt2"))
     text = model.generate(PROMPT, max_new_tokens=9, do_sample=False)
@@ -237,7 +237,7 @@ def test_models_that_are_not_compiled(
     change: Callable[[MiniForCausalLM], Any], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     warnings: list[str] = []
-    monkeypatch.setattr("modeling_mini.modeling_mini.logger.warning", warnings.append)
+    monkeypatch.setattr("modeling_mini.fast_generation.logger.warning", warnings.append)
     model = make_model()
     change(model)
     model.compile_decoding()

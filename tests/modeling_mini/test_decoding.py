@@ -10,7 +10,7 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from helpers.random_models import make_model, random_request, random_settings
-from modeling_mini import MiniForCausalLM, decoding, modeling_mini
+from modeling_mini import MiniForCausalLM, decoding, fast_generation, modeling_mini
 from torch import nn
 from transformers import (
     DynamicCache,
@@ -36,7 +36,7 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         calls.append(1)
         return decoding.decode(*args)
 
-    monkeypatch.setattr(modeling_mini, "decode", counted)
+    monkeypatch.setattr(fast_generation, "decode", counted)
     yield calls
 
 
@@ -318,9 +318,9 @@ OBSTACLES_OF_MODELS = {
 def test_models_that_take_the_loop_of_transformers(name: str, fast_calls: list[int]) -> None:
     change, reason = OBSTACLES_OF_MODELS[name]
     model = make_model()
-    assert decoding.obstacle_of_model(model, modeling_mini.PLAIN_MODULES) is None
+    assert decoding.obstacle_of_model(model, model.plain_modules) is None
     change(model)
-    assert reason in decoding.obstacle_of_model(model, modeling_mini.PLAIN_MODULES)
+    assert reason in decoding.obstacle_of_model(model, model.plain_modules)
     if name != "types":  # which no loop can run
         model.generate(torch.randint(1, 97, (1, 5)), max_new_tokens=2)
     assert not fast_calls
@@ -352,9 +352,7 @@ def test_a_patched_class_or_attention_takes_the_loop_of_transformers(
     model, ids = make_model(), torch.randint(1, 97, (1, 5))
     with monkeypatch.context() as patch:
         patch.setattr(modeling_mini.MiniMLP, "forward", lambda self, states: torch.zeros_like(states))
-        assert "model.layers.0.mlp is not a plain MiniMLP" in decoding.obstacle_of_model(
-            model, modeling_mini.PLAIN_MODULES
-        )
+        assert "model.layers.0.mlp is not a plain MiniMLP" in decoding.obstacle_of_model(model, model.plain_modules)
         model.generate(ids, max_new_tokens=3)
     with monkeypatch.context() as patch:
         attention = lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs)  # noqa: E731

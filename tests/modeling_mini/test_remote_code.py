@@ -18,14 +18,12 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini import MiniForCausalLM, MiniForSequenceClassification, MiniModel
+from modeling_mini.remote_code import TRAVELLING, remote_code_files
 from tokenization import ByteTokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-CODE = [
-    "configuration_mini.py", "compiled_decoding.py", "decoding.py", "graph_decoding.py", "integrations.py",
-    "modeling_mini.py", "remote_code.py",
-]  # fmt: skip
+CODE = list(remote_code_files())
 IDS = torch.randint(8, 264, (2, 12), generator=torch.Generator().manual_seed(2))
 PROMPT = "Once upon a time"
 
@@ -62,7 +60,7 @@ with torch.no_grad():
     result["label shape"] = list(heads.eval()(ids).logits.shape)
 prompt = tokenizer(words, return_tensors="pt")
 result["prompt"] = prompt["input_ids"].tolist()
-source = sys.modules[type(model).__module__]
+source = sys.modules[type(model).__module__.rpartition(".")[0] + ".fast_generation"]
 with mock.patch.object(source, "decode", wraps=source.decode) as fast_path:
     result["generated"] = model.generate(**prompt, do_sample=False, max_new_tokens=8).tolist()
 assert fast_path.called
@@ -230,13 +228,13 @@ def test_saving_with_a_push_hands_the_words_for_the_hub_on(tmp_path: Path, monke
 
 def test_the_flat_copy_differs_in_its_imports_alone(generations: dict[str, Any]) -> None:
     root = Path(__file__).parents[2]
-    sources = [root / "configuration_mini.py", *(root / "modeling_mini" / name for name in CODE[1:])]
+    sources = [root / "configuration_mini.py", *(root / "modeling_mini" / name for name in TRAVELLING)]
     for source in sources:
         original = source.read_text().splitlines()
         copy = (generations["folders"][0] / source.name).read_text().splitlines()
         changed = [pair for pair in zip(original, copy, strict=True) if pair[0] != pair[1]]
         assert all(old == new.replace("from .", "from ") for old, new in changed)
-        assert len(changed) == (1 if source.name in ("modeling_mini.py", "remote_code.py") else 0)
+        assert len(changed) == sum(line.startswith("from configuration_mini import") for line in original)
 
 
 SWAPPED = """
@@ -294,3 +292,10 @@ def test_a_registered_subclass_carries_its_own_file(
         loaded = carried.from_pretrained(folder).eval()
         with torch.no_grad():
             assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_all_at_the_top_of_the_package_travels_but_what_registers_it() -> None:
+    """The rule of the folder: what a checkpoint does not need lies in a folder of its own, or is a thin alias."""
+    stays = {"__init__.py", "peft_defaults.py", "demo.py", "quantize.py"}
+    top = {path.name for path in (Path(__file__).parents[2] / "modeling_mini").glob("*.py")}
+    assert top - stays == set(TRAVELLING)

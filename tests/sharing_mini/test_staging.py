@@ -181,6 +181,20 @@ def test_what_is_incomplete(model: Path, tmp_path: Path, change: Callable[[Path]
     assert words in refusal(model, tmp_path)
 
 
+@pytest.mark.parametrize("is_sharded_last", [True, False])
+def test_weights_of_two_saves_do_not_go_up_together(model: Path, tmp_path: Path, is_sharded_last: bool) -> None:
+    """As transformers' own `save_pretrained` leaves them; Mini's removes the older ones."""
+    loaded, single = AutoModelForCausalLM.from_pretrained(model), model / "model.safetensors"
+    before = single.read_bytes()
+    loaded.save_pretrained(model, max_shard_size="50KB")
+    assert not single.exists()
+    assert stage(find_source(str(model)), (tmp_path / "last").absolute()).kind == "model"
+    single.write_bytes(before)
+    if not is_sharded_last:
+        (model / "model.safetensors.index.json").unlink()
+    assert "holds the weights of two saves, model" in refusal(model, tmp_path)
+
+
 def test_no_model(tmp_path: Path, quick_run: Path) -> None:
     for place, words in (
         (tmp_path / "none", "There is no run or checkpoint folder"),

@@ -9,7 +9,7 @@ from unittest import mock
 import peft
 import pytest
 import torch
-from modeling_mini import MiniConfig, MiniForCausalLM, modeling_mini
+from modeling_mini import MiniConfig, MiniForCausalLM, fast_generation
 from modeling_mini.export import quantized
 from modeling_mini.loading.checkpoints import load_model
 from safetensors.torch import load_file, save_file
@@ -84,7 +84,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def write(model: PreTrainedModel, path: str, **settings: object) -> torch.Tensor:
     """The tokens of one greedy call, by "fast" or "loop", and no other way."""
-    with mock.patch.object(modeling_mini, "decode", wraps=modeling_mini.decode) as fast:
+    with mock.patch.object(fast_generation, "decode", wraps=fast_generation.decode) as fast:
         text = model.generate(
             input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=20, do_sample=False, pad_token_id=0,
             eos_token_id=None, **settings,
