@@ -78,7 +78,7 @@ def test_settings_that_were_cut_short_are_refused_on_resume(share: float, tmp_pa
     text = path.read_text()
     assert parse_arguments(["--resume", "--output_dir", str(tmp_path)]).optimization.max_steps == 40
     path.write_text(text[: int(share * len(text))])
-    with pytest.raises(ValueError, match="config.yaml is empty or cut short"):
+    with pytest.raises(ValueError, match=r"config\.yaml is empty or cut short"):
         parse_arguments(["--resume", "--output_dir", str(tmp_path)])
 
 
