@@ -1,4 +1,4 @@
-"""Every shell and Python block of the README does what it says, in a copy of the repository, in order."""
+"""Every shell and Python block of the README and of docs/QUICKSTART.md, in a copy of the repository, in order."""
 
 import os
 import re
@@ -12,7 +12,10 @@ from modeling_mini import MiniConfig, MiniForCausalLM
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+QUICKSTART = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
+BLOCKS, QUICKSTART_BLOCKS = (
+    re.findall(r"^```(\w+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL) for page in (README, QUICKSTART)
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +37,17 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_blocks(copy: Path) -> None:
-    """In one test, because each block builds on those before it: the first one installs and trains."""
+    """
+    In one test, because each block builds on those before it: the first one installs and trains. The quickstart begins
+    with the same command, and goes on from the run that is there.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment["PATH"] = f"{copy}/.venv/bin:{environment['PATH']}"
     assert [language for language, _ in BLOCKS].count("bash") >= 4
+    assert QUICKSTART_BLOCKS[0] == BLOCKS[0]
     outputs = []
-    for language, block in BLOCKS:
-        if language == "text":  # what a command printed
+    for language, block in [*BLOCKS, *QUICKSTART_BLOCKS[1:]]:
+        if language == "text":  # what a command printed, or what needs an account
             continue
         command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else ["python", "-c", block]
         assert language in ("bash", "python"), f"nobody runs a block of {language}"
@@ -88,7 +95,8 @@ def test_pictures_and_links_exist(page: Path) -> None:
 def test_flags_that_are_named_exist() -> None:
     help_texts = "".join(run_program(program, "--help", cwd=ROOT).stdout for program in PROGRAMS)
     pages = [README] + [
-        (ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in ("TRAINING", "SCALING", "RELIABILITY")
+        (ROOT / "docs" / f"{name}.md").read_text("utf-8")
+        for name in ("QUICKSTART", "TRAINING", "SCALING", "RELIABILITY")
     ]
     others = {"--quiet", "--signal"}  # of accelerate and of Slurm
     flags = {flag for page in pages for flag in re.findall(r"`(--[a-z0-9_]+)", page)} - others

@@ -1,0 +1,50 @@
+"""What contributors and CI read: CONTRIBUTING.md, CHANGELOG.md, the workflow and the forms of issues."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.programs import ROOT
+
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+
+def test_workflow_runs_what_ci_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yaml").read_text())
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    script = next(step["run"] for step in steps if step.get("run", "").endswith("/run"))
+    assert (ROOT / script).stat().st_mode & 0o111, "it is not executable"
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda path: path.stem)
+def test_forms_are_what_github_takes(form: Path) -> None:
+    content = yaml.safe_load(form.read_text())
+    assert content["name"] and content["description"]
+    ids = [field["id"] for field in content["body"]]
+    assert len(ids) == len(set(ids)) > 0
+    for field in content["body"]:
+        assert field["type"] in ("input", "textarea") and field["attributes"]["label"]
+
+
+def test_a_report_of_a_fault_has_the_facts_of_the_installation() -> None:
+    fields = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())["body"]
+    needed = {field["id"] for field in fields if field["validations"]["required"]}
+    assert {"command", "versions", "machine"} <= needed
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_files_and_links_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    paths = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    paths += re.findall(r"`((?:\.?\w+/)*[\w.]+\.(?:py|md|txt)|(?:\.?\w+/)+)`", text)
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_what_contributing_tells_to_run_is_what_ci_runs() -> None:
+    commands = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for command in ("ruff check .", "ruff format --check .", "python -m pytest"):
+        assert command in commands and command in (ROOT / ".ci" / "run").read_text().splitlines()
