@@ -12,8 +12,8 @@ from tokenization import ByteTokenizer
 
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`runs/tiny-sample` in a folder of its own, for tests that only read it."""
-    folder = tmp_path_factory.mktemp("analysis") / "runs" / "tiny-sample"
+    """`runs/tiny-python-stdlib` in a folder of its own, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("analysis") / "runs" / "tiny-python-stdlib"
     torch.manual_seed(0)
     # Weights larger than at the start of training: heads that differ.
     model = MiniForCausalLM(MiniConfig(**SHAPE, initializer_range=0.2))

@@ -1,4 +1,4 @@
-"""The commands of docs/EXPORT.md, in its order, on a run that is there."""
+"""The commands of docs/EXPORT.md, in its order, on a run with the name of the README's first one."""
 
 import re
 import shlex
@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[3]
 
 def test_the_page(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").symlink_to(quick_run.parent)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny-python-stdlib").symlink_to(quick_run)
     (tmp_path / "README.md").write_text("# Text\n" * 100)
     text = (ROOT / "docs" / "EXPORT.md").read_text()
     ran = []
