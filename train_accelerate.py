@@ -18,25 +18,25 @@ from training_mini.trainer import TrainingResult, train
 
 def report(result: TrainingResult, arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on."""
-    folder = result.folder
+    run, folder = result.run, result.run.folder
     prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
-    how = "--interactive" if result.is_chat else f'--prompt "{prompt}"'
+    how = "--interactive" if run.corpus.kind == "messages" else f'--prompt "{prompt}"'
     if result.stopped_by is not None:
         return (
-            f"Stopped at step {result.state.step}; everything is in {folder}/checkpoints.\n"
+            f"Stopped at step {run.state.step}; everything is in {folder}/checkpoints.\n"
             f"Go on:  python train_accelerate.py --resume --output_dir {folder}"
         )
-    baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in result.compressors.items())
-    steps = result.state.step
+    baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in run.compressors.items())
+    steps = run.state.step
     early = "" if steps >= arguments.optimization.max_steps else " (stopped early: no better for a while)"
     samples = "\n----------------\n".join(result.samples)
     return "\n".join(
         (
             f"\nTrained {steps} steps in {format_seconds(result.seconds)}{early}.",
-            f"Bits per byte on {result.evaluated_bytes:,} held-out bytes: Mini {result.evaluation.bits_per_byte:.3f}, "
+            f"Bits per byte on {run.held_out_bytes:,} held-out bytes: Mini {result.evaluation.bits_per_byte:.3f}, "
             f"{baselines}.",
             f"\n--- a sample ---\n{samples}\n----------------\n",
-            f"Best model   {folder}/best  (step {result.state.best_step})",
+            f"Best model   {folder}/best  (step {run.state.best_step})",
             f"Last model   {folder}/final",
             f"Curves       {folder}/curves.png",
             f"Metrics      {folder}/metrics.jsonl",
@@ -51,7 +51,7 @@ def main() -> None:
     with one_sentence_errors():
         arguments = parse_arguments(sys.argv[1:])
         result = train(arguments)
-        if result.is_main_process:
+        if result.run.accelerator.is_main_process:
             print(report(result, arguments))
         code = 0
         if result.stopped_by is not None:

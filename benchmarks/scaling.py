@@ -132,9 +132,9 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
 def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, float]:
     flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --warmup_steps 0 --max_steps 1".split()
     trainer = Trainer(parse_arguments([*flags, "--output_dir", str(folder / "run")]))
-    for parameter in trainer.unwrapped_model.parameters():
+    for parameter in trainer.run.unwrapped_model.parameters():
         parameter.grad = parameter.detach() * 1e-3
-    trainer.optimizers[0].step()  # the moments exist from the first step on
+    trainer.run.optimizers[0].step()  # the moments exist from the first step on
     writing, checking = [], []
     for _ in range(settings.rounds):
         start = time.perf_counter()
@@ -147,7 +147,7 @@ def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, flo
     size = sum(path.stat().st_size for path in state.iterdir())
     return {
         "checkpoint_bytes": size,
-        "checkpoint_bytes_per_parameter": size / trainer.unwrapped_model.num_parameters(),
+        "checkpoint_bytes_per_parameter": size / trainer.run.unwrapped_model.num_parameters(),
         "checkpoint_seconds": min(writing),
         "checkpoint_check_seconds": min(checking),
     }

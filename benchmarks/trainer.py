@@ -23,17 +23,17 @@ import torch
 from entry_points_mini import one_sentence_errors
 from torch import nn
 from training_mini.arguments import parse_arguments
-from training_mini.signals import StopRequest
+from training_mini.data.batches import Batch
 from training_mini.trainer import Trainer
 
 TURNS, STEPS = 10, 10
 
 
-def bare_step(trainer: Trainer, batch) -> None:
-    loss, _ = trainer.loss(batch)
+def bare_step(trainer: Trainer, batch: Batch) -> None:
+    loss, _ = trainer.loss(batch, batch.targets.numel())
     loss.backward()
-    nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-    for optimizer in trainer.optimizers:
+    nn.utils.clip_grad_norm_(trainer.run.model.parameters(), 1.0)
+    for optimizer in trainer.run.optimizers:
         optimizer.step()
         optimizer.zero_grad()
 
@@ -65,13 +65,13 @@ def main() -> None:
         Trainer(parse("first"))  # encodes the corpus, where that was not done before
         started = time.perf_counter()
         trainer = Trainer(parse("second"))
-        with StopRequest(trainer.accelerator) as trainer.stop:
+        with trainer.stop:
             trainer.begin()
             trainer.training_step()
             synchronize()
             first_step = time.perf_counter() - started
             device = trainer.accelerator.device
-            batches = [batch.to(device) for step in range(STEPS) for batch in trainer.batches.micro_batches(step)]
+            batches = [batch.to(device) for step in range(STEPS) for batch in trainer.run.batches.micro_batches(step)]
             for turn in range(TURNS + 1):
                 times = {
                     "trainer": seconds(lambda: trainer_steps(trainer)) / STEPS,

@@ -49,13 +49,13 @@ def test_from_a_checkpoint_in_full(quick_run: Path, tmp_path: Path) -> None:
         tmp_path / "run", quick_run, "--max_steps", 6, "--learning_rate", 1e-3, "--residual_dropout", 0.1
     )
     assert losses(tmp_path / "run")[0] == pytest.approx(losses(quick_run)[-1], abs=0.3), "it begins where that ended"
-    assert type(trainer.unwrapped_model) is MiniForCausalLM
-    assert trainer.unwrapped_model.model.layers[1].residual_dropout.p == trainer.config.residual_dropout == 0.1
+    assert type(trainer.run.unwrapped_model) is MiniForCausalLM
+    assert trainer.run.unwrapped_model.model.layers[1].residual_dropout.p == trainer.run.config.residual_dropout == 0.1
     card = (tmp_path / "run" / "best" / "README.md").read_text()
     assert "`tiny-sample/best`, a small decoder-only language model, fine-tuned on `sample`." in card
     before, after = (load_file(run / "best" / "model.safetensors") for run in (quick_run, tmp_path / "run"))
     assert all(not torch.equal(tensor, after[name]) for name, tensor in before.items())
-    assert result.folder.name == "run"
+    assert result.run.folder.name == "run"
 
 
 def test_adapter_as_a_user_types_it(quick_run: Path, tmp_path: Path) -> None:
@@ -129,18 +129,18 @@ def test_state_holds_what_learns_and_resumes_bit_by_bit(quick_run: Path, tmp_pat
 )
 def test_kinds_of_adapters_learn_and_merge(flags: list[object], quick_run: Path, tmp_path: Path) -> None:
     trainer, result = tune(tmp_path / "run", quick_run, "--lora_r", 4, "--max_steps", 20, "--merge", *flags)
-    assert isinstance(trainer.unwrapped_model, PeftModel)
+    assert isinstance(trainer.run.unwrapped_model, PeftModel)
     assert result.evaluation.loss < validation_loss(quick_run) - LEARNED
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
-    torch.testing.assert_close(logits_of(merged), logits_of(trainer.unwrapped_model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits_of(merged), logits_of(trainer.run.unwrapped_model), rtol=0, atol=2e-5)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight, "tied as before"
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "run" / "best")
-    torch.testing.assert_close(logits_of(again), logits_of(trainer.unwrapped_model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_of(again), logits_of(trainer.run.unwrapped_model), rtol=0, atol=1e-5)
     config = json.loads((tmp_path / "run" / "best" / "adapter_config.json").read_text())
     assert config["use_dora"] == ("--use_dora" in flags) and config["use_rslora"] == ("--use_rslora" in flags)
     assert config["base_model_name_or_path"] == f"{quick_run}/best"
     if "--use_rslora" in flags:
-        layer = trainer.unwrapped_model.base_model.model.model.layers[0].self_attn.q_proj
+        layer = trainer.run.unwrapped_model.base_model.model.model.layers[0].self_attn.q_proj
         assert layer.scaling["default"] == 4 / 4**0.5
     changed = not torch.equal(merged.lm_head.weight, load_checkpoint(f"{quick_run}/best")[0].lm_head.weight)
     assert changed == ("--lora_modules_to_save" in flags)
@@ -152,16 +152,16 @@ def test_rounded_base_learns_nearly_as_well_and_evaluation_does_not_end_it(quick
     trainer, rounded = tune(tmp_path / "qlora", quick_run, *settings, "--load_in_4bit")
     assert rounded.evaluation.loss == pytest.approx(full.evaluation.loss, rel=0.02)
     assert full.evaluation.loss < 0.95 * validation_loss(quick_run), "which 2 % could not hide"
-    layer = trainer.unwrapped_model.base_model.model.model.layers[0].mlp.down_proj.base_layer
+    layer = trainer.run.unwrapped_model.base_model.model.model.layers[0].mlp.down_proj.base_layer
     assert type(layer).__name__ == "Linear4bit" and layer.weight.dtype == torch.uint8
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    batch = next(trainer.batches.micro_batches(0))
-    trainer.model.train()
-    trainer.model.zero_grad()
+    batch = next(trainer.run.batches.micro_batches(0))
+    trainer.run.model.train()
+    trainer.run.model.zero_grad()
     trainer.loss(batch, batch.targets.numel())[0].backward()
-    named = trainer.unwrapped_model.named_parameters()
+    named = trainer.run.unwrapped_model.named_parameters()
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
@@ -169,7 +169,7 @@ def test_gradients_over_4_bits_are_the_same_after_an_evaluation(quick_run: Path,
     """Also where a CPU has AVX512-BF16, for which bitsandbytes packs weights anew and then passes no gradient on."""
     flags = ["--lora_r", 4, "--load_in_4bit", "--max_steps", 3]
     trainer, _ = tune(tmp_path / "run", quick_run, *flags)
-    model = trainer.unwrapped_model
+    model = trainer.run.unwrapped_model
     layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
     assert len(layers) == 14 and not any(layer.support_avx512bf16_for_cpu for layer in layers)
     before = gradients(trainer)
@@ -185,13 +185,13 @@ def test_merging_into_rounded_weights(quick_run: Path, tmp_path: Path) -> None:
     trainer, _ = tune(tmp_path / "run", quick_run, *flags)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "merged")
     assert merged.dtype == torch.float32 and not getattr(merged, "is_quantized", False)
-    torch.testing.assert_close(logits_of(merged), logits_of(trainer.unwrapped_model), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits_of(merged), logits_of(trainer.run.unwrapped_model), rtol=0, atol=1e-4)
 
 
 def test_8_bits(quick_run: Path, tmp_path: Path) -> None:
     trainer, result = tune(tmp_path / "run", quick_run, "--lora_r", 4, "--load_in_8bit", "--max_steps", 20)
     assert result.evaluation.loss < validation_loss(quick_run) - LEARNED
-    layer = trainer.unwrapped_model.base_model.model.model.layers[0].mlp.down_proj.base_layer
+    layer = trainer.run.unwrapped_model.base_model.model.model.layers[0].mlp.down_proj.base_layer
     assert type(layer).__name__ == "Linear8bitLt"
 
 

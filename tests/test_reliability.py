@@ -176,7 +176,7 @@ def test_full_disk_can_be_survived(tmp_path: Path) -> None:
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, result = train_here(tmp_path / "run", "--max_steps", 12, "--logging_steps", 2, bad_steps=range(3, 7))
     assert result.evaluation is not None and math.isfinite(result.evaluation.loss)
-    assert result.state.skipped_steps == 4 and result.state.skipped_since is None
+    assert result.run.state.skipped_steps == 4 and result.run.state.skipped_since is None
     lines = {line["step"]: line for line in metrics(tmp_path / "run") if "eval_loss" not in line}
     assert "skipped_steps" not in lines[2] and lines[4]["skipped_steps"] == 2 and lines[12]["skipped_steps"] == 4
     assert "loss" not in lines[4] and "loss" not in lines[6] and math.isfinite(lines[8]["loss"])

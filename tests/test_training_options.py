@@ -19,11 +19,11 @@ from training_mini.trainer import Trainer
 
 def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
     trainer, result = train_here(tmp_path / "run", "--max_steps", 12, "--ema_decay", 0.5)
-    final, average = weights(tmp_path / "run"), trainer.average.averages
+    final, average = weights(tmp_path / "run"), trainer.run.ema.averages
     for name, tensor in average.items():
-        assert torch.equal(final[name], tensor) and not torch.equal(final[name], trainer.average.parameters[name]), name
+        assert torch.equal(final[name], tensor) and not torch.equal(final[name], trainer.run.ema.parameters[name]), name
     assert trainer.evaluate() == result.evaluation
-    trainer.average = None
+    trainer.run.ema = None
     assert trainer.evaluate() != result.evaluation, "the weights themselves are others"
 
 
@@ -106,7 +106,7 @@ def test_mfu_has_a_peak_that_it_assumes(tmp_path: Path, capsys: pytest.CaptureFi
     flops = 3 * (2 * matrices + 4 * 2 * 64 * 64)
     assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 0.5e12)
     assert "MFU of 0.5 TFLOP/s each" in capsys.readouterr().out
-    assert trainer.peak_flops == 0.5e12
+    assert trainer.window.peak_flops == 0.5e12
 
 
 def test_tensorboard_has_what_metrics_have_and_goes_on_after_a_resume(tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_batch_size_is_found(tmp_path: Path) -> None:
         if torch.is_grad_enabled() and len(named["input_ids"]) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    trainer.unwrapped_model.register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    trainer.run.unwrapped_model.register_forward_pre_hook(out_of_memory, with_kwargs=True)
     trainer.train()
-    assert sizes[:3] == [8, 4, 2] and trainer.parts == 4
+    assert sizes[:3] == [8, 4, 2] and trainer.micro_batches == 4
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
 
 
@@ -152,8 +152,8 @@ def test_one_sequence_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:
     def out_of_memory(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
-    trainer.unwrapped_model.register_forward_pre_hook(out_of_memory)
-    with pytest.raises(ValueError, match="A part of 1 sequences does not fit into memory"):
+    trainer.run.unwrapped_model.register_forward_pre_hook(out_of_memory)
+    with pytest.raises(ValueError, match="A micro-batch of 1 sequences does not fit into memory"):
         trainer.train()
 
 
@@ -176,7 +176,7 @@ def test_compiled_training_is_the_same(flags: str, layers: int, tmp_path: Path) 
 def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path: Path) -> None:
     train_here(tmp_path / "plain", "--max_steps", 6)
     trainer, _ = train_here(tmp_path / "checkpointed", "--max_steps", 6, "--gradient_checkpointing")
-    assert trainer.unwrapped_model.is_activation_checkpointing
+    assert trainer.run.unwrapped_model.is_activation_checkpointing
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
@@ -193,7 +193,7 @@ def test_document_attention(tmp_path: Path) -> None:
     trainer, _ = train_here(tmp_path / "run", "--max_steps", 4, "--document_attention")
     ids = torch.randint(8, 264, (200,)).numpy().astype("uint16")
     ids[30], other = 2, ids.copy()
-    model, rows = trainer.unwrapped_model.eval(), trainer.batches.rows
+    model, rows = trainer.run.unwrapped_model.eval(), trainer.run.batches.rows
     ids[30] = other[30] = 2  # the second document begins at 31
     other[:30] = 50
     with torch.no_grad():

@@ -1,22 +1,204 @@
-"""What has to be right before a run begins: its settings on this machine, its folder, its model and its batches."""
+"""From settings to what a run is made of: checks, the folder of the run, the model, its optimizers and its batches."""
 
+import contextlib
 import shutil
+import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from modeling_mini.loading.checkpoints import load_checkpoint
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from .arguments import Arguments
-from .checkpoints import architecture_of, check_state, methods_of, read_state, states_of
+from .checkpoints import (
+    TrainerState,
+    Weights,
+    architecture_of,
+    check_state,
+    find_state,
+    methods_of,
+    read_state,
+    states_of,
+)
+from .cpu_kernels import onednn_is_faster, use_onednn
 from .data.batches import RowMaker, TrainingBatches
-from .data.corpus import Corpus, is_encoded, make_tokenizer, tokenizer_key
+from .data.corpus import Corpus, is_encoded, load_corpus, make_tokenizer, tokenizer_key
 from .data.packing import ExampleBatches, ExampleRows, HeldOutExamples
 from .data.streaming import StreamBatches, TokenStream
-from .evaluation import HeldOut, HeldOutText
-from .lora import adapt
+from .distributed import Parallel, blocks_of
+from .evaluation import HeldOut, HeldOutText, compressor_bits_per_byte
+from .lora import adapt, describe
+from .optimization import WeightAverage, make_optimizers
+
+Batches = TrainingBatches | StreamBatches | ExampleBatches
+
+
+@dataclass
+class Run:
+    """
+    What a run is made of.
+
+    Attributes:
+        folder: where all that it writes goes.
+        batches: the global batch of each step.
+        held_out: what is never trained on, and `compressors` the bits per byte that gzip and xz need for its text.
+        model: what is trained, wrapped or sharded as the launch says; `unwrapped_model` is the same model without that.
+        blocks: the repeated blocks of the model.
+        ema: the moving average of the weights, where there is one.
+        state: how far the run is; of a run that goes on, that of its newest checkpoint that is whole.
+        problems: a sentence for each newer checkpoint that is not.
+    """
+
+    arguments: Arguments
+    parallel: Parallel
+    folder: Path
+    corpus: Corpus
+    batches: Batches
+    held_out: HeldOut
+    held_out_bytes: int
+    compressors: dict[str, float]
+    config: PreTrainedConfig
+    model: nn.Module
+    unwrapped_model: PreTrainedModel
+    blocks: list[nn.Module]
+    optimizers: list[torch.optim.Optimizer]
+    ema: WeightAverage | None
+    state: TrainerState
+    problems: list[str]
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.parallel.accelerator
+
+    @property
+    def weights(self) -> Weights:
+        """What a checkpoint holds in tensors."""
+        return Weights(self.parallel, self.model, self.optimizers, self.ema)
+
+    def ema_weights(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, the model has the weights that count: their moving average, where there is one."""
+        return self.ema.in_place() if self.ema is not None else contextlib.nullcontext()
+
+
+def build_run(arguments: Arguments) -> Run:
+    """
+    Makes what a run needs, and loads the checkpoint that it goes on from. Every process calls it.
+
+    Raises:
+        ValueError: for input that cannot work; nothing that exists has been changed then.
+    """
+    parallel = Parallel(arguments)
+    accelerator = parallel.accelerator
+    check_settings(arguments, accelerator)
+    folder = claim_folder(arguments, accelerator)
+    try:
+        # 1. Data, and a model that fits its vocabulary.
+        corpus = load_corpus(arguments.data, arguments.monitoring.max_eval_tokens, accelerator.is_local_main_process)
+        set_seed(arguments.run.seed)
+        model = make_model(arguments, corpus)
+        batches, held_out = make_batches(arguments, corpus, model.config)
+        held_out_text = corpus.text_of(held_out.ids)
+        state = TrainerState(
+            corpus=corpus.settings,
+            architecture=architecture_of(model.config),
+            methods=methods_of(arguments),
+            tracker_id=uuid.uuid4().hex[:8],
+        )
+        # 2. The model on its device, and what moves its weights.
+        on_cpu_in_float32 = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
+        if on_cpu_in_float32 and onednn_is_faster():
+            use_onednn(model)
+        blocks = blocks_of(model)
+        wrapped: nn.Module = parallel.parallelize(model)
+        optimizers = make_optimizers(model, arguments.optimization)
+        if parallel.is_deepspeed:
+            wrapped, *optimizers = accelerator.prepare(model, *optimizers)
+        unwrapped = accelerator.unwrap_model(wrapped)
+        decay = arguments.optimization.ema_decay
+        run = Run(
+            arguments=arguments,
+            parallel=parallel,
+            folder=folder,
+            corpus=corpus,
+            batches=batches,
+            held_out=held_out,
+            held_out_bytes=len(held_out_text),
+            compressors=compressor_bits_per_byte(held_out_text),
+            config=model.config,
+            model=wrapped,
+            unwrapped_model=unwrapped,
+            blocks=blocks,
+            optimizers=optimizers,
+            ema=WeightAverage(unwrapped, decay) if decay else None,
+            state=state,
+            problems=[],
+        )
+        # 3. Where the run stood, if it goes on.
+        if arguments.run.resume:
+            load_state(run)
+        return run
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # only if it is empty: this run has not begun
+        raise
+
+
+def load_state(run: Run) -> None:
+    """
+    Loads the newest checkpoint that is whole.
+
+    Raises:
+        ValueError: if there is none, or it belongs to other data, another model or other methods.
+    """
+    found, problems, error = None, [], None
+    if run.accelerator.is_main_process:
+        try:
+            found, problems = find_state(run.folder)
+        except ValueError as nothing_found:
+            error = nothing_found
+    run.parallel.raise_everywhere(error)
+    found, problems = run.parallel.from_main((found, problems))
+    state = read_state(found)
+    check_state(run.folder, state, run.state.corpus, run.state.architecture, run.state.methods)
+    run.weights.load(found)
+    run.batches.load_state_dict(state.stream)
+    run.state, run.problems = state, problems
+
+
+def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> list[str]:
+    """
+    Lines that say what is about to happen.
+
+    Args:
+        micro_batches: how many the share of a process in a batch is split into.
+        peak_flops: what MFU is a share of.
+    """
+    accelerator, corpus, arguments = run.accelerator, run.corpus, run.arguments
+    beginning = f"Resuming at step {run.state.step}" if run.state.step else "Training"
+    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    parallel = f" ({run.parallel.name})" if run.parallel.name else ""
+    split = f", each batch in {micro_batches} micro-batches" if micro_batches > 1 else ""
+    peak = f", MFU of {peak_flops / 1e12:g} TFLOP/s each" if peak_flops else ""
+    parameters = f"{run.unwrapped_model.num_parameters() / 1e6:.2f}M parameters"
+    lines = [
+        f"{beginning}: {parameters} on {corpus.train_size} of {corpus.name} "
+        f"({len(corpus.validation):,} held out), "
+        f"{accelerator.num_processes} x {accelerator.device.type}{threads}{parallel}, {precision}{split}{peak}."
+    ]
+    if arguments.model.model is not None:
+        sequences = arguments.optimization.train_batch_size // accelerator.num_processes // micro_batches
+        is_bf16, checkpointing = accelerator.mixed_precision == "bf16", arguments.run.gradient_checkpointing
+        length = run.config.max_position_embeddings
+        about = describe(run.unwrapped_model, sequences, length, is_bf16, checkpointing)
+        lines.append(f"From {arguments.model.model}: {about}.")
+    if corpus.kind is not None and (notes := run.batches.rows.notes()):
+        lines.append(notes)
+    return lines
 
 
 def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
@@ -137,9 +319,7 @@ def trained_model(arguments: Arguments) -> PreTrainedModel:
     return model
 
 
-def make_batches(
-    arguments: Arguments, corpus: Corpus, config: PreTrainedConfig
-) -> tuple[TrainingBatches | StreamBatches | ExampleBatches, HeldOut]:
+def make_batches(arguments: Arguments, corpus: Corpus, config: PreTrainedConfig) -> tuple[Batches, HeldOut]:
     """
     The global batches of every step, and what is held out.
 

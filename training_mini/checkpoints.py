@@ -84,7 +84,7 @@ class Weights:
     parallel: Parallel
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    average: WeightAverage | None
+    ema: WeightAverage | None
 
     @property
     def is_adapted(self) -> bool:
@@ -131,8 +131,8 @@ class Weights:
         else:
             model, optimizer = get_state_dict(self.model, self.optimizers)
         tensors = {"model": model, "optimizer": optimizer}
-        if self.average is not None:
-            tensors["average"] = self.average.averages
+        if self.ema is not None:
+            tensors["average"] = self.ema.averages
         return tensors
 
 
@@ -210,6 +210,14 @@ def states_of(run_folder: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
+
+
+def advice_of_sound_state(run_folder: Path, step: int) -> str:
+    """The end of a sentence: how to go on after training went wrong at `step`."""
+    sound = [step_of(folder) for folder in states_of(run_folder) if step_of(folder) < step]
+    if sound:
+        return f"the checkpoint of step {sound[-1]} is sound: go on from it with --resume and a lower --learning_rate"
+    return "there is no checkpoint from before; start anew with --overwrite and a lower --learning_rate"
 
 
 def damage_of(folder: Path) -> str:

@@ -1,5 +1,5 @@
 """
-One run on several processes: how it is launched, how a model is spread over them, and how they agree.
+One run on several processes: how the model is sharded or replicated over them, and how they agree.
 
 What `accelerate launch` was told is read from its environment. Sharding is PyTorch's own `fully_shard` on every kind of
 device: accelerate's FSDP2 is silently DDP on a CPU, and a path that only large machines take is a path that no test
@@ -8,12 +8,13 @@ sees.
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,8 +32,8 @@ class Parallel:
 
     Attributes:
         accelerator: accelerate's view of them.
-        is_sharded: whether weights, gradients and optimizer are spread over the processes (FSDP2).
-        is_deepspeed: whether DeepSpeed spreads them; it then owns the optimizer step.
+        is_sharded: whether weights, gradients and optimizer states are sharded over the processes (FSDP2).
+        is_deepspeed: whether DeepSpeed shards them; it then owns the optimizer step.
     """
 
     def __init__(self, arguments: Arguments) -> None:
@@ -67,12 +68,12 @@ class Parallel:
 
     @property
     def name(self) -> str:
-        """What spreads the model, for people."""
+        """How the model is parallelized, for people."""
         if self.accelerator.num_processes == 1 and not (self.is_sharded or self.is_deepspeed):
             return ""
         return "FSDP2" if self.is_sharded else "DeepSpeed" if self.is_deepspeed else "DDP"
 
-    def spread(self, model: PreTrainedModel) -> nn.Module:
+    def parallelize(self, model: PreTrainedModel) -> nn.Module:
         """The model on its device, and wrapped or sharded as the launch said; DeepSpeed does it with the optimizer."""
         accelerator = self.accelerator
         if self.is_deepspeed:
@@ -91,7 +92,7 @@ class Parallel:
         return fully_shard(model, mesh=mesh, mp_policy=policy)
 
     @contextlib.contextmanager
-    def without_reduction(self, model: nn.Module) -> Iterator[None]:
+    def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Backward passes whose gradients stay on their process, to be reduced with those of a later one."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(False)
@@ -112,7 +113,7 @@ class Parallel:
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
-    def whole_model(self, model: nn.Module) -> PreTrainedModel | None:
+    def gather_full_model(self, model: nn.Module) -> PreTrainedModel | None:
         """
         The model in one piece on the main process, `None` on the others. Every process calls it: a sharded model is
         gathered into the memory of the main process's host.
@@ -129,6 +130,46 @@ class Parallel:
         copy = blank_copy(unwrapped)
         copy.load_state_dict(state)
         return copy
+
+    def find_micro_batches(
+        self, model: nn.Module, share: int, count: int, try_micro_batch: Callable[[int], None]
+    ) -> int:
+        """
+        Doubles `count` until `share` sequences in so many micro-batches fit into the memory of every process.
+
+        Args:
+            try_micro_batch: forward and backward pass on so many sequences.
+
+        Raises:
+            ValueError: if the smallest micro-batch does not fit.
+        """
+        while True:
+            sequences, fits = share // count, True
+            try:
+                try_micro_batch(sequences)
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                fits = False
+            model.zero_grad()
+            clear_device_cache(garbage_collection=True)
+            if not self.anyone(not fits):
+                return count
+            if sequences == 1 or share % (2 * count):
+                raise ValueError(
+                    f"A micro-batch of {sequences} sequences does not fit into memory, and cannot be halved; use a "
+                    f"smaller --size, a shorter --max_position_embeddings or --gradient_checkpointing."
+                )
+            count *= 2
+
+    def raise_everywhere(self, error: Exception | None) -> None:
+        """Raises what went wrong on the main process on every process; each calls it, most with `None`."""
+        kind = next((kind for kind in (OSError, ValueError, RuntimeError) if isinstance(error, kind)), RuntimeError)
+        happened, kind, message = self.from_main((error is not None, kind, str(error)))
+        if error is not None:
+            raise error
+        if happened:
+            raise kind(message)
 
     def anyone(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""

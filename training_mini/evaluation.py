@@ -31,6 +31,22 @@ class Evaluation:
     def perplexity(self) -> float:
         return perplexity_of(self.loss)
 
+    def metrics(self) -> dict[str, float]:
+        """What `metrics.jsonl` has of it."""
+        return {
+            "eval_loss": self.loss,
+            "eval_perplexity": self.perplexity,
+            "eval_bits_per_byte": self.bits_per_byte,
+        }
+
+    def description(self, compressors: dict[str, float]) -> str:
+        """The figures for people, beside what compressors need for the same text."""
+        needed = ", ".join(f"{name} -9: {bits:.4f}" for name, bits in compressors.items())
+        return (
+            f"validation loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, "
+            f"bits per byte {self.bits_per_byte:.4f} ({needed})"
+        )
+
 
 def perplexity_of(loss: float) -> float:
     """The perplexity of a mean cross-entropy in nats."""

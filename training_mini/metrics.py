@@ -1,15 +1,104 @@
-"""What is measured of a run besides its loss: what goes on inside the model, MFU and memory."""
+"""What is measured of a training run: the steps between two log lines, the model from within, MFU and memory."""
 
 import contextlib
+import math
 import re
+import time
 from collections.abc import Iterator
 
 import psutil
 import torch
+from accelerate import Accelerator
 from modeling_mini.analysis.activations import as_metrics, record_activations, record_update
 from modeling_mini.analysis.attention import summarize_attention
+from modeling_mini.analysis.cost import ModelCost
 from torch import nn
 from transformers import PreTrainedModel
+
+from .build import Run
+from .evaluation import perplexity_of
+
+
+class LogWindow:
+    """
+    What the steps between two log lines add up to.
+
+    Args:
+        tokens_per_step: of the global batch.
+        tokens_per_byte: of the held-out text, by which nats per token become bits per byte.
+        flops_per_token: of forward and backward pass, for MFU.
+        peak_flops: FLOP/s of one device that MFU is a share of; without it, no MFU.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        tokens_per_step: int,
+        tokens_per_byte: float,
+        flops_per_token: float | None,
+        peak_flops: float | None,
+    ) -> None:
+        self.accelerator, self.tokens_per_step, self.tokens_per_byte = accelerator, tokens_per_step, tokens_per_byte
+        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.loss_sum = torch.zeros((), device=accelerator.device)  # stays on the device: reading it would wait for it
+        self.steps = self.counted_steps = self.clipped_steps = 0
+        self.grad_norm = math.nan  # of the last step
+        self.began = time.monotonic()
+
+    def add_step(self, cross_entropy: torch.Tensor, grad_norm: float, max_norm: float) -> None:
+        """Adds a step: this process's share of its loss, and the norm of its gradients before clipping."""
+        self.steps += 1
+        self.grad_norm = grad_norm
+        if math.isfinite(grad_norm):  # else the step was skipped
+            self.loss_sum += cross_entropy
+            self.counted_steps += 1
+            self.clipped_steps += grad_norm > max_norm
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens within the context is no training, and does not count in tokens per second."""
+        start = time.monotonic()
+        yield
+        self.began += time.monotonic() - start
+
+    def restart(self) -> None:
+        """Begins the next window."""
+        self.loss_sum.zero_()
+        self.steps = self.counted_steps = self.clipped_steps = 0
+        self.began = time.monotonic()
+
+    def metrics(self) -> dict[str, float]:
+        """The mean loss over all processes and the speed; every process calls it. There is no loss of skipped steps."""
+        metrics: dict[str, float] = {}
+        loss_sum = self.accelerator.reduce(self.loss_sum, reduction="mean").item()
+        if self.counted_steps:
+            loss = loss_sum / self.counted_steps
+            metrics["loss"] = loss
+            metrics["perplexity"] = perplexity_of(loss)
+            metrics["bits_per_byte"] = loss / math.log(2) * self.tokens_per_byte
+            metrics["clipped_share"] = self.clipped_steps / self.counted_steps
+        if math.isfinite(self.grad_norm):
+            metrics["grad_norm"] = self.grad_norm
+        metrics["tokens_per_second"] = self.steps * self.tokens_per_step / (time.monotonic() - self.began)
+        metrics["memory_bytes"] = memory_bytes(self.accelerator.device)
+        if self.flops_per_token is not None and self.peak_flops is not None:
+            available = self.peak_flops * self.accelerator.num_processes
+            metrics["mfu"] = self.flops_per_token * metrics["tokens_per_second"] / available
+        return metrics
+
+
+def make_log_window(run: Run) -> LogWindow:
+    """The window of a run, with MFU where its device has a peak that is known or given."""
+    arguments, accelerator, length = run.arguments, run.accelerator, run.config.max_position_embeddings
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    peak = peak_flops(accelerator.device, dtype, arguments.monitoring.peak_tflops)
+    return LogWindow(
+        accelerator,
+        tokens_per_step=arguments.optimization.train_batch_size * length,
+        tokens_per_byte=len(run.held_out.ids) / run.held_out.bytes,
+        flops_per_token=ModelCost(run.config).training_flops_per_token(length) if peak is not None else None,
+        peak_flops=peak,
+    )
 
 
 def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:

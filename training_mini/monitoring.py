@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from files_mini import write_text
+from files_mini import append_text, write_text
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -42,25 +43,28 @@ def progress_bar(description: str, total: int | None, unit: str, show: bool = Tr
 class Monitor:
     """
     Records metrics in `metrics.jsonl` and with trackers, and shows them: a live line on a terminal, plain lines
-    elsewhere. All processes have one, and the main process's does it.
+    elsewhere. Every process has one, and only that of the main process does anything.
 
     Args:
         folder: the run folder.
-        start_step: the step at which this process begins; later lines of an interrupted run are dropped.
     """
 
-    def __init__(self, folder: Path, start_step: int, max_steps: int, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
         self.folder = folder
-        self.max_steps = max_steps
         self.accelerator = accelerator
         self.enabled = accelerator.is_main_process
+        self.start_step = self.max_steps = 0
         self._progress: Progress | None = None
+        self._task: TaskID | None = None
         self._last_line = 0.0
         self._started = time.monotonic()
-        self._start_step = start_step
+
+    def start(self, start_step: int, max_steps: int) -> None:
+        """Begins at a step: drops later lines of `metrics.jsonl`, of an interrupted run, and opens the live display."""
+        self.start_step, self.max_steps, self._started = start_step, max_steps, time.monotonic()
         if not self.enabled:
             return
-        kept = [line for line in read_metrics(folder) if line["step"] <= start_step]
+        kept = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
         write_text(self.metrics_path, "".join(f"{json.dumps(line)}\n" for line in kept))
         if console.is_terminal:
             columns = (
@@ -96,8 +100,8 @@ class Monitor:
         """Adds a line to `metrics.jsonl`, and the same to the trackers."""
         if not self.enabled:
             return
-        with self.warning_of_errors(f"the metrics of step {step}"), open(self.metrics_path, "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        with self.warning_of_errors(f"the metrics of step {step}"):
+            append_text(self.metrics_path, json.dumps({"step": step, **metrics}) + "\n")
         self.accelerator.log(metrics, step=step)
 
     def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
@@ -130,7 +134,7 @@ class Monitor:
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self.max_steps:
             self._last_line = time.monotonic()
             elapsed = self._last_line - self._started
-            left = elapsed / max(1, step - self._start_step) * (self.max_steps - step)
+            left = elapsed / max(1, step - self.start_step) * (self.max_steps - step)
             self.say(f"step {step}/{self.max_steps}  {description}  {format_seconds(left)} left")
 
     def say(self, line: str) -> None:

@@ -34,7 +34,7 @@ def train_here(folder: Path, *arguments: object, bad_steps: range = range(0)) ->
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.nan if trainer.state.step + 1 in bad_steps else gradient
 
-    trainer.unwrapped_model.model.norm.weight.register_hook(spoil)
+    trainer.run.unwrapped_model.model.norm.weight.register_hook(spoil)
     return trainer, trainer.train()
 
 

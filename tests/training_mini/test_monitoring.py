@@ -18,17 +18,19 @@ def main_process() -> SimpleNamespace:
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, 0, 10, main_process())
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 10)
     for step in range(1, 8):
         monitor.record(step, METRICS)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "lo')  # cut short by a crash
-    Monitor(tmp_path, 5, 10, main_process())
+    Monitor(tmp_path, main_process()).start(5, 10)
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    monitor = Monitor(tmp_path, 0, 10, SimpleNamespace(is_main_process=False))
+    monitor = Monitor(tmp_path, SimpleNamespace(is_main_process=False))
+    monitor.start(0, 10)
     monitor.training_step(1, METRICS)
     monitor.say("hello")
     monitor.close()
@@ -39,7 +41,8 @@ def test_plain_lines_without_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitoring, "console", Console(force_terminal=False, width=80))
-    monitor = Monitor(tmp_path, 0, 3, main_process())
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 3)
     for step in (1, 2, 3):
         monitor.training_step(step, METRICS)
     lines = capsys.readouterr().out.splitlines()
@@ -51,7 +54,8 @@ def test_live_line_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitoring, "console", Console(force_terminal=True, width=120))
-    monitor = Monitor(tmp_path, 0, 3, main_process())
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 3)
     monitor.training_step(2, METRICS)
     monitor.say("a line above")
     monitor.close()
@@ -61,7 +65,8 @@ def test_live_line_on_a_terminal(
 
 
 def test_curves(tmp_path: Path) -> None:
-    monitor = Monitor(tmp_path, 0, 100, main_process())
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 100)
     draw_curves(tmp_path, "nothing yet", {})
     assert not (tmp_path / "curves.png").exists()
     for step in range(1, 101):
