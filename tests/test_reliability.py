@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -86,6 +88,37 @@ def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp
     assert process.returncode == 75 and errors == "", errors
     step = int(output.split("Stopped at step ")[1].split(";")[0])
     assert [state.name for state in states_of(tmp_path / "run")] == [f"step_{step}"]
+
+
+def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
+    settings = [*QUICK, "--max_steps", 100_000, "--save_steps", 5, "--output_dir", "run"]
+    first = start_program("train_accelerate.py", *settings, cwd=tmp_path)
+    wait_for_steps(tmp_path / "run", 6, first)
+    for how in (["--resume", "--output_dir", "run"], settings, [*settings, "--overwrite"]):
+        sentence = one_sentence(run_program("train_accelerate.py", *how, cwd=tmp_path))
+        if "--resume" in how or "--overwrite" in how:
+            assert f"rocess {first.pid} on {socket.gethostname()} trains into 'run' at this moment" in sentence
+    assert first.poll() is None, "the first is left in peace"
+    # Killed, it leaves the file of its lock, and is in nobody's way.
+    first.kill()
+    first.wait()
+    assert (tmp_path / "run" / ".lock").is_file()
+    step = len(losses(tmp_path / "run")) + 3
+    result = run_program("train_accelerate.py", "--resume", "--output_dir", "run", "--max_steps", step, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, step + 1))
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_of_two_that_start_at_once_one_trains(tmp_path: Path) -> None:
+    settings = [*QUICK, "--max_steps", 30, "--output_dir", "run"]
+    processes = [start_program("train_accelerate.py", *settings, cwd=tmp_path) for _ in range(2)]
+    ended = [subprocess.CompletedProcess(p.args, None, *p.communicate(timeout=300)) for p in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 2], ended
+    refused = ended[codes.index(2)].stderr
+    assert "trains into 'run' at this moment" in refused or "There is a run in 'run' already" in refused
+    assert len(losses(tmp_path / "run")) == 30
 
 
 def test_signal_inside_evaluation(tmp_path: Path) -> None:

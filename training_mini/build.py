@@ -1,7 +1,6 @@
 """From settings to what a run is made of: checks, the folder of the run, the model, its optimizers and its batches."""
 
 import contextlib
-import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from .distributed import Parallel, blocks_of
 from .evaluation import HeldOut, HeldOutText, compressor_bits_per_byte
 from .lora import adapt, describe
 from .optimization import WeightAverage, make_optimizers
+from .run_folder import RunFolder
 
 Batches = TrainingBatches | StreamBatches | ExampleBatches
 
@@ -43,19 +43,19 @@ class Run:
     What a run is made of.
 
     Attributes:
-        folder: where all that it writes goes.
+        run_folder: where all that it writes goes; `folder` is its path.
         batches: the global batch of each step.
         held_out: what is never trained on, and `compressors` the bits per byte that gzip and xz need for its text.
         model: what is trained, wrapped or sharded as the launch says; `unwrapped_model` is the same model without that.
         blocks: the repeated blocks of the model.
         ema: the moving average of the weights, where there is one.
         state: how far the run is; of a run that goes on, that of its newest checkpoint that is whole.
-        problems: a sentence for each newer checkpoint that is not.
+        problems: a sentence for each newer checkpoint that is not, and for what else the user should know.
     """
 
     arguments: Arguments
     parallel: Parallel
-    folder: Path
+    run_folder: RunFolder
     corpus: Corpus
     batches: Batches
     held_out: HeldOut
@@ -73,6 +73,10 @@ class Run:
     @property
     def accelerator(self) -> Accelerator:
         return self.parallel.accelerator
+
+    @property
+    def folder(self) -> Path:
+        return self.run_folder.path
 
     @property
     def weights(self) -> Weights:
@@ -94,7 +98,7 @@ def build_run(arguments: Arguments) -> Run:
     parallel = Parallel(arguments)
     accelerator = parallel.accelerator
     check_settings(arguments, accelerator)
-    folder = claim_folder(arguments, accelerator)
+    folder = RunFolder(arguments, parallel)
     try:
         # 1. Data, and a model that fits its vocabulary.
         corpus = load_corpus(arguments.data, arguments.monitoring.max_eval_tokens, accelerator.is_local_main_process)
@@ -122,7 +126,7 @@ def build_run(arguments: Arguments) -> Run:
         run = Run(
             arguments=arguments,
             parallel=parallel,
-            folder=folder,
+            run_folder=folder,
             corpus=corpus,
             batches=batches,
             held_out=held_out,
@@ -135,15 +139,14 @@ def build_run(arguments: Arguments) -> Run:
             optimizers=optimizers,
             ema=WeightAverage(unwrapped, decay) if decay else None,
             state=state,
-            problems=[],
+            problems=[folder.problem] if folder.problem else [],
         )
         # 3. Where the run stood, if it goes on.
         if arguments.run.resume:
             load_state(run)
         return run
     except BaseException:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # only if it is empty: this run has not begun
+        folder.release()
         raise
 
 
@@ -166,7 +169,7 @@ def load_state(run: Run) -> None:
     check_state(run.folder, state, run.state.corpus, run.state.architecture, run.state.methods)
     run.weights.load(found)
     run.batches.load_state_dict(state.stream)
-    run.state, run.problems = state, problems
+    run.state, run.problems = state, run.problems + problems
 
 
 def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> list[str]:
@@ -229,38 +232,6 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         if not is_encoded(arguments.data):  # else it has its own tokenizer
             corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
         check_state(arguments.output_dir, state, corpus, known, methods_of(arguments))
-
-
-def claim_folder(arguments: Arguments, accelerator: Accelerator) -> Path:
-    """
-    Makes sure that the run can write to its folder, and that nobody's work is in it.
-
-    Raises:
-        ValueError: if a run, or anything else, is there already.
-    """
-    folder, run = arguments.output_dir, arguments.run
-    is_run = (folder / "config.yaml").is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not run.resume:
-        if not is_run:
-            raise ValueError(f"{str(folder)!r} holds files that are not a run of Mini; choose another --output_dir.")
-        if not run.overwrite:
-            raise ValueError(
-                f"There is a run in {str(folder)!r} already: go on with it by --resume, replace it by --overwrite, "
-                f"or choose another --output_dir."
-            )
-    accelerator.wait_for_everyone()  # nobody makes the folder before all have looked
-    folder.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    return folder
-
-
-def empty(folder: Path) -> None:
-    """Removes what a run has written."""
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments
-from .build import Run, build_run, description_of, empty
+from .build import Run, build_run, description_of
 from .checkpoints import advice_of_sound_state, save_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
@@ -81,13 +81,16 @@ class Trainer:
 
     def train(self) -> TrainingResult:
         """The whole run: to its end, or until it is asked to stop."""
-        with self.stop:
-            with contextlib.closing(self.monitor):
-                self.begin()
-                evaluation = self.loop()
-                if evaluation is None and self.is_done():
-                    evaluation = self.evaluate()  # a run that was resumed at its end has none yet
-            result = self.finish(evaluation) if evaluation is not None else self.result()
+        try:
+            with self.stop:
+                with contextlib.closing(self.monitor):
+                    self.begin()
+                    evaluation = self.loop()
+                    if evaluation is None and self.is_done():
+                        evaluation = self.evaluate()  # a run that was resumed at its end has none yet
+                result = self.finish(evaluation) if evaluation is not None else self.result()
+        finally:
+            self.run.run_folder.release()
         self.accelerator.wait_for_everyone()
         # Not `end_training`, which also destroys the process group: over gloo, that hangs or aborts now and then.
         for tracker in self.accelerator.trackers:
@@ -99,7 +102,7 @@ class Trainer:
         run, arguments = self.run, self.arguments
         if self.accelerator.is_main_process:
             if arguments.run.overwrite:
-                empty(run.folder)
+                run.run_folder.empty()
             arguments.save(run.folder / "config.yaml")
         self.accelerator.wait_for_everyone()
         if arguments.optimization.find_batch_size:

@@ -1,0 +1,64 @@
+"""Who may write into the folder of a run; two processes that both want to: tests/test_reliability.py."""
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import filelock
+import pytest
+from training_mini.arguments import parse_arguments
+from training_mini.run_folder import RunFolder
+
+
+class OneProcess:
+    """Stands for `Parallel` on one process."""
+
+    accelerator = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+    def raise_everywhere(self, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+
+def claim(folder: Path, *flags: str) -> RunFolder:
+    return RunFolder(parse_arguments(["--output_dir", str(folder), *flags]), OneProcess())
+
+
+def test_a_folder_is_one_runs_until_it_is_released(tmp_path: Path) -> None:
+    first = claim(tmp_path / "run")
+    with pytest.raises(ValueError, match=rf"^Process {os.getpid()} on .* trains into .*run' at this moment"):
+        claim(tmp_path / "run")
+    first.release()
+    assert not (tmp_path / "run").exists(), "of a run that never began nothing is left"
+    claim(tmp_path / "run").release()
+
+
+def test_what_is_there_is_safe(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="holds files that are not a run of Mini"):
+        claim(tmp_path, "--overwrite")
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    with pytest.raises(ValueError, match="There is a run in"):
+        claim(tmp_path)
+    folder = claim(tmp_path, "--overwrite")
+    folder.empty()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"], "what makes it this run's stays"
+    with pytest.raises(ValueError, match="at this moment"):
+        claim(tmp_path)
+    folder.release()
+
+
+def test_the_file_of_a_lock_of_a_run_that_was_killed_is_no_ones_work(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("process 1 on another")
+    claim(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(lock: filelock.FileLock, **settings: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", no_locks)
+    folder = claim(tmp_path / "run")
+    assert "has no locks, so nothing would stop a second process" in folder.problem
+    folder.release()

@@ -1,0 +1,108 @@
+"""The folder of a run: one process trains into it at a time, and nobody's other work is lost in it."""
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from .arguments import Arguments
+from .distributed import Parallel
+
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems answer that have no locks
+
+
+class RunFolder:
+    """
+    A folder that this run alone writes into, until `release`. The main process holds a lock on a file in it, which
+    the kernel takes back however that process ends, so that a run that was killed is in nobody's way.
+
+    Attributes:
+        path: where it is.
+        problem: a sentence for the user if the file system has no locks, else empty.
+
+    Raises:
+        ValueError: if a run, or anything else, is there already, or another process trains into it.
+    """
+
+    def __init__(self, arguments: Arguments, parallel: Parallel) -> None:
+        self.path, self.problem = arguments.output_dir, ""
+        self._lock = FileLock(self.path / LOCK, on_acquired=write_holder)
+        check_contents(self.path, arguments)
+        parallel.accelerator.wait_for_everyone()  # nobody makes the folder before all have looked
+        self.path.mkdir(parents=True, exist_ok=True)
+        error: Exception | None = None
+        if parallel.accelerator.is_main_process:
+            try:
+                self._acquire()
+                check_contents(self.path, arguments)  # once more: a run may have come and gone since
+            except (OSError, ValueError) as caught:
+                error = caught
+                self.release()
+        parallel.raise_everywhere(error)
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout:
+            raise ValueError(
+                f"{holder_of(self.path)} trains into {str(self.path)!r} at this moment: wait for its end or stop it, "
+                f"or choose another --output_dir."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self.problem = (
+                f"The file system of {str(self.path)!r} has no locks, so nothing would stop a second process from "
+                f"training into it."
+            )
+
+    def release(self) -> None:
+        """Lets others train into the folder; one that is still empty is removed."""
+        if self._lock.is_locked:
+            # Removed while it is held: filelock sees that a file which it waited for is gone, and tries anew.
+            (self.path / LOCK).unlink(missing_ok=True)
+            self._lock.release()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def empty(self) -> None:
+        """Removes what a run has written."""
+        for path in contents(self.path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder besides the lock."""
+    return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+
+
+def check_contents(folder: Path, arguments: Arguments) -> None:
+    """Raises `ValueError` if this run would write into another, or into what is no run."""
+    if not contents(folder) or arguments.run.resume:
+        return
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{str(folder)!r} holds files that are not a run of Mini; choose another --output_dir.")
+    if not arguments.run.overwrite:
+        raise ValueError(
+            f"There is a run in {str(folder)!r} already: go on with it by --resume, replace it by --overwrite, "
+            f"or choose another --output_dir."
+        )
+
+
+def write_holder(descriptor: int) -> None:
+    """Writes into the file of a lock who holds it."""
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+
+def holder_of(folder: Path) -> str:
+    """Who trains into a folder, as the beginning of a sentence."""
+    with contextlib.suppress(OSError):
+        if holder := (folder / LOCK).read_text(encoding="utf-8"):
+            return holder[0].upper() + holder[1:]
+    return "Another process"
