@@ -109,8 +109,8 @@ def test_state_holds_what_learns_and_resumes_bit_by_bit(quick_run: Path, tmp_pat
     resumed = Trainer(parse_arguments(["--resume", "--output_dir", str(tmp_path / "parts")]))
     resumed.train()
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    for name, tensor in whole.unwrapped_model.state_dict().items():
-        assert torch.equal(tensor, resumed.unwrapped_model.state_dict()[name]), name
+    for name, tensor in whole.run.unwrapped_model.state_dict().items():
+        assert torch.equal(tensor, resumed.run.unwrapped_model.state_dict()[name]), name
     saved = FileSystemReader(first).read_metadata().state_dict_metadata
     assert any("lora_A" in name for name in saved)
     assert not any("base_layer" in name or "embed_tokens" in name for name in saved), "the base is not in it"
