@@ -65,7 +65,9 @@ def test_cost_counts_every_kind_of_model(working_folder: Path, capsys: pytest.Ca
 
 
 def test_cost_shows_measured_peaks_and_batches(working_folder: Path, capsys: pytest.CaptureFixture) -> None:
-    program.run(["cost", "--model", "runs/tiny-python-stdlib", "--batch_size", "2", "--measure", "--device_memory", "100KB"])
+    program.run(
+        ["cost", "--model", "runs/tiny-python-stdlib", "--batch_size", "2", "--measure", "--device_memory", "100KB"]
+    )
     output = capsys.readouterr().out
     assert output.count("measured peak") == output.count("largest batch in 97.7 KiB") == 3
     assert "none fits" in output
