@@ -50,7 +50,7 @@ def test_flags_that_are_named_exist(tmp_path: Path) -> None:
 
 
 def test_sentences_of_the_table_are_those_of_the_program() -> None:
-    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "training_mini").glob("*.py"))
+    sources = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "training_mini").rglob("*.py"))
     table = PAGE.split("## When something goes wrong")[1]
     for sentence in re.findall(r"^\| `(.*?)` \|", table, flags=re.MULTILINE):
         for part in sentence.split("..."):
