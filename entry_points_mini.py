@@ -79,7 +79,9 @@ class ArgumentParser(HfArgumentParser):
                 name = argument.split("=")[0].lstrip("-").replace("-", "_")
                 flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
                 raise ValueError(f"There is no flag {argument.split('=')[0]!r}{nearest_name(name, flags) or '.'}")
-            raise ValueError(f"The argument {argument!r} belongs to no flag.")
+            # The shell put the names of files in the place of a pattern.
+            hint = "; if it comes of a pattern such as *.txt, put the pattern in quotes" * os.path.exists(argument)
+            raise ValueError(f"The argument {argument!r} belongs to no flag{hint}.")
         return tuple(parsed)
 
     def _yaml_as_flags(self, path: str | Path) -> list[str]:

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 from rich.table import Table
 from tokenization import ByteTokenizer, CharTokenizer
-from training_mini.data.sources import PIECE_SIZE, sample_documents
+from training_mini.data.formats import PIECE_SIZE
+from training_mini.data.samples import sample_documents
 
 
 def main() -> None:

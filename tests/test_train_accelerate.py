@@ -230,6 +230,13 @@ BAD_INPUT = [
     (["--resume", "--output_dir", "mine"], "There is no run in 'mine' to resume"),
     (["--resume", "--overwrite", "--output_dir", "mine"], "There is no run in 'mine'"),
     (["stray"], "The argument 'stray' belongs to no flag."),
+    (
+        ["--dataset", "a.txt", "/dev/null"],
+        "belongs to no flag; if it comes of a pattern such as *.txt, put",
+    ),
+    (["--dataset", ""], "dataset is empty"),
+    (["--output_dir", ""], "output_dir is empty"),
+    (["--model", ""], "model is empty"),
 ]
 
 

@@ -1,6 +1,8 @@
 """Every setting of a training run: a field here is a flag of `train_accelerate.py` and a key of its YAML file."""
 
+import codecs
 import dataclasses
+import encodings.aliases
 import importlib.util
 import os
 import re
@@ -48,6 +50,7 @@ class ModelArguments:
     residual_dropout: float | None = option(None, "dropout on what a block adds (default: 0)")
 
     def __post_init__(self) -> None:
+        check_named(self, "model")
         if self.model is None:
             self.size = self.size or "tiny"
             return
@@ -137,10 +140,11 @@ class DataArguments:
     dataset_config: str | None = option(None, "configuration of a Hub dataset, where it has several")
     dataset_split: str = option("train", "split of a Hub dataset")
     streaming: bool = option(False, "train from the stream of a dataset, and store none of it")
-    text_column: str | None = option(None, "column of .jsonl, .csv, .parquet or Hub data (default: found by name)")
+    text_column: str | None = option(None, "column of files of records or Hub data (default: found by name)")
     tokenizer: str | None = option(
         None, "byte, char, or the folder or Hub name of any tokenizer (default: byte, or that of --model)"
     )
+    encoding: str = option("utf-8", "encoding of the files that are not UTF-8, such as cp1252 or utf-16")
     errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")
     validation_ratio: float = option(0.1, "share of the text that is held out")
     assistant_only_loss: bool | None = option(
@@ -156,6 +160,8 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 < self.validation_ratio < 1:
             raise ValueError(f"validation_ratio must be between 0 and 1, got {self.validation_ratio}.")
+        check_named(self, "dataset", "dataset_config", "dataset_split", "text_column", "tokenizer", "cache_dir")
+        self.encoding = encoding_called(self.encoding)
 
 
 @dataclass
@@ -282,6 +288,7 @@ class RunArguments:
     gradient_checkpointing: bool = option(False, "trade compute for memory")
 
     def __post_init__(self) -> None:
+        check_named(self, "output_dir")
         check_least(self, 1, "save_steps", "keep_last")
         check_least(self, 0, "keep_every", "seed")
         if self.resume and self.overwrite:
@@ -300,6 +307,27 @@ def check_least(arguments: object, least: int, *names: str) -> None:
         if getattr(arguments, name) < least:
             wrong = "must not be negative" if least == 0 else f"must be at least {least}"
             raise ValueError(f"{name} {wrong}, got {getattr(arguments, name)}.")
+
+
+def check_named(arguments: object, *names: str) -> None:
+    """Raises `ValueError` for an empty name, which a variable of the shell leaves that is not set."""
+    for name in names:
+        if (value := getattr(arguments, name)) is not None and not value.strip():
+            raise ValueError(f"{name} is empty: give it a name, or leave it out.")
+
+
+def encoding_called(name: str) -> str:
+    """The name that Python has for an encoding of text; raises `ValueError` where it has none."""
+    try:
+        b"a".decode(name, "ignore")  # refuses what is no encoding of text, such as base64
+        codecs.getincrementaldecoder(name)
+        return codecs.lookup(name).name
+    except (LookupError, ValueError):
+        known = sorted(
+            {known for known in encodings.aliases.aliases.values() if not known.endswith(("_codec", "rot_13"))}
+        )
+        hint = nearest_name(name, known) or ", such as cp1252 or utf-16."
+        raise ValueError(f"encoding must be one that Python knows, got {name!r}{hint}") from None
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,8 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     lines = [
         f"{beginning}: {parameters} on {corpus.train_size} of {corpus.name} "
         f"({len(corpus.validation):,} held out), "
-        f"{accelerator.num_processes} x {accelerator.device.type}{threads}{parallel}, {precision}{split}{peak}."
+        f"{accelerator.num_processes} x {accelerator.device.type}{threads}{parallel}, {precision}{split}{peak}.",
+        *corpus.notes,
     ]
     if arguments.model.model is not None:
         sequences = arguments.optimization.train_batch_size // accelerator.num_processes // micro_batches

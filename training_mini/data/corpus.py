@@ -6,7 +6,9 @@ settings that matter, so a second run starts at once, and a changed file is a di
 depend on the size of the corpus.
 """
 
+import codecs
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,8 +28,9 @@ from transformers import PreTrainedTokenizerBase
 from ..arguments import DataArguments
 from ..monitoring import progress_bar
 from .conversations import Examples, character_tokenizer, kind_of, open_examples, write_examples
+from .formats import PIECE_SIZE, decoded, guess_of_encoding, with_end
 from .shards import ShardedIds, ShardWriter, shard_name
-from .sources import PIECE_SIZE, DocumentSource, open_source, open_stream
+from .sources import DocumentSource, find_stream, number_of_files, open_source
 from .streaming import TokenStream
 
 FACTS = "corpus.json"
@@ -47,6 +50,7 @@ class Corpus:
         kind: of examples, what they are: conversations ("messages") or a prompt and its "completion".
         marks_what_is_said: of examples, whether it is known which part of them the model is to say.
         end_ids: of examples, the special tokens that end what is said.
+        notes: what is to be known of the files that were read, a sentence each.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Corpus:
     kind: str | None = None
     marks_what_is_said: bool = False
     end_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def train_size(self) -> str:
@@ -104,7 +109,10 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
     if kind is not None:
         template = tokenizer.chat_template if tokenizer is not None else CHAT_TEMPLATE
         settings |= {"kind": kind, "chat_template": short_hash(str(template))}
-    folder = cache / "corpora" / short_hash(json.dumps(settings))
+    if arguments.encoding != "utf-8":
+        settings["encoding"] = arguments.encoding
+    # How records are read is no setting of a run: one that began before it was written down can go on.
+    folder = cache / "corpora" / short_hash(json.dumps(settings) + source.read_as)
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / FACTS).is_file():
@@ -116,7 +124,33 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
             else:
                 encode_examples(source, kind, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
-    return open_corpus(source.name, folder)
+    corpus = open_corpus(source.name, folder)
+    return dataclasses.replace(corpus, notes=notes_of(source, json.loads((folder / FACTS).read_text("utf-8"))))
+
+
+def notes_of(source: DocumentSource, facts: dict[str, Any]) -> tuple[str, ...]:
+    """One sentence on the files that were read and those that were not, and one on what is strange in them."""
+    sentences = []
+    if source.found is not None:
+        files = number_of_files(len(source.found.files))
+        if facts.get("recoded_files"):
+            files += f" ({facts['recoded_files']:,} of them in {facts['settings']['encoding']})"
+        amount = size_of(facts["text_bytes"]) + " of text" if "text_bytes" in facts else ""
+        if "kind" in facts:
+            amount = f"{facts['train_examples'] + facts['validation_examples']:,} examples"
+        sentences.append(source.found.sentence(f"Read {files}{amount and f' with {amount}'}"))
+    if facts.get("not_utf8"):
+        count, first, guess = (facts["not_utf8"][name] for name in ("documents", "first", "guess"))
+        which = first if count == 1 else f"{count:,} files, such as {first},"
+        sentences.append(f"Not UTF-8, and learned byte by byte as it is: {which}; {guess}.")
+    return tuple(sentences)
+
+
+def size_of(number_of_bytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number_of_bytes >= size:
+            return f"{number_of_bytes / size:.3g} {unit}"
+    return f"{number_of_bytes} bytes"
 
 
 def is_encoded(arguments: DataArguments) -> bool:
@@ -159,10 +193,8 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> Corpus:
         ids = [*encode_pieces(tokenizer, name, pieces, arguments.errors), np.array([tokenizer.eos_token_id])]
         return np.concatenate(ids)
 
-    def open_records() -> "datasets.IterableDataset":  # noqa: F821
-        return open_stream(arguments)
-
-    stream = TokenStream(open_records, arguments.dataset, arguments.text_column, encode)
+    open_documents, notes = find_stream(arguments)
+    stream = TokenStream(open_documents, arguments.dataset, encode)
     validation = stream.hold_out(max_eval_tokens)
     settings = {
         "dataset": [arguments.dataset, arguments.dataset_config, arguments.dataset_split],
@@ -171,7 +203,9 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> Corpus:
         "errors": arguments.errors,
         "text_column": arguments.text_column,
     }
-    return Corpus(arguments.dataset, stream, validation, tokenizer, bytes_per_token(tokenizer), settings)
+    if arguments.encoding != "utf-8":
+        settings["encoding"] = arguments.encoding
+    return Corpus(arguments.dataset, stream, validation, tokenizer, bytes_per_token(tokenizer), settings, notes=notes)
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -238,16 +272,13 @@ def encode_corpus(
                 yield name, (advance(len(piece)) or piece for piece in pieces)
 
         if tokenizer is None:
-            texts = (
-                piece.decode("utf-8", arguments.errors)
-                for name, pieces in documents()
-                for piece in whole_characters(name, pieces, arguments.errors)
-            )
+            texts = (text for name, pieces in documents() for text in decoded(name, pieces, "utf-8", arguments.errors))
             tokenizer = CharTokenizer.from_text(texts)
         id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         separator = np.array([tokenizer.eos_token_id], dtype=id_dtype)
         read_bytes = {"train": 0, "validation": 0}
         number_of_documents = 0
+        not_utf8: list[tuple[str, str]] = []  # document, and a guess at its encoding
         writers = {
             "train": ShardWriter(folder, "train", id_dtype, SHARD_TOKENS),
             "validation": ShardWriter(folder, "validation", id_dtype, sys.maxsize),
@@ -262,6 +293,8 @@ def encode_corpus(
                 is_due = held_out <= arguments.validation_ratio * (sum(read_bytes.values()) + len(first))
                 split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
                 all_pieces = counted(first, pieces, read_bytes, split)
+                if isinstance(tokenizer, ByteTokenizer):  # the others refuse or replace what is not UTF-8
+                    all_pieces = noticing(name, all_pieces, not_utf8)
                 for ids in encode_pieces(tokenizer, name, all_pieces, arguments.errors):
                     writers[split].write(ids)
                 writers[split].write(separator)
@@ -285,8 +318,13 @@ def encode_corpus(
         "validation_tokens": tokens["validation"],
         "validation_tokens_by_position": by_position,
         "dtype": id_dtype.name,
+        "text_bytes": sum(read_bytes.values()),
         "settings": settings,
     }
+    if source.found is not None:
+        facts["recoded_files"] = sum(not file.own_encoding.startswith("utf-8") for file in source.found.files)
+    if not_utf8:
+        facts["not_utf8"] = {"documents": len(not_utf8), "first": not_utf8[0][0], "guess": not_utf8[0][1]}
     write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
 
 
@@ -345,45 +383,19 @@ def move_tail(folder: Path, lengths: list[int], held_out: int, ratio: float, id_
     return missing
 
 
-def whole_characters(name: str, pieces: Iterable[bytes], errors: str) -> Iterator[bytes]:
-    """
-    Cuts pieces anew so that none ends inside a UTF-8 character.
-
-    Raises:
-        ValueError: naming document and offset, if the bytes are not UTF-8 and `errors` is `"strict"`.
-    """
-    offset, rest = 0, b""
-    for piece in pieces:
-        piece = rest + piece
-        # A character has at most four bytes: look for a lead byte among the last three that wants more than there is.
-        cut = len(piece)
-        for back in range(1, min(4, len(piece) + 1)):
-            byte = piece[-back]
-            if byte >= 0xC0:
-                needs = 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-                cut = len(piece) - back if needs > back else len(piece)
-                break
-            if byte < 0x80:
-                break
-        complete, rest = piece[:cut], piece[cut:]
-        yield checked_utf8(name, offset, complete, errors)
-        offset += len(complete)
-    if rest:
-        yield checked_utf8(name, offset, rest, errors)
-
-
-def checked_utf8(name: str, offset: int, data: bytes, errors: str) -> bytes:
-    """The same bytes if they are UTF-8; with `errors="replace"`, invalid sequences as U+FFFD."""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if errors == "strict":
-            raise ValueError(
-                f"{name} is not valid UTF-8 at byte {offset + error.start} ({error.reason}); use --tokenizer byte, "
-                f"or --errors replace to read such bytes as U+FFFD."
-            ) from None
-        return data.decode("utf-8", "replace").encode("utf-8")
-    return data
+def noticing(name: str, pieces: Iterable[bytes], found: list[tuple[str, str]]) -> Iterator[bytes]:
+    """The same pieces; adds name and guess to `found` where they are not UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    is_valid = True
+    for piece, is_last in with_end(pieces):
+        if is_valid:
+            try:
+                decoder.decode(piece, is_last)
+            except UnicodeDecodeError as error:
+                is_valid = False
+                found.append((name, guess_of_encoding(error.object)))
+        if piece:
+            yield piece
 
 
 def encode_pieces(
@@ -393,11 +405,12 @@ def encode_pieces(
     if isinstance(tokenizer, ByteTokenizer):
         yield from map(tokenizer.encode_corpus, pieces)
     elif isinstance(tokenizer, CharTokenizer):
-        yield from map(tokenizer.encode_corpus, whole_characters(name, pieces, errors))
+        for text in decoded(name, pieces, "utf-8", errors):
+            yield tokenizer.encode_corpus(text.encode("utf-8"))
     else:
         # Any other tokenizer sees one piece at a time: a token across two pieces (4 MiB) is cut in two.
-        for piece in whole_characters(name, pieces, errors):
-            ids = tokenizer(piece.decode("utf-8"), add_special_tokens=False, split_special_tokens=True, verbose=False)
+        for text in decoded(name, pieces, "utf-8", errors):
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
             yield np.array(ids["input_ids"], dtype=np.int64)
 
 

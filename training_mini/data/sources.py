@@ -5,27 +5,31 @@ A document is a name and an iterator over bounded pieces of its bytes, so that o
 different from many small ones.
 """
 
+import collections
 import glob
 import hashlib
+import itertools
 import json
+import os
+import re
 import sysconfig
-from collections.abc import Callable, Container, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import fsspec
 from configuration_mini import nearest_name
 
 from ..arguments import DataArguments
+from . import formats
+from .formats import DataFile, known_suffixes
 from .samples import chat_examples, instruction_examples, sample_documents
 
-PIECE_SIZE = 1 << 22  # bytes
 BUILT_IN = ("python-stdlib", "sample", "chat-sample", "instruction-sample")
-TEXT_SUFFIXES = (".txt", ".md", ".py")
-RECORD_SUFFIXES = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED_SUFFIXES = (".gz", ".zst")
 TEXT_COLUMNS = ("text", "content", "document", "story", "code")
+EXAMPLE_COLUMNS = ("messages", "prompt", "completion")
+SAMPLED_BYTES = 4096  # of each of the places of a file that are looked at for changes
+SAMPLED_PLACES = 16
 
 Document = tuple[str, Iterator[bytes]]
 Record = tuple[str, dict[str, Any]]  # what errors call it, and its columns
@@ -38,11 +42,13 @@ class DocumentSource:
 
     Attributes:
         name: what the user asked for.
-        quick_key: changes whenever the content may have changed, and costs no reading (paths, sizes and times).
+        quick_key: changes whenever the content may have changed, and costs little reading.
         digest: computes a hash of the content itself; calls its argument with the number of bytes gone through.
         read: starts an iteration over the documents, always in the same order.
         total_bytes: what `digest` and `read` will go through, for a progress bar; `None` where nobody knows.
-        records: starts an iteration over the records, where that is what there is.
+        records: starts an iteration over the records, with the columns of examples, where records are what there is.
+        found: the files that are read, and those that are not; nothing where the text is not in files here.
+        read_as: what else than the content decides what is read from it: the formats of the files.
     """
 
     name: str
@@ -51,48 +57,148 @@ class DocumentSource:
     read: Callable[[], Iterator[Document]]
     total_bytes: int | None = None
     records: Callable[[], Iterator[Record]] | None = None
+    read_as: str = ""
+    found: "FoundFiles | None" = None
+
+
+@dataclass
+class FoundFiles:
+    """
+    What a name stands for.
+
+    Attributes:
+        files: those to read, in order.
+        names_left_out: the others, by the reason.
+    """
+
+    files: list[DataFile] = field(default_factory=list)
+    names_left_out: dict[str, list[str]] = field(default_factory=lambda: collections.defaultdict(list))
+
+    def sentence(self, beginning: str) -> str:
+        """A sentence that says behind `beginning` how many files are not read, and for each reason which."""
+        phrases = [
+            f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names):,} such as {names[0]}: {reason}"
+            for reason, names in self.names_left_out.items()
+        ]
+        if not phrases:
+            return f"{beginning}."
+        return f"{beginning}; left out {sum(map(len, self.names_left_out.values())):,} ({'; '.join(phrases)})."
 
 
 def open_source(arguments: DataArguments) -> DocumentSource:
     """
-    Finds what `--dataset` names. Only names, sizes and times are looked at.
+    Finds what `--dataset` names. Of files, their names, sizes and times and a few bytes are looked at.
 
     Raises:
         ValueError: if there is nothing of that name, or nothing in it that holds text.
     """
     name = arguments.dataset
     if name == "python-stdlib":
-        return file_source(name, standard_library_files(), arguments)
+        return file_source(name, FoundFiles([DataFile(file) for file in standard_library_files()]), arguments)
     if name == "sample":
         return DocumentSource(name, "sample-1", lambda advance: "sample-1", sample_documents)
     if name in SAMPLES_OF_EXAMPLES:
         return sample_of_examples(name)
+    found = find_files(arguments)
+    return hub_source(arguments) if found is None else file_source(name, found, arguments)
+
+
+def find_files(arguments: DataArguments) -> FoundFiles | None:
+    """
+    The files that a path, a folder or a glob stands for; `None` for a name that may be one on the Hub.
+
+    Raises:
+        ValueError: if there is no such file, or none with text.
+    """
+    name = arguments.dataset
     path = Path(name)
     if path.is_file():
-        return file_source(name, [path], arguments)
+        file = DataFile(path, arguments.encoding, arguments.errors)
+        if what := file.why_not_text():
+            raise ValueError(f"{name} is no text: {what}.")
+        return FoundFiles([file])
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and base_suffix(file) in all_suffixes())
-        if not files:
-            raise ValueError(f"There is no file with text ({', '.join(all_suffixes())}) in the directory {name!r}.")
-        return file_source(name, files, arguments)
-    if glob.has_magic(name):
-        files = sorted(file for match in glob.glob(name, recursive=True) if (file := Path(match)).is_file())
-        if not files:
-            raise ValueError(f"The glob {name!r} matches no file.")
-        return file_source(name, files, arguments)
-    looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or name.endswith("/")
-    if looks_like_path or base_suffix(path) in all_suffixes():
-        raise ValueError(f"There is no file or directory {name!r}.")
-    return hub_source(arguments)
+        is_folder, candidates, nothing = True, walk(path), f"There is no file with text in the directory {name!r}"
+    elif glob.has_magic(name):
+        is_folder, candidates, nothing = False, sorted(glob.glob(name, recursive=True)), f"The glob {name!r} matches "
+        nothing += "no file with text" if any(map(os.path.isfile, candidates)) else "no file"
+    else:
+        looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or name.endswith("/")
+        if looks_like_path or DataFile(path).suffix in known_suffixes():
+            raise ValueError(f"There is no file or directory {name!r}.")
+        return None
+    found = choose(candidates, is_folder, arguments)
+    if not found.files:
+        raise ValueError(found.sentence(nothing + (f" ({', '.join(known_suffixes())})" if is_folder else "")))
+    return found
 
 
-def all_suffixes() -> tuple[str, ...]:
-    return (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+def walk(folder: Path) -> Iterator[str]:
+    """
+    All files below a folder, in the order of their names; a folder behind a link too, once. What is hidden is given
+    by the name of its topmost folder, and not entered.
+    """
+    entered = {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        yield from (os.path.join(parent, name) for name in sorted([*files, *filter(is_hidden, folders)]))
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not is_hidden(name) and (real := os.path.realpath(os.path.join(parent, name))) not in entered
+            and not entered.add(real)
+        ]  # fmt: skip
 
 
-def base_suffix(path: Path) -> str:
-    """The suffix that says what is inside: `.jsonl` of `a.jsonl.gz`."""
-    return Path(path.stem).suffix if path.suffix in COMPRESSED_SUFFIXES else path.suffix
+def is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def choose(candidates: Iterable[str], is_folder: bool, arguments: DataArguments) -> FoundFiles:
+    """
+    Those of many files that are text or records. Of a folder, only files of the known suffixes are; of a glob, all
+    that do not show by their first bytes that they are something else.
+    """
+    found = FoundFiles()
+    real_paths: set[str] = set()
+    unknown: dict[str, list[DataFile]] = collections.defaultdict(list)
+    for candidate in sorted(candidates, key=Path):
+        file = DataFile(Path(candidate), arguments.encoding, arguments.errors)
+        real = os.path.realpath(candidate)
+        if is_folder and is_hidden(file.path.name):
+            found.names_left_out["hidden"].append(candidate)
+        elif not os.path.isfile(real):
+            if not os.path.isdir(real):
+                found.names_left_out["a link to nothing, or no file"].append(candidate)
+        elif real in real_paths:
+            found.names_left_out["a second name of a file that is read"].append(candidate)
+        elif is_folder and file.suffix not in known_suffixes():
+            unknown[file.path.suffix.lower()].append(file)
+        elif reason := file.why_not_text() or why_no_records(file, is_folder, arguments.text_column):
+            found.names_left_out[reason].append(candidate)
+        else:
+            real_paths.add(real)
+            found.files.append(file)
+    for suffix, files in unknown.items():
+        # One of each suffix is opened: there may be a hundred thousand pictures.
+        reason = files[0].why_not_text()
+        if reason is None:
+            pattern = f"*{suffix}" if suffix else "*"
+            reason = f"not among the suffixes of text; a quoted glob such as '{pattern}' reads it"
+        found.names_left_out[reason] += map(str, files)
+    return found
+
+
+def why_no_records(file: DataFile, is_folder: bool, text_column: str | None) -> str | None:
+    """Why there is nothing to learn in a file of a format that often holds settings, where it lies in a folder."""
+    if not (is_folder and file.record_format is not None and file.record_format.is_often_without_text):
+        return None
+    try:
+        first = next(file.records(), {})
+        if text_column is not None or kind_of_examples(first) is None:
+            find_text_column(str(file), first, text_column)
+    except ValueError:
+        return "no records with a column of text in it"
+    return None
 
 
 def standard_library_files() -> list[Path]:
@@ -121,91 +227,125 @@ def sample_of_examples(name: str) -> DocumentSource:
     return DocumentSource(name, digest, lambda advance: digest, lambda: iter(()), records=records)
 
 
-def file_source(name: str, files: list[Path], arguments: DataArguments) -> DocumentSource:
-    """Documents of files: a text file is one, and so is each record of a .jsonl, .csv or .parquet file."""
-    stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> DocumentSource:
+    """Documents of files: a text file is one, and so is each record of a file of records."""
+    files = found.files
+    stats = [quick_look(file.path) for file in files]
 
     def digest(advance: Callable[[int], None]) -> str:
         content = hashlib.sha256()
-        for file, (_, size, _) in zip(files, stats, strict=True):
-            with open(file, "rb") as stream:
+        for file, stat in zip(files, stats, strict=True):
+            with open(file.path, "rb") as stream:
                 content.update(hashlib.file_digest(stream, "sha256").digest())
-            advance(size)
+            advance(stat["size"])
         return content.hexdigest()
 
     def read() -> Iterator[Document]:
         for file in files:
-            if base_suffix(file) in RECORD_SUFFIXES:
-                yield from record_documents(str(file), read_records(file), arguments.text_column)
+            if file.record_format is None:
+                yield str(file), file.pieces()
             else:
-                yield str(file), read_pieces(file)
+                yield from file_documents(file, arguments)
 
     def records() -> Iterator[Record]:
         for file in files:
-            for number, record in enumerate(read_records(file)):
+            for number, record in enumerate(file.records(EXAMPLE_COLUMNS)):
                 yield f"{file} record {number}", record
 
-    total_bytes = sum(size for _, size, _ in stats)
-    has_records = all(base_suffix(file) in RECORD_SUFFIXES for file in files)
+    has_records = all(file.record_format is not None for file in files)
+    # Of text, the content is all that counts; of records, also by what format they are read.
+    read_as = [file.suffix for file in files] if any(file.record_format is not None for file in files) else []
     return DocumentSource(
-        name, json.dumps([stats, arguments.text_column]), digest, read, total_bytes, records if has_records else None
+        name=name,
+        quick_key=json.dumps([stats, arguments.text_column]),
+        digest=digest,
+        read=read,
+        total_bytes=sum(stat["size"] for stat in stats),
+        records=records if has_records else None,
+        read_as=json.dumps(read_as) if read_as else "",
+        found=found,
     )
 
 
-def read_pieces(file: Path) -> Iterator[bytes]:
-    """The bytes of a text file, decompressed where its suffix says so."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix)
-    try:
-        with fsspec.open(str(file), "rb", compression=compression) as stream:
-            while piece := stream.read(PIECE_SIZE):
-                yield piece
-    except (EOFError, OSError, RuntimeError) as error:  # gzip, and zstandard's own subclass of RuntimeError
-        if compression is None:
-            raise
-        raise ValueError(f"{file} is not a complete {compression} file: {error}") from None
+def quick_look(path: Path) -> dict[str, Any]:
+    """
+    What changes when a file does. Size and time alone do not: many tools set the time back, and a second write within
+    one tick of the clock does not change it. So the time at which the system last noted a change, which nobody can
+    set, and samples of the content are taken too: all of a file of up to 64 KiB, and 16 places of a larger one.
+    """
+    stat = path.stat()
+    samples = hashlib.sha256()
+    with open(path, "rb") as stream:
+        if stat.st_size <= SAMPLED_BYTES * SAMPLED_PLACES:
+            samples.update(stream.read())
+        else:
+            for place in range(SAMPLED_PLACES):
+                stream.seek((stat.st_size - SAMPLED_BYTES) * place // (SAMPLED_PLACES - 1))
+                samples.update(stream.read(SAMPLED_BYTES))
+    return {
+        "path": str(path.resolve()),
+        "size": stat.st_size,
+        "times": [stat.st_mtime_ns, stat.st_ctime_ns],
+        "inode": stat.st_ino,
+        "samples": samples.hexdigest(),
+    }
 
 
-def read_records(file: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file of records, read as a stream."""
-    # Here, because datasets and pandas take a second to import and most corpora do not need them.
-    import datasets
-    import pandas
-    import pyarrow
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs the errors that it also raises
-    builder = RECORD_SUFFIXES[base_suffix(file)]
-    if next(read_pieces(file), None) is None:
-        return  # datasets has no words for an empty file
-    try:
-        options = {}
-        if builder == "csv":
-            columns = pandas.read_csv(file, nrows=0).columns
-            if kind_of_examples(columns) is not None:  # of text alone, whatever it looks like: 4, true or None
-                features = datasets.Features({column: datasets.Value("string") for column in columns})
-                options = {"features": features, "keep_default_na": False}
-        yield from datasets.load_dataset(builder, data_files=str(file), split="train", streaming=True, **options)
-    except (
-        datasets.exceptions.DatasetGenerationError, pyarrow.ArrowInvalid, pandas.errors.ParserError, UnicodeDecodeError
-    ) as error:  # fmt: skip
-        raise ValueError(f"{file} could not be read as {builder}: {error.__cause__ or error}") from None
+def file_documents(file: DataFile, arguments: DataArguments, first: int = 0) -> Iterator[Document]:
+    """The documents of a file of records, from record `first` on."""
+    column = arguments.text_column
+    if column is None:
+        record = next(file.records(), None)
+        if record is None:
+            return
+        column = find_text_column(str(file), record, None)
+    records = itertools.islice(enumerate(file.records((column,))), first, None)
+    yield from record_documents(str(file), records, column, arguments.errors)
 
 
-def record_documents(name: str, records: Iterable[dict[str, Any]], text_column: str | None) -> Iterator[Document]:
-    """Documents of the text column of a dataset."""
-    column = None
-    for number, record in enumerate(records):
+def record_documents(
+    name: str, records: Iterable[tuple[int, dict[str, Any]]], text_column: str | None, errors: str = "strict"
+) -> Iterator[Document]:
+    """
+    Documents of the text column of numbered records. An empty text, or none, is no document.
+
+    Raises:
+        ValueError: naming the record, for one without the column or with something else than text in it.
+    """
+    column = text_column
+    for number, record in records:
         if column is None:
-            column = find_text_column(name, record, text_column)
+            column = find_text_column(name, record, None)
+        if column not in record:
+            raise ValueError(f"Record {number} of {no_column(name, column, record)}")
         text = record[column]
-        if text is None:
+        if text is None or text == "":
             continue
         if not isinstance(text, str):
-            raise ValueError(f"Record {number} of {name} has no text in column {column!r} but {type(text).__name__}.")
-        data = text.encode("utf-8", "replace")
-        yield f"{name} record {number}", (data[i : i + PIECE_SIZE] for i in range(0, len(data), PIECE_SIZE))
+            raise ValueError(
+                f"Record {number} of {name} has no text in column {column!r} but {type(text).__name__} "
+                f"({str(text)[:40]}); in quotes it would be text."
+            )
+        try:
+            data = text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # JSON can write half of a pair of surrogates, as programs do that cut a text.
+            if errors == "strict":
+                raise ValueError(
+                    f"Record {number} of {name} has half of a character (U+{ord(text[error.start]):04X}) at character "
+                    f"{error.start} of {column!r}: --errors replace reads it as U+FFFD."
+                ) from None
+            data = re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
+        size = formats.PIECE_SIZE
+        yield f"{name} record {number}", (data[i : i + size] for i in range(0, len(data), size))
 
 
-def find_text_column(name: str, record: dict, text_column: str | None) -> str:
+def no_column(name: str, column: str, record: dict[str, Any]) -> str:
+    hint = nearest_name(column, list(record)) or f"; its columns are {', '.join(record)}."
+    return f"{name} has no column {column!r}{hint}"
+
+
+def find_text_column(name: str, record: dict[str, Any], text_column: str | None) -> str:
     """
     The column that was asked for, one of the usual name, or the only one that holds text.
 
@@ -214,8 +354,7 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
     """
     if text_column is not None:
         if text_column not in record:
-            hint = nearest_name(text_column, list(record)) or f"; its columns are {', '.join(record)}."
-            raise ValueError(f"{name} has no column {text_column!r}{hint}")
+            raise ValueError(no_column(name, text_column, record))
         return text_column
     if kind_of_examples(record) is not None:
         raise ValueError(
@@ -227,6 +366,10 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
             if column in record and isinstance(record[column], kind):
                 return column
     columns = [column for column, value in record.items() if isinstance(value, str)]
+    if len(columns) > 1:  # in CSV, numbers are text too
+        columns = [column for column in columns if not looks_like_number(record[column])]
+    if not columns:  # the one of a usual name holds something else, which is said when it is read
+        columns = [column for column in TEXT_COLUMNS if column in record][:1]
     if len(columns) != 1:
         raise ValueError(
             f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text, or call those "
@@ -235,7 +378,16 @@ def find_text_column(name: str, record: dict, text_column: str | None) -> str:
     return columns[0]
 
 
-def kind_of_examples(record: Container[str]) -> str | None:
+def looks_like_number(text: str) -> bool:
+    """Whether a cell holds a number, a truth value or nothing."""
+    try:
+        float(text or "0")
+    except ValueError:
+        return text.lower() in ("true", "false")
+    return True
+
+
+def kind_of_examples(record: Collection[str]) -> str | None:
     """What a record with these columns teaches: "messages", "completion", or nothing but its text."""
     if "messages" in record:
         return "messages"
@@ -246,17 +398,22 @@ def hub_source(arguments: DataArguments) -> DocumentSource:
     """Documents of a dataset on the Hub, through `datasets`."""
     dataset = load_hub_dataset(arguments, streaming=False)
     key = dataset._fingerprint  # of its content
+    name = arguments.dataset
+
+    def documents() -> Iterator[Document]:
+        yield from record_documents(name, enumerate(dataset), arguments.text_column, arguments.errors)
+
     return DocumentSource(
-        name=arguments.dataset,
+        name=name,
         quick_key=f"{key} {arguments.text_column}",
         digest=lambda advance: key,
-        read=lambda: record_documents(arguments.dataset, dataset, arguments.text_column),
-        records=lambda: ((f"{arguments.dataset} record {i}", record) for i, record in enumerate(dataset)),
+        read=documents,
+        records=lambda: ((f"{name} record {number}", record) for number, record in enumerate(dataset)),
     )
 
 
 def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":  # noqa: F821
-    import datasets
+    import datasets  # here, because it takes a second to import and most corpora do not need it
 
     name = arguments.dataset
     try:
@@ -269,29 +426,106 @@ def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "datasets.Dat
         ) from None
 
 
-def open_stream(arguments: DataArguments) -> "datasets.IterableDataset":  # noqa: F821
+class DocumentStream(Protocol):
+    """Documents that are stored nowhere, one after the other, and the position among them."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents from the position to the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position behind the document that was given last, as JSON can hold it."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position, before the iteration begins."""
+
+
+class FileStream:
+    """The records of local files as documents. Each file is read by itself, so their columns may differ."""
+
+    def __init__(self, files: list[DataFile], arguments: DataArguments) -> None:
+        self.files, self.arguments = files, arguments
+        self._file, self._record = 0, 0  # where the next document is looked for
+
+    def __iter__(self) -> Iterator[Document]:
+        while self._file < len(self.files):
+            file = self.files[self._file]
+            for name, pieces in file_documents(file, self.arguments, self._record):
+                self._record = int(name.rpartition(" ")[2]) + 1
+                yield name, pieces
+            self._file, self._record = self._file + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"file": self._file, "record": self._record}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "examples_iterable" not in state:
+            self._file, self._record = state["file"], state["record"]
+            return
+        # Runs of before had `datasets` read the files: it notes where a table began, and what was used since.
+        inner = state["examples_iterable"]
+        begun = inner.get("previous_state") or inner.get("examples_iterable", inner)
+        used = inner.get("num_chunks_since_previous_state", 0) if inner.get("previous_state") else 0
+        self._file, self._record = begun["shard_idx"], begun["shard_example_idx"] + used
+        while self._file < len(self.files):
+            length = sum(1 for _ in itertools.islice(self.files[self._file].records(), self._record))
+            if length == self._record:
+                return
+            self._file, self._record = self._file + 1, self._record - length
+
+
+class HubStream:
+    """The records of a dataset on the Hub as documents."""
+
+    def __init__(self, arguments: DataArguments) -> None:
+        self.arguments = arguments
+        self.dataset = load_hub_dataset(arguments, streaming=True)
+
+    def __iter__(self) -> Iterator[Document]:
+        name = self.arguments.dataset
+        yield from record_documents(name, self._records(), self.arguments.text_column, self.arguments.errors)
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        number = -1
+        try:
+            for number, record in enumerate(self.dataset):
+                yield number, record
+        except Exception as error:  # of whatever library reads this format from the network
+            detail = " ".join(str(error.__cause__ or error).split())[:200]
+            raise ValueError(
+                f"The stream of {self.arguments.dataset!r} broke off after {number + 1:,} records of this run "
+                f"({type(error).__name__}: {detail})."
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.dataset.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dataset.load_state_dict(state)
+
+
+def find_stream(arguments: DataArguments) -> tuple[Callable[[], DocumentStream], tuple[str, ...]]:
     """
-    The records of a dataset as a stream that knows its position: of the Hub, or of local files of records.
+    What opens the records of a dataset as a stream that knows its position, of the Hub or of local files; and what is
+    to be known of the files, a sentence each.
 
     Raises:
         ValueError: for text files, which are no dataset and need no stream: they are encoded once and never in memory.
     """
-    import datasets
-
     name = arguments.dataset
-    path = Path(name)
-    candidates = sorted(path.rglob("*")) if path.is_dir() else [Path(file) for file in sorted(glob.glob(name))]
-    files = [file for file in candidates if file.is_file() and base_suffix(file) in RECORD_SUFFIXES]
-    if files:
-        builders = {RECORD_SUFFIXES[base_suffix(file)] for file in files}
-        if len(builders) > 1:
-            raise ValueError(f"--streaming reads records of one kind, and {name!r} has {', '.join(sorted(builders))}.")
-        return datasets.load_dataset(
-            builders.pop(), data_files=[str(file) for file in files], split="train", streaming=True
-        )
-    if candidates or name in BUILT_IN or path.suffix in all_suffixes():
+    found = FoundFiles() if name in BUILT_IN else find_files(arguments)
+    if found is None:
+        return lambda: HubStream(arguments), ()
+    files = [file for file in found.files if file.record_format is not None]
+    if not files:
         raise ValueError(
-            f"--streaming reads datasets of the Hub and files of records ({', '.join(RECORD_SUFFIXES)}), and {name!r} "
-            f"is neither; leave --streaming out: other text is encoded once and never held in memory."
+            f"--streaming reads datasets of the Hub and files of records ({', '.join(formats.RECORD_FORMATS)}), and "
+            f"{name!r} is neither; leave --streaming out: other text is encoded once and never held in memory."
         )
-    return load_hub_dataset(arguments, streaming=True)
+    texts = [str(file) for file in found.files if file.record_format is None]
+    if texts:
+        found.names_left_out["text, which is read without --streaming"] += texts
+    return lambda: FileStream(files, arguments), (found.sentence(f"Streams {number_of_files(len(files))}"),)
+
+
+def number_of_files(count: int) -> str:
+    return "1 file" if count == 1 else f"{count:,} files"

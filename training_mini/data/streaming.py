@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .batches import Batch, RowMaker, key_of, permute
-from .sources import record_documents
+from .sources import DocumentStream
 
 # Windows that are shuffled together. Neighbours in a stream are often of one document; with these many, a batch of
 # usual size has two of one document only now and then.
@@ -23,39 +23,32 @@ Encode = Callable[[str, Iterator[bytes]], np.ndarray]
 
 class TokenStream:
     """
-    The token ids of a stream of records, over and over, without end.
+    The token ids of a stream of documents, over and over, without end.
 
     Args:
-        open_records: opens the dataset at its beginning.
+        open_documents: opens the stream at its beginning.
         name: what errors call it.
-        text_column: the column with the text; `None` finds it.
         encode: name and bytes of a document to its ids, with the separator.
     """
 
-    def __init__(
-        self,
-        open_records: Callable[[], "datasets.IterableDataset"],  # noqa: F821
-        name: str,
-        text_column: str | None,
-        encode: Encode,
-    ) -> None:
-        self.open_records, self.name, self.text_column, self.encode = open_records, name, text_column, encode
+    def __init__(self, open_documents: Callable[[], DocumentStream], name: str, encode: Encode) -> None:
+        self.open_documents, self.name, self.encode = open_documents, name, encode
         self.epoch = 0
         self._held_out = 0  # documents at the beginning that are never trained on
         self._begin(None)
 
     def _begin(self, position: dict[str, Any] | None) -> None:
-        """Opens the dataset, at a position of `datasets` or at its beginning."""
-        self._records = self.open_records()
+        """Opens the stream, at a position or at its beginning."""
+        self._stream = self.open_documents()
         if position is not None:
-            self._records.load_state_dict(position)
-        self._documents = record_documents(self.name, self._records, self.text_column)
+            self._stream.load_state_dict(position)
+        self._documents = iter(self._stream)
         self._at_document = position
         self._ids, self._used = np.empty(0, dtype=np.int64), 0
 
     def _next_document(self) -> bool:
         """Goes to the next document; false at the end of the dataset."""
-        position = copy.deepcopy(self._records.state_dict())
+        position = copy.deepcopy(self._stream.state_dict())
         document = next(self._documents, None)
         if document is None:
             return False
@@ -98,7 +91,7 @@ class TokenStream:
         return np.concatenate(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, where `datasets` stood before the current document, and how much of that is read."""
+        """The position: the epoch, where the stream stood before the current document, and how much of that is read."""
         return {"epoch": self.epoch, "records": self._at_document, "used": self._used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -16,8 +16,10 @@ from helpers.programs import ROOT, run_program, start_program
 from tokenization import ByteTokenizer, CharTokenizer
 from training_mini.arguments import DataArguments
 from training_mini.data import corpus as corpus_module
+from training_mini.data import formats as formats_module
 from training_mini.data import sources as sources_module
-from training_mini.data.corpus import Corpus, load_corpus, whole_characters
+from training_mini.data.corpus import Corpus, load_corpus
+from training_mini.data.formats import decoded
 from training_mini.data.sources import open_source
 
 
@@ -189,7 +191,7 @@ def test_empty_corpora(load, tmp_path: Path) -> None:
 
 
 def test_invalid_utf8_names_file_and_offset(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources_module, "PIECE_SIZE", 7)
+    monkeypatch.setattr(formats_module, "PIECE_SIZE", 7)
     (tmp_path / "bad.txt").write_bytes("é".encode() * 10 + b"\xff tail")
     with pytest.raises(ValueError, match=r"bad\.txt is not valid UTF-8 at byte 20 .*--errors replace"):
         load(tmp_path / "bad.txt", tokenizer="char")
@@ -203,13 +205,13 @@ def test_pieces_are_cut_between_characters(size: int) -> None:
     text = "aé漢🎉" * 5
     data = text.encode()
     pieces = [data[i : i + size] for i in range(0, len(data), size)]
-    assert "".join(piece.decode() for piece in whole_characters("x", pieces, "strict")) == text
+    assert "".join(decoded("x", pieces, "utf-8", "strict")) == text
 
 
 def test_incomplete_character_at_the_end() -> None:
     with pytest.raises(ValueError, match="x is not valid UTF-8 at byte 1"):
-        list(whole_characters("x", [b"a\xe6\xbc"], "strict"))
-    assert b"".join(whole_characters("x", [b"a\xe6", b"\xbc"], "replace")).decode() == "a\ufffd"
+        list(decoded("x", [b"a\xe6\xbc"], "utf-8", "strict"))
+    assert "".join(decoded("x", [b"a\xe6", b"\xbc"], "utf-8", "replace")) == "a\ufffd"
 
 
 def test_any_other_tokenizer(load, tmp_path: Path) -> None:
@@ -320,7 +322,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 import re, sys
 sys.path.append({str(ROOT)!r})
 from training_mini.arguments import DataArguments
-from training_mini.corpus import load_corpus
+from training_mini.data.corpus import load_corpus
 load_corpus(DataArguments(dataset=sys.argv[1], cache_dir=sys.argv[2], tokenizer=sys.argv[3]))
 # Not getrusage, whose peak includes that of the parent before exec.
 print(int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) // 1024)
@@ -344,7 +346,7 @@ def test_killed_while_encoding_starts_again_cleanly(load, cache: Path, tmp_path:
 import sys
 sys.path.append({str(ROOT)!r})
 from training_mini.arguments import DataArguments
-from training_mini.corpus import load_corpus
+from training_mini.data.corpus import load_corpus
 load_corpus(DataArguments(dataset={str(tmp_path / "a.txt")!r}, cache_dir={str(cache)!r}))
 """)
     process = start_program(program, cwd=ROOT)

@@ -1,0 +1,475 @@
+"""
+What a file holds, and how its bytes become text or records.
+
+To add a format of records, write a function that reads them and give it a suffix in `RECORD_FORMATS`. Everything else
+(folders, globs, compression, examples, streaming, the cache) follows from that one line.
+"""
+
+import codecs
+import contextlib
+import csv
+import functools
+import gzip
+import io
+import json
+import re
+import string
+import sys
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+PIECE_SIZE = 1 << 22  # bytes that are read at a time
+HEAD_SIZE = 512  # bytes that tell what a file is: the mark of a tar archive lies at byte 257
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+
+# What first bytes say of a file that is no text, and what makes text of it.
+FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
+    (b"%PDF-", "a PDF; pdftotext makes text of it"),
+    (b"PK\x03\x04", "a zip archive or an office document; unpack it, or save it as text"),
+    (b"PK\x05\x06", "a zip archive with nothing in it"),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an office document; save it as text"),
+    (b"\x1f\x8b", "compressed by gzip; end its name in .gz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; end its name in .zst"),
+    (b"\xfd7zXZ\x00", "compressed by xz; unpack it by xz -d"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4; unpack it by lz4 -d"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"Rar!\x1a\x07", "a rar archive; unpack it"),
+    (b"\x89PNG\r\n\x1a\n", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"GIF87a", "a picture"),
+    (b"GIF89a", "a picture"),
+    (b"OggS\x00", "a recording"),
+    (b"ID3\x02", "a recording"),
+    (b"ID3\x03", "a recording"),
+    (b"ID3\x04", "a recording"),
+    (b"\x7fELF", "a program"),
+    (b"\xca\xfe\xba\xbe", "a program"),
+    (b"\x00asm", "a program"),
+    (b"SQLite format 3\x00", "a database; export its text as CSV"),
+    (b"\x93NUMPY", "an array of numpy"),
+    (b"PAR1", "a Parquet file; end its name in .parquet"),
+    (b"ARROW1\x00\x00", "an Arrow file; save it as Parquet"),
+    (b"GGUF", "a model"),
+)
+BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16 does
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """
+    A file of text or of records.
+
+    Attributes:
+        path: where it is. A suffix `.gz` or `.zst` says that it is compressed; letters count in either case.
+        encoding: that of the files that are not UTF-8.
+        errors: "strict", or "replace" to read what is not valid in the encoding as U+FFFD.
+    """
+
+    path: Path
+    encoding: str = "utf-8"
+    errors: str = "strict"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def compression(self) -> str | None:
+        """`.gz`, `.zst`, or `None`."""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in COMPRESSIONS else None
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that says what is inside, in small letters: `.jsonl` of `A.JSONL.gz`."""
+        return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
+
+    @property
+    def record_format(self) -> "RecordFormat | None":
+        """How its records are read; `None` for text."""
+        return RECORD_FORMATS.get(self.suffix)
+
+    def raw_pieces(self, size: int | None = None) -> Iterator[bytes]:
+        """
+        Its bytes without compression, in pieces of about `size` (`PIECE_SIZE`).
+
+        Raises:
+            ValueError: if the compressed data is damaged, or ends before its end.
+        """
+        size = size or PIECE_SIZE
+        if self.compression is None:
+            with open(self.path, "rb") as stream:
+                while piece := stream.read(size):
+                    yield piece
+            return
+        try:
+            yield from COMPRESSIONS[self.compression](self.path, size)
+        except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+            name = {".gz": "gzip", ".zst": "zstd"}[self.compression]
+            raise ValueError(f"{self} is not a complete {name} file: {error}") from None
+
+    @functools.cached_property
+    def head(self) -> bytes:
+        """Its first bytes without compression, `HEAD_SIZE` at most."""
+        with contextlib.closing(self.raw_pieces(HEAD_SIZE)) as pieces:
+            return next(pieces, b"")[:HEAD_SIZE]
+
+    def why_not_text(self) -> str | None:
+        """What it is where its first bytes show that it is neither text nor records; else `None`."""
+        if self.suffix == ".parquet":
+            return None  # its reader says what is wrong with it
+        head = self.head
+        for first, what in FIRST_BYTES:
+            if head.startswith(first):
+                return what
+        if head[257:262] == b"ustar":
+            return "a tar archive; unpack it by tar -x"
+        if re.match(rb"BZh[1-9]1AY&SY", head):
+            return "compressed by bzip2; unpack it by bunzip2"
+        if head.startswith(b"RIFF") and head[8:12] in (b"WAVE", b"WEBP", b"AVI "):
+            return "a picture or a recording"
+        if head.startswith(b"MZ") and b"\x00" in head[:64]:
+            return "a program"
+        if self.suffix not in TEXT_SUFFIXES and self.record_format is None and self.encoding == "utf-8":
+            is_marked = any(head.startswith(mark) for mark in BYTE_ORDER_MARKS)
+            if b"\x00" in head and not is_marked:
+                return "a file of bytes and not of text; end its name in .txt to learn the bytes as they are"
+        return None
+
+    @property
+    def is_asked_as_wide(self) -> bool:
+        return self.encoding.startswith(("utf-16", "utf-32"))
+
+    @functools.cached_property
+    def own_encoding(self) -> str:
+        """
+        The encoding that this file is read in: UTF-8 where it is valid UTF-8, else the one that was asked for. So one
+        flag reads a folder of which some files are UTF-8. An encoding that writes other characters in the bytes of
+        ASCII (UTF-7, ISO-2022, EBCDIC) cannot be told from UTF-8, and is taken as asked.
+        """
+        if self.encoding in ("utf-8", "utf-8-sig"):
+            return self.encoding
+        letters, is_wide = string.printable.encode(), self.is_asked_as_wide
+        writes_in_ascii = self.encoding.startswith(("utf-7", "iso2022", "hz"))
+        if writes_in_ascii or (not is_wide and letters.decode(self.encoding, "replace").encode("utf-8") != letters):
+            return self.encoding
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            for piece in self.raw_pieces():
+                if is_wide and b"\x00" in piece:
+                    return self.encoding
+                decoder.decode(piece)
+            decoder.decode(b"", True)
+        except UnicodeDecodeError:
+            return self.encoding
+        return "utf-8"
+
+    def pieces(self) -> Iterator[bytes]:
+        """
+        Its text as UTF-8. What was UTF-8 comes byte by byte as it is in the file, valid or not.
+
+        Raises:
+            ValueError: naming file and byte, if it begins as UTF-16 and nobody said so, or is not valid in another
+                encoding than UTF-8.
+        """
+        self._refuse_unnamed_utf16()
+        if self.own_encoding == "utf-8":
+            yield from self.raw_pieces()
+        else:
+            for text in self.texts():
+                yield text.encode("utf-8")
+
+    def texts(self) -> Iterator[str]:
+        """
+        Its text, without a byte order mark.
+
+        Raises:
+            ValueError: naming file and byte, if it is not valid in its encoding.
+        """
+        self._refuse_unnamed_utf16()
+        is_first = True
+        for text in decoded(str(self), self.raw_pieces(), self.own_encoding, self.errors):
+            yield text.removeprefix("\ufeff") if is_first else text
+            is_first = False
+
+    def _refuse_unnamed_utf16(self) -> None:
+        if not self.is_asked_as_wide:
+            for mark, encoding in BYTE_ORDER_MARKS.items():
+                if self.head.startswith(mark):
+                    raise ValueError(
+                        f"{self} begins as {encoding.upper()} does: --encoding {encoding} reads it, and files that are "
+                        f"UTF-8 beside it."
+                    )
+
+    def records(self, columns: Collection[str] | None = None) -> Iterator[dict[str, Any]]:
+        """
+        Its records, read as a stream.
+
+        Args:
+            columns: those that are needed; others may be left out.
+
+        Raises:
+            ValueError: naming the file, if it cannot be read as what its name says.
+        """
+        return self.record_format.read(self, columns)
+
+
+def decoded(name: str, pieces: Iterable[bytes], encoding: str, errors: str) -> Iterator[str]:
+    """
+    The text of pieces of bytes, also where a character lies in two of them.
+
+    Raises:
+        ValueError: naming document and byte, if the bytes are not valid in the encoding and `errors` is `"strict"`.
+    """
+    decoder = codecs.getincrementaldecoder(encoding)(errors)
+    offset = 0
+    for piece, is_last in with_end(pieces):
+        held_back = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(piece, is_last)
+        except UnicodeDecodeError as error:
+            at = offset - held_back + error.start
+            # An encoding by its own name: iso8859-1, and not what was typed.
+            title = "UTF-8" if encoding == "utf-8" else f"{encoding} text"
+            advice = "--errors replace reads such bytes as U+FFFD"
+            if encoding == "utf-8":
+                advice = f"{guess_of_encoding(error.object)}; {advice}; --tokenizer byte keeps the bytes of a text"
+            raise ValueError(f"{name} is not valid {title} at byte {at} ({error.reason}): {advice}.") from None
+        offset += len(piece)
+        if text:
+            yield text
+
+
+def with_end(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each piece with `False`, and behind the last an empty one with `True`."""
+    for piece in pieces:
+        yield piece, False
+    yield b"", True
+
+
+def guess_of_encoding(data: bytes) -> str:
+    """A guess at the encoding of bytes that are not UTF-8, offered to the user and never taken by the program."""
+    if data[1::2].count(0) > len(data) / 5:
+        return "--encoding utf-16-le reads it if it is UTF-16"
+    if data[::2].count(0) > len(data) / 5:
+        return "--encoding utf-16-be reads it if it is UTF-16"
+    try:
+        data.decode("cp1252")
+    except UnicodeDecodeError:
+        return "--encoding latin-1 reads it if it is Western European"
+    return "--encoding cp1252 reads it if it is Western European"
+
+
+def gunzip(path: Path, size: int) -> Iterator[bytes]:
+    with gzip.open(path, "rb") as stream:
+        while piece := stream.read(size):
+            yield piece
+
+
+def unzstd(path: Path, size: int) -> Iterator[bytes]:
+    """As `gunzip`. zstandard's own reader of streams takes a cut file for a whole one, so each frame's end is asked."""
+    decompressor = None
+    with open(path, "rb") as stream:
+        while data := stream.read(min(size, 1 << 14)):  # what this unpacks to is in memory at once
+            while data:
+                if decompressor is None or decompressor.eof:
+                    decompressor = zstandard.ZstdDecompressor().decompressobj()
+                if piece := decompressor.decompress(data):
+                    yield piece
+                data = decompressor.unused_data if decompressor.eof else b""
+    if decompressor is not None and not decompressor.eof:
+        raise EOFError("it ends in the middle of its data")
+
+
+COMPRESSIONS: dict[str, Callable[[Path, int], Iterator[bytes]]] = {".gz": gunzip, ".zst": unzstd}
+
+
+def json_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    """Records one a line, or as one list. Each is read by itself, so a column may hold anything in each record."""
+    texts = file.texts()
+    beginning = ""
+    while not beginning and (text := next(texts, None)) is not None:
+        beginning = text.lstrip()
+    rest = (text for part in ([beginning], texts) for text in part)
+    values = json_values_of_list(file, rest) if beginning.startswith("[") else json_values_of_lines(file, rest)
+    for number, (place, value) in enumerate(values):
+        if not isinstance(value, dict):
+            raise unreadable(file, "json", f"record {number} ({place}) is no object but {str(value)[:40]!r}")
+        yield value
+
+
+def json_values_of_lines(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines_of(texts), start=1):
+        if line.strip():
+            try:
+                yield f"line {number}", json.loads(line)
+            except ValueError as error:  # also for a number of more digits than Python takes
+                needed = "needed is one object a line, or one list of objects"
+                raise unreadable(file, "json", f"line {number}: {error}; {needed}") from None
+
+
+def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """The values of one list, of which no more than one and a piece are in memory."""
+    decoder, texts = json.JSONDecoder(), iter(texts)
+    text, at, gone, number = next(texts), 1, 0, 0  # behind the bracket
+    while True:
+        while True:
+            at = NO_VALUE.match(text, at).end()
+            try:
+                if at == len(text):
+                    raise json.JSONDecodeError("the list does not end", text, at)
+                if text[at] == "]":
+                    break
+                value, end = decoder.raw_decode(text, at)
+                break
+            except json.JSONDecodeError as error:
+                # At the end of what was read more of it may help, and where a string does not end.
+                may_be_cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")
+                more = next(texts, None) if may_be_cut else None
+                if more is None:
+                    detail = f"record {number}, character {gone + error.pos + 1}: {error.msg}"
+                    raise unreadable(file, "json", detail) from None
+                gone, text, at = gone + at, text[at:] + more, 0
+        if text[at] == "]":
+            if text[at + 1 :].strip() or any(more.strip() for more in texts):
+                raise unreadable(file, "json", f"there is something behind the list of {number} records")
+            return
+        yield f"record {number}", value
+        at, number = end, number + 1
+
+
+NO_VALUE = re.compile(r"[\s,]*")
+
+
+def lines_of(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of a text in pieces, without their ends. Only a line feed ends one."""
+    rest = ""
+    for text in texts:
+        *lines, rest = (rest + text).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+CSV_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
+
+
+def csv_lines(texts: Iterable[str]) -> Iterator[str]:
+    """The lines of a text in pieces, with their ends, of any of the three kinds."""
+    rest = ""
+    for text in texts:
+        rest += text
+        # A carriage return at the very end may be the first half of an end.
+        end = max(rest.rfind("\n"), rest.rfind("\r", 0, len(rest) - 1)) + 1
+        yield from CSV_LINE.findall(rest, 0, end)
+        rest = rest[end:]
+    if rest:
+        yield rest
+
+
+def separated_records(
+    file: DataFile, columns: Collection[str] | None, separator: str, name: str
+) -> Iterator[dict[str, Any]]:
+    """
+    The rows below a header. Each cell is the text that stands there: `NA`, `007` and `true` are text, and so is a
+    date. A row that ends early has `None` in its last columns.
+    """
+    csv.field_size_limit(sys.maxsize)  # else a cell of more than 128 KiB is an error
+    end = "end of the file"  # as a row of its own, it shows that no quote is open there
+    reader = csv.reader((line for part in (csv_lines(file.texts()), [end]) for line in part), delimiter=separator)
+    rows = ((row, reader.line_num) for row in reader if row)
+    header: list[str] | None = None
+    try:
+        row, line = next(rows)
+        for next_row, next_line in rows:
+            if header is None:
+                header = row
+                refuse_other_separator(file, header, separator, columns)
+            else:
+                if any(row[len(header) :]):
+                    counts = f"{len(row)} cells, and the header {len(header)}"
+                    raise unreadable(file, name, f"the row that ends in line {line} has {counts}")
+                cells = row[: len(header)] + [None] * (len(header) - len(row))
+                # Of two columns of one name the first counts.
+                yield dict.fromkeys(header) | dict(zip(reversed(header), reversed(cells), strict=True))
+            row, line = next_row, next_line
+    except csv.Error as error:
+        raise unreadable(file, name, f"line {reader.line_num}: {error}") from None
+    if row != [end]:
+        raise unreadable(file, name, 'a quote (") that begins a cell is never closed')
+
+
+def refuse_other_separator(file: DataFile, header: list[str], separator: str, columns: Collection[str] | None) -> None:
+    """Raises ValueError for a single column whose name shows that something else separates, unless it was named."""
+    if len(header) > 1 or header[0] in (columns or ()):
+        return
+    if found := [other for other in ",;\t|" if other in header[0] and other != separator]:
+        raise ValueError(
+            f"{file} has one column only, of the name {header[0]!r}. If {found[0]!r} separates its columns, save it "
+            f"with commas, or with tabs as .tsv; if it is one column, say so by --text_column {header[0]!r}."
+        )
+
+
+def parquet_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet  # here, because it takes long to import and most corpora do not need it
+
+    source = io.BytesIO(b"".join(file.raw_pieces())) if file.compression else file.path
+    try:
+        with pyarrow.parquet.ParquetFile(source) as table:
+            fields = [field for field in table.schema_arrow if columns is None or field.name in columns]
+            in_json = [field.name for field in fields if "arrow.json" in str(field.type)]
+            for batch in table.iter_batches(batch_size=1024, columns=[field.name for field in fields]):
+                for record in batch.to_pylist():
+                    yield record | {name: from_json(record[name]) for name in in_json}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise unreadable(file, "parquet", error) from None
+
+
+def from_json(value: Any) -> Any:
+    """What stands in the strings of a column of JSON, which is how `datasets` stores messages of several shapes."""
+    if isinstance(value, list):
+        return [from_json(item) for item in value]
+    return json.loads(value) if isinstance(value, str) else value
+
+
+def unreadable(file: DataFile, format_name: str, detail: object) -> ValueError:
+    return ValueError(f"{file} could not be read as {format_name}: {' '.join(str(detail).split())}.")
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """
+    A format of records.
+
+    Attributes:
+        read: gives the records of a file; it need not read other columns than those it is asked for, if any.
+        is_often_without_text: whether such files lie beside texts and hold settings or tables. In a folder, one in
+            which no text is found is left out and counted, and no error.
+    """
+
+    read: Callable[[DataFile, Collection[str] | None], Iterator[dict[str, Any]]]
+    is_often_without_text: bool = False
+
+
+RECORD_FORMATS = {
+    ".jsonl": RecordFormat(json_records),
+    ".ndjson": RecordFormat(json_records, is_often_without_text=True),
+    ".json": RecordFormat(json_records, is_often_without_text=True),
+    ".csv": RecordFormat(functools.partial(separated_records, separator=",", name="csv")),
+    ".tsv": RecordFormat(functools.partial(separated_records, separator="\t", name="tsv"), is_often_without_text=True),
+    ".parquet": RecordFormat(parquet_records),
+}
+
+
+def known_suffixes() -> tuple[str, ...]:
+    """The suffixes of the files that a folder is searched for."""
+    return (*TEXT_SUFFIXES, *RECORD_FORMATS)
