@@ -448,10 +448,8 @@ def test_latin_1_is_learned_as_bytes_with_a_word(data: Path) -> None:
     size = len("UTF-8: ü\n".encode()) * 20 + len(LATIN)
     for _ in range(2):  # also from the cache
         read, strange = load(data).notes
-        assert (
-            read
-            == f"Read 2 files with {size} bytes of text; left out 1 ({data / 'book.pdf'}: {BINARIES['book.pdf'][1]})."
-        )
+        left_out = f"{data / 'book.pdf'}: {BINARIES['book.pdf'][1]}"
+        assert read == f"Read 2 files with {size} bytes of text; left out 1 ({left_out})."
         assert strange == (
             f"Not UTF-8, and learned byte by byte as it is: {data / 'latin.txt'}; --encoding cp1252 reads it if it is "
             f"Western European."
