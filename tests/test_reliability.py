@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -232,3 +233,33 @@ def test_skipped_steps_are_remembered_over_a_resume(tmp_path: Path) -> None:
     train_here(tmp_path / "run", "--max_steps", 8, *settings, bad_steps=range(7, 100))
     with pytest.raises(ValueError, match="of 5 steps in a row, from step 7 on"):
         train_here(tmp_path / "run", "--resume", "--max_steps", 40, *settings, bad_steps=range(7, 100))
+
+
+@pytest.mark.parametrize("flags", [(), ("--save_steps", 1), ("--ema_decay", 0.5), ("--eval_steps", 2)], ids=str)
+def test_a_run_that_left_the_finite_numbers_writes_no_model(flags: tuple[object, ...], tmp_path: Path) -> None:
+    with pytest.raises(ValueError) as error:
+        train_here(tmp_path / "run", "--learning_rate", 1e6, "--max_steps", 4, "--warmup_steps", 0, *flags)
+    assert re.match(r"After step \d the (validation loss is nan|weights are not finite)", str(error.value)), error.value
+    assert "a lower --learning_rate" in str(error.value)
+    assert not (tmp_path / "run" / "final").exists()
+    for path in (tmp_path / "run").rglob("*.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
+
+
+@pytest.mark.parametrize("name", ["best", "final", "merged"])
+def test_no_folder_has_weights_that_are_not_finite(name: str, tmp_path: Path) -> None:
+    """Whatever made them so."""
+    trainer, result = train_here(tmp_path / "run", "--max_steps", 3)
+    before = weights(tmp_path / "run")
+    with torch.no_grad():
+        trainer.run.unwrapped_model.model.layers[1].mlp.up_proj.weight[3, 4] = math.inf
+    trainer.state.step += 1
+    with pytest.raises(
+        ValueError, match=r"^After step 4 the weights are not finite \(\S*up_proj.weight\); the checkpoint"
+    ):
+        trainer.save_model(name, result.evaluation)
+    with pytest.raises(ValueError, match=r"the checkpoint of step 3 is sound: go on from it with --resume"):
+        trainer.save()
+    assert [state.name for state in states_of(tmp_path / "run")] == ["step_3"]
+    assert not (tmp_path / "run" / "merged").exists()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(tmp_path / "run").items())

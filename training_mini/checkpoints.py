@@ -212,12 +212,29 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step_"))
 
 
-def advice_of_sound_state(run_folder: Path, step: int) -> str:
-    """The end of a sentence: how to go on after training went wrong at `step`."""
-    sound = [step_of(folder) for folder in states_of(run_folder) if step_of(folder) < step]
+def advice_of_sound_state(run_folder: Path, state: TrainerState) -> str:
+    """The end of a sentence: how to go on after training went wrong, at the latest at the step of `state`."""
+    wrong_since = state.skipped_since if state.skipped_since is not None else state.step
+    sound = [step_of(folder) for folder in states_of(run_folder) if step_of(folder) < wrong_since]
     if sound:
         return f"the checkpoint of step {sound[-1]} is sound: go on from it with --resume and a lower --learning_rate"
     return "there is no checkpoint from before; start anew with --overwrite and a lower --learning_rate"
+
+
+def check_is_finite(run_folder: Path, state: TrainerState, parallel: Parallel, model: nn.Module) -> None:
+    """
+    Every process calls it, with its part of the model.
+
+    Raises:
+        ValueError: on every process, if a weight is NaN or infinite.
+    """
+    local = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in model.named_parameters()}
+    wrong = next((name for name, tensor in local.items() if not tensor.isfinite().all()), None)
+    if parallel.anyone(wrong is not None):
+        name = f" ({wrong})" if wrong is not None else ""
+        raise ValueError(
+            f"After step {state.step} the weights are not finite{name}; {advice_of_sound_state(run_folder, state)}."
+        )
 
 
 def damage_of(folder: Path) -> str:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments
 from .build import Run, build_run, description_of
-from .checkpoints import advice_of_sound_state, save_state
+from .checkpoints import advice_of_sound_state, check_is_finite, save_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .lora import merged_model
@@ -246,7 +246,7 @@ class Trainer:
         if in_a_row >= self.arguments.optimization.max_skipped_steps:
             raise ValueError(
                 f"The gradients of {in_a_row} steps in a row, from step {state.skipped_since} on, are not finite; "
-                f"{advice_of_sound_state(self.run.folder, state.skipped_since)}."
+                f"{advice_of_sound_state(self.run.folder, state)}."
             )
 
     def log(self) -> None:
@@ -278,6 +278,11 @@ class Trainer:
             evaluation = evaluate(run.model, run.held_out, batch_size, accelerator, self.stop.agreed)
         if evaluation is None or state.evaluated_step == state.step:
             return evaluation  # of a run that was resumed at its end, and has recorded it
+        if not math.isfinite(evaluation.loss):
+            raise ValueError(
+                f"After step {state.step} the validation loss is {evaluation.loss}; "
+                f"{advice_of_sound_state(run.folder, state)}."
+            )
         self.monitor.record(state.step, evaluation.metrics())
         state.evaluated_step = state.step
         is_best = evaluation.loss < state.best_loss
@@ -294,6 +299,7 @@ class Trainer:
     def save(self) -> None:
         """Writes a checkpoint to go on from."""
         run, keep = self.run, (self.arguments.run.keep_last, self.arguments.run.keep_every)
+        check_is_finite(run.folder, self.state, self.parallel, run.model)
         self.state.stream = run.batches.state_dict(self.state.step)
         if self.written(lambda: save_state(run.folder, self.state, run.weights, *keep)):
             self.saved_step = self.state.step
@@ -316,6 +322,7 @@ class Trainer:
         """
         run, error = self.run, None
         with run.ema_weights():
+            check_is_finite(run.folder, self.state, self.parallel, run.model)
             try:
                 if name != "merged":
                     model = self.parallel.gather_full_model(run.model)
