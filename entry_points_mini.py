@@ -65,15 +65,19 @@ class ArgumentParser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}; --help lists the flags.")
 
-    def parse(self, argv: list[str], yaml_path: str | Path | None = None) -> tuple[Any, ...]:
+    def parse(
+        self, argv: list[str], yaml_path: str | Path | None = None, defaults: dict[str, Any] | None = None
+    ) -> tuple[Any, ...]:
         """
-        The dataclasses from a YAML file and flags; a flag wins over the file.
+        The dataclasses from a YAML file and flags; a flag wins over the file, and the file over `defaults`, which take
+        the place of those of the fields.
 
         Raises:
             ValueError: for an unknown name or a value that does not fit, in one sentence.
         """
         from_yaml = self._yaml_as_flags(yaml_path) if yaml_path is not None else []
-        *parsed, unknown = self.parse_args_into_dataclasses([*from_yaml, *argv], return_remaining_strings=True)
+        first = [f"--{name}={value}" for name, value in (defaults or {}).items()]
+        *parsed, unknown = self.parse_args_into_dataclasses([*first, *from_yaml, *argv], return_remaining_strings=True)
         for argument in unknown:
             if argument.startswith("-"):
                 name = argument.split("=")[0].lstrip("-").replace("-", "_")

@@ -22,6 +22,8 @@ from modeling_mini.loading.checkpoints import (
     find_checkpoint,
 )
 
+from .optimizers import LEARNING_RATES, OPTIMIZERS
+
 RUNS_FOLDER = Path("runs")
 DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
 TRACKERS = ("tensorboard", "trackio", "wandb")
@@ -164,6 +166,17 @@ class DataArguments:
         self.encoding = encoding_called(self.encoding)
 
 
+def defaults_of(setting: str) -> str:
+    """The default of a setting with each optimizer, for the help."""
+    return "default: " + ", ".join(f"{name} {optimizer.defaults[setting]}" for name, optimizer in OPTIMIZERS.items())
+
+
+def rates_of(kind: str) -> str:
+    """The default learning rate of a kind of parameters with each optimizer, for the help."""
+    rates = ", ".join(f"{name} {optimizer.rates.get(kind, 1.0):g}" for name, optimizer in OPTIMIZERS.items())
+    return f"default: learning_rate times: {rates}"
+
+
 @dataclass
 class OptimizationArguments:
     """How the weights move. Names are those of transformers' TrainingArguments wherever it has the setting."""
@@ -172,10 +185,18 @@ class OptimizationArguments:
     train_batch_size: int = option(16, "sequences per optimizer step, over all processes")
     gradient_accumulation_steps: int = option(1, "parts that each process splits its share of a batch into")
     find_batch_size: bool = option(False, "double gradient_accumulation_steps until a part fits into memory")
-    optimizer: Literal["adamw", "muon"] = option("adamw", "adamw, or muon for the matrices of the blocks")
-    learning_rate: float = option(2e-3, "peak learning rate")
-    lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] = option(
-        "cosine", "cosine to a floor, wsd (warmup, stable, decay to a floor), linear to 0, or constant; all warm up"
+    optimizer: str = option(
+        "muon", "muon (for the matrices of the blocks, with AdamW for the rest), or adamw; with --model, it is adamw",
+        choices=OPTIMIZERS,
+    )  # fmt: skip
+    learning_rate: float | None = option(None, f"peak learning rate ({defaults_of('learning_rate')})")
+    embedding_learning_rate: float | None = option(None, f"that of the embedding ({rates_of('embedding')})")
+    head_learning_rate: float | None = option(None, f"that of the head, if it is not tied ({rates_of('head')})")
+    vector_learning_rate: float | None = option(None, f"that of norms and biases ({rates_of('vectors')})")
+    lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] | None = option(
+        None,
+        "cosine to a floor, wsd (warmup, stable, decay to a floor), linear to 0, or constant; all warm up "
+        f"({defaults_of('lr_scheduler_type')})",
     )
     min_lr_rate: float = option(0.1, "share of the peak learning rate that is the floor of cosine and wsd")
     warmup_steps: int | None = option(
@@ -184,12 +205,15 @@ class OptimizationArguments:
     decay_ratio: float | None = option(
         None, f"share of max_steps in which wsd decays, at the end (default: {DECAY_RATIO}, or what the warmup leaves)"
     )
-    weight_decay: float = option(0.1, "decoupled decay, on matrices only")
+    weight_decay: float | None = option(None, f"decoupled decay, on matrices only ({defaults_of('weight_decay')})")
     adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
     adam_beta2: float = option(0.99, "decay of AdamW's mean of squared gradients")
     adam_epsilon: float = option(1e-8, "AdamW's epsilon")
     muon_momentum: float = option(0.95, "Muon's momentum")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 turns clipping off")
+    muon_iterations: int = option(5, "polynomials with which Muon orthogonalises a step; fewer are faster")
+    max_grad_norm: float | None = option(
+        None, f"gradients are clipped to this norm; 0 turns clipping off ({defaults_of('max_grad_norm')})"
+    )
     max_skipped_steps: int = option(10, "stop after so many steps in a row whose gradients are not finite")
     label_smoothing: float = option(0.0, "share of the target's probability that is spread over the vocabulary")
     z_loss: float = option(0.0, "weight of the squared log-partition, which keeps logits small (1e-4 is usual)")
@@ -200,7 +224,13 @@ class OptimizationArguments:
     early_stopping_patience: int = option(0, "end after so many evaluations without a better one; 0: never")
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "max_steps", "train_batch_size", "gradient_accumulation_steps", "max_skipped_steps")
+        check_least(
+            self, 1, "max_steps", "train_batch_size", "gradient_accumulation_steps", "max_skipped_steps",
+            "muon_iterations",
+        )  # fmt: skip
+        for name, value in OPTIMIZERS[self.optimizer].defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         # Only a value that was given is refused.
         if self.warmup_steps is None:
             self.warmup_steps = min(WARMUP_STEPS, self.max_steps // 10)
@@ -209,8 +239,8 @@ class OptimizationArguments:
         check_least(
             self, 0, "weight_decay", "max_grad_norm", "warmup_steps", "z_loss", "early_stopping_patience",
         )  # fmt: skip
-        for name in ("learning_rate", "adam_epsilon"):
-            if not 0 < getattr(self, name) < float("inf"):
+        for name in (*LEARNING_RATES.values(), "adam_epsilon"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in (
             "adam_beta1", "adam_beta2", "muon_momentum", "label_smoothing", "ema_decay", "dropout_start", "dropout_end"
@@ -232,6 +262,11 @@ class OptimizationArguments:
                 f"warmup_steps ({self.warmup_steps}) and the decay of {self.decay_steps} steps (decay_ratio "
                 f"{self.decay_ratio}) do not both fit into max_steps ({self.max_steps})."
             )
+
+    def learning_rate_of(self, kind: str) -> float:
+        """The peak learning rate of a kind of parameters, one of `LEARNING_RATES`."""
+        given = getattr(self, LEARNING_RATES[kind])
+        return given if given is not None else self.learning_rate * OPTIMIZERS[self.optimizer].rates.get(kind, 1.0)
 
     @property
     def decay_steps(self) -> int:
@@ -444,7 +479,11 @@ def parse_arguments(argv: list[str]) -> Arguments:
         yaml_path = folder / "config.yaml"
         check_is_complete(yaml_path)
         argv = [*argv, f"--output_dir={folder}"]
-    model, adapter, data, optimization, monitoring, run, *_ = parser.parse(argv, yaml_path)
+    groups_of_run = parser.parse(argv, yaml_path)
+    if groups_of_run[0].model is not None:
+        # Muon's defaults were found for new models; what is trained already is tuned by AdamW unless told otherwise.
+        groups_of_run = parser.parse(argv, yaml_path, {"optimizer": "adamw"})
+    model, adapter, data, optimization, monitoring, run, *_ = groups_of_run
     if model.model is None:
         if adapter.lora_r:
             raise ValueError("An adapter belongs to a trained model: name it by --model, or leave out --lora_r.")

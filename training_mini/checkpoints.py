@@ -102,13 +102,11 @@ class Weights:
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.load_state(str(folder))
             return
-        settings = [
-            [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-            for optimizer in self.optimizers
-        ]
         tensors = self._tensors()
         with may_be_alone():
-            dcp.load(tensors, checkpoint_id=folder)
+            # Without the settings, which another version of Mini may have others of.
+            state = {"state": tensors["optimizer"]["state"]}
+            dcp.load({**tensors, "optimizer": state}, checkpoint_id=folder)
         if self.is_adapted:  # its tensors are the parameters themselves
             set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
         else:
@@ -118,9 +116,6 @@ class Weights:
                 model_state_dict=tensors["model"],
                 optim_state_dict=tensors["optimizer"],
             )
-        for optimizer, groups in zip(self.optimizers, settings, strict=True):
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
-                group.update(values)
 
     def _tensors(self) -> dict[str, Any]:
         if self.is_adapted:

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from .arguments import Arguments, OptimizationArguments
 from .launch import check_launch, check_processes
 from .lora import blank_copy
+from .optimizers import OPTIMIZERS
 
 
 class Parallel:
@@ -223,11 +224,12 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
 
 def check_deepspeed(optimization: OptimizationArguments) -> None:
     """Raises `ValueError` for settings that need the optimizer step, which DeepSpeed keeps to itself."""
-    settings = {
-        "--optimizer muon": optimization.optimizer == "muon",
-        "--ema_decay": optimization.ema_decay > 0,
-        "--find_batch_size": optimization.find_batch_size,
-    }
+    if not OPTIMIZERS[optimization.optimizer].is_single:
+        raise ValueError(
+            f"--optimizer {optimization.optimizer} does not work with DeepSpeed; give --optimizer adamw, or shard by "
+            f"fsdp2.yaml."
+        )
+    settings = {"--ema_decay": optimization.ema_decay > 0, "--find_batch_size": optimization.find_batch_size}
     for setting, is_given in settings.items():
         if is_given:
             raise ValueError(f"{setting} does not work with DeepSpeed; leave it out, or shard by fsdp2.yaml.")

@@ -12,6 +12,7 @@ from .arguments import AdapterArguments, Arguments
 from .checkpoints import TrainerState
 from .evaluation import Evaluation
 from .lora import is_adapted, lora_alpha
+from .optimizers import OPTIMIZERS
 
 USAGE = """\
 from transformers import pipeline
@@ -26,7 +27,6 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OR_REPOSITORY", trust_rem
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")
 output = model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=100)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon and AdamW"}  # another is called as its setting is
 
 
 def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
@@ -59,7 +59,7 @@ def model_card(
     config, adapter = model.config, arguments.adapter
     dataset = arguments.data.dataset
     optimization = arguments.optimization
-    optimizer = OPTIMIZERS.get(optimization.optimizer, optimization.optimizer)
+    optimizer = OPTIMIZERS[optimization.optimizer].display_name
     name = Path(dataset).name or dataset
     base = arguments.model.model
     has_adapter = is_adapted(model)

@@ -13,61 +13,38 @@ from transformers import PreTrainedModel
 
 from .arguments import OptimizationArguments
 from .data.batches import NOT_LEARNED
+from .optimizers import LEARNING_RATES, OPTIMIZERS, ParameterGroups
 
 
 def make_optimizers(model: PreTrainedModel, arguments: OptimizationArguments) -> list[torch.optim.Optimizer]:
     """
-    AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) for all parameters, or Muon (Jordan et al.
-    2024, https://kellerjordan.github.io/posts/muon/) for the matrices of the blocks and AdamW for the rest. Only
-    matrices decay: a norm or bias that is pulled to zero changes what the layer computes, not how complex it is.
+    The optimizers that `arguments.optimizer` names, each kind of parameter with its own learning rate. Only matrices
+    decay: a norm or bias that is pulled to zero changes what the layer computes, not how complex it is.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizers: list[torch.optim.Optimizer] = []
-    if arguments.optimizer == "muon":
-        matrices = block_matrices(model)
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=arguments.learning_rate,
-                weight_decay=arguments.weight_decay,
-                momentum=arguments.muon_momentum,
-                # Updates as large as AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982), so that one learning
-                # rate serves both.
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
-        taken = {id(matrix) for matrix in matrices}
-        parameters = [parameter for parameter in parameters if id(parameter) not in taken]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    if groups := [group for group in groups if group["params"]]:  # all of an adapter may be matrices
-        optimizers.append(
-            torch.optim.AdamW(
-                groups,
-                lr=arguments.learning_rate,
-                betas=(arguments.adam_beta1, arguments.adam_beta2),
-                eps=arguments.adam_epsilon,
-                fused=True,  # one kernel for all parameters; a small model spends most of an unfused step on dispatch
-            )
-        )
-    return optimizers
+    groups: ParameterGroups = {}
+    for kind, parameters in parameters_by_kind(model).items():
+        rate = arguments.learning_rate_of(kind)
+        decay = 0.0 if kind == "vectors" else arguments.weight_decay
+        groups[kind] = {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+    return OPTIMIZERS[arguments.optimizer].make(groups, arguments)
 
 
-def block_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The matrices of the hidden layers: not the embedding and the head, whose rows are tokens."""
-    token_matrices = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return [p for p in model.parameters() if p.requires_grad and p.ndim == 2 and id(p) not in token_matrices]
+def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
+    """The parameters that learn, by the kinds of `LEARNING_RATES`, without kinds that have none."""
+    kind_of = {id(model.get_output_embeddings().weight): "head"}
+    kind_of[id(model.get_input_embeddings().weight)] = "embedding"  # also where it is tied to the head
+    kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in LEARNING_RATES}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "vectors" if parameter.ndim < 2 else kind_of.get(id(parameter), "matrices")
+            kinds[kind].append(parameter)
+    return {kind: parameters for kind, parameters in kinds.items() if parameters}
 
 
 def make_schedulers(
     optimizers: list[torch.optim.Optimizer], arguments: OptimizationArguments, step: int
 ) -> list[LambdaLR]:
     """Schedules that stand after `step` steps; the rate is a function of the step, so there is nothing to save."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = arguments.learning_rate
     share = functools.partial(share_of_peak, arguments=arguments)
     return [LambdaLR(optimizer, share, last_epoch=step - 1) for optimizer in optimizers]
 
