@@ -181,7 +181,7 @@ class Contender:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.flops_per_token = training_flops_per_token(name, self.model, settings)
         self.products = Counter((layer.in_features, layer.out_features) for layer in linear_layers(self.model))
-        (self.optimizer,) = make_optimizers(self.model, OptimizationArguments())
+        (self.optimizer,) = make_optimizers(self.model, OptimizationArguments(optimizer="adamw"))
         if mode == "compiled":
             self.model.compile()
         # The same tokens for all. One more than the context, so that nanoGPT has its targets.

@@ -229,11 +229,19 @@ def test_how_many_processes_were_asked_for(
     assert launch_module.asked_processes(SimpleNamespace(cmdline=command.split)) == asked
 
 
-@pytest.mark.parametrize("settings", [{"optimizer": "muon"}, {"ema_decay": 0.9}, {"find_batch_size": True}], ids=str)
-def test_what_deepspeed_cannot_do(settings: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"does not work with DeepSpeed; leave it out, or shard by fsdp2\.yaml"):
-        distributed.check_deepspeed(OptimizationArguments(**settings))
-    distributed.check_deepspeed(OptimizationArguments())
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({"optimizer": "muon"}, "--optimizer muon does not work with DeepSpeed; give --optimizer adamw"),
+        ({"ema_decay": 0.9}, "--ema_decay does not work with DeepSpeed; leave it out"),
+        ({"find_batch_size": True}, "--find_batch_size does not work with DeepSpeed; leave it out"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_cannot_do(settings: dict[str, object], advice: str) -> None:
+    with pytest.raises(ValueError, match=f"{advice}, or shard by fsdp2"):
+        distributed.check_deepspeed(OptimizationArguments(**{"optimizer": "adamw", **settings}))
+    distributed.check_deepspeed(OptimizationArguments(optimizer="adamw"))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)

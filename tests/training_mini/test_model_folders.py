@@ -7,10 +7,10 @@ from training_mini.evaluation import Evaluation
 from training_mini.model_folders import model_card
 
 
-def test_an_optimizer_that_the_card_does_not_know_is_called_as_its_setting() -> None:
+def test_the_card_names_the_optimizer() -> None:
     arguments = parse_arguments([])
     evaluation = Evaluation(loss=1.0, bits_per_byte=1.44)
-    for name, called in (("adamw", "AdamW"), ("muon", "Muon and AdamW"), ("lion", "lion")):
+    for name, called in (("adamw", "AdamW"), ("muon", "Muon and AdamW")):
         arguments.optimization.optimizer = name
         card = model_card(make_model(), arguments, TrainerState(corpus={}, architecture={}), evaluation, {"gzip": 2.0})
         assert f"tokens, {called}, peak learning rate" in card
