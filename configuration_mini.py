@@ -1,78 +1,17 @@
-"""MiniConfig: every choice that shapes a Mini model, the size presets, and the checks that both pass."""
+"""MiniConfig: the shape of a Mini model as a configuration of transformers, and the checks that it passes."""
 
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
+from shape_mini import NORM_TYPES, PRESETS, MiniShape, check_numbers, nearest_name, option
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-NORM_TYPES = ("layernorm", "rmsnorm")
 ROPE_TYPES = ("default", *sorted(ROPE_INIT_FUNCTIONS))
-
-# All widths are multiples of 64 (bitsandbytes' 4-bit kernels need that, and tensor cores like it). Parameter counts
-# are with tied embeddings; all but `gpt2` read bytes or characters.
-PRESETS: dict[str, dict[str, Any]] = {
-    # 0.49M: learns in minutes on two CPU cores
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 256,
-    },
-    # 2.53M: the default
-    "small": {
-        "hidden_size": 256,
-        "intermediate_size": 320,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-    },
-    # 19.6M: an evening on a laptop, minutes on a GPU
-    "medium": {
-        "hidden_size": 512,
-        "intermediate_size": 1152,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-    },
-    # 85.2M: GPT-2's body over bytes
-    "large": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "max_position_embeddings": 1024,
-    },
-    # 123.6M: the same body with GPT-2's vocabulary, where one token both begins and ends a document
-    "gpt2": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-        "max_position_embeddings": 1024,
-        "vocab_size": 50257,
-        "bos_token_id": 50256,
-        "eos_token_id": 50256,
-        "pad_token_id": 50256,
-    },
-}
-
-
-def nearest_name(name: str, known: list[str]) -> str:
-    """`", did you mean 'x'?"` when one of `known` looks like `name`, else an empty string; for error messages."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
 
 
 def unknown_norm(reader: str, norm: str) -> ValueError:
@@ -100,33 +39,15 @@ def one_sentence_errors(config_class: type) -> type:
 
 @one_sentence_errors
 @strict
-class MiniConfig(PreTrainedConfig):
-    r"""
+class MiniConfig(MiniShape, PreTrainedConfig):
+    """
     The configuration of a Mini model. `MiniConfig()` is the `small` preset.
 
-    Field names are Llama's wherever Llama has the field. Mini's own are `norm_type`, `norm_eps`, `qk_norm`,
-    `embedding_dropout` and `residual_dropout`.
-
     Args:
+        hidden_size, num_hidden_layers, and so on: the fields of `MiniShape`, described there.
         vocab_size: rows of the embedding; 264 are 8 special tokens and 256 bytes.
-        hidden_size: width of the residual stream.
-        intermediate_size: width of the SwiGLU layer.
-        num_hidden_layers: number of blocks.
-        num_attention_heads: number of query heads.
-        num_key_value_heads: number of key/value heads: as many as query heads is multi-head attention, 1 is
-            multi-query, between is grouped-query. `None` means as many as query heads.
-        head_dim: width of one head; `None` means `hidden_size / num_attention_heads`.
-        hidden_act: activation inside the SwiGLU layer.
-        max_position_embeddings: the context length in tokens.
-        initializer_range: standard deviation of the initial weight matrices (see `MiniPreTrainedModel._init_weights`).
-        norm_type: `"layernorm"` or `"rmsnorm"`.
-        norm_eps: the epsilon of every normalisation.
-        qk_norm: normalise queries and keys per head before the rotary embedding.
-        tie_word_embeddings: share one matrix between the embedding and the head.
-        rope_parameters: `{"rope_type": ..., "rope_theta": ...}` and what the type asks for; any type of transformers.
-        attention_bias: biases in the four attention projections.
-        mlp_bias: biases in the three SwiGLU projections.
-        embedding_dropout, attention_dropout, residual_dropout: probabilities in [0, 1).
+        use_cache: whether `forward` keeps keys and values where it is not told.
+        pad_token_id, bos_token_id, eos_token_id: ids of the tokenizer, within the vocabulary; `None` for none.
 
     Raises:
         ValueError: one sentence, for any combination that cannot work.
@@ -152,27 +73,8 @@ class MiniConfig(PreTrainedConfig):
         "norm": (["hidden_states"], ["hidden_states"]),
     }
 
-    vocab_size: int = 264
-    hidden_size: int = 256
-    intermediate_size: int = 320
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8
-    num_key_value_heads: int | None = 2
-    head_dim: int | None = None
-    hidden_act: str = "silu"
-    max_position_embeddings: int = 256
-    initializer_range: float = 0.02
-    norm_type: str = "layernorm"
-    norm_eps: float = 1e-5
-    qk_norm: bool = False
+    vocab_size: int = option(264, "rows of the embedding", at_least=1)
     use_cache: bool = True
-    tie_word_embeddings: bool = True
-    rope_parameters: RopeParameters | dict | None = None
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    embedding_dropout: float | int = 0.0
-    attention_dropout: float | int = 0.0
-    residual_dropout: float | int = 0.0
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 2
@@ -197,8 +99,8 @@ class MiniConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        # An indivisible width keeps `None`, for `validate_architecture` to refuse with its reason.
-        divisible = self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads == 0
+        # A width that cannot be divided keeps `None`, which `validate_architecture` refuses with the reason.
+        divisible = self.num_attention_heads > 0 < self.hidden_size and self.hidden_size % self.num_attention_heads == 0
         if self.head_dim is None and divisible:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.num_key_value_heads == 1:
@@ -209,38 +111,22 @@ class MiniConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Run by `@strict` when a configuration is made and again before it is saved."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.head_dim is not None and (self.head_dim < 1 or self.head_dim % 2):
+            raise ValueError(
+                f"head_dim must be even and at least 2, because the rotary embedding turns pairs of features; "
+                f"got {self.head_dim}."
+            )
+        check_numbers(self)
         if self.head_dim is None:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
                 f"({self.num_attention_heads}), or head_dim must be given."
-            )
-        if self.head_dim < 1 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim must be even and at least 2, because the rotary embedding turns pairs of features; "
-                f"got {self.head_dim}."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by num_key_value_heads "
                 f"({self.num_key_value_heads})."
             )
-        for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}.")
         if self.norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type must be one of {', '.join(NORM_TYPES)}, got {self.norm_type!r}.")
         if self.hidden_act not in ACT2FN:

@@ -1,92 +1,263 @@
-"""What the entry points share: arguments from flags and YAML, and errors that end in one sentence."""
+"""What the entry points share: settings from flags and YAML, and errors that end in one sentence."""
 
+import argparse
 import contextlib
-import logging
+import dataclasses
 import os
 import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Iterator
-from dataclasses import field
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
-from configuration_mini import nearest_name
-from transformers import HfArgumentParser
-
-# Where a CPU has AVX512-BF16, bitsandbytes warns on import that it does without a kernel of a further library; and
-# peft, which transformers and TRL import, imports it. Set here, because every program imports this file before those.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# And in INT8 it says for every product that it computes in float16.
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+from shape_mini import PRESETS, check_numbers, nearest_name
+from shape_mini import option as option  # what groups of settings are made with, beside `Settings`
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_NOBODY_READS = 141  # as the shell says it of a program that SIGPIPE ended
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 
+# What nanoGPT, transformers and llama.cpp call a setting, and the names that it has here; the first of them that is a
+# flag of the program is named.
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "batch": ("train_batch_size", "batch_size"),
+    "batch_size": ("train_batch_size",),
+    "beta1": ("adam_beta1",),
+    "beta2": ("adam_beta2",),
+    "block_size": ("max_position_embeddings", "length"),
+    "compile": ("torch_compile",),
+    "context": ("max_position_embeddings", "length"),
+    "context_length": ("max_position_embeddings", "length"),
+    "corpus": ("dataset",),
+    "ctx_size": ("max_position_embeddings", "length"),
+    "d_model": ("hidden_size",),
+    "data": ("dataset",),
+    "dataset_name": ("dataset",),
+    "depth": ("num_hidden_layers",),
+    "dropout": ("residual_dropout",),
+    "epochs": ("max_steps",),
+    "eval_interval": ("eval_steps",),
+    "eval_every": ("eval_steps",),
+    "ffn_dim": ("intermediate_size",),
+    "grad_accum": ("gradient_accumulation_steps",),
+    "grad_clip": ("max_grad_norm",),
+    "heads": ("num_attention_heads",),
+    "hub_model_id": ("repository",),
+    "init_from": ("model",),
+    "init_std": ("initializer_range",),
+    "iters": ("max_steps",),
+    "layers": ("num_hidden_layers",),
+    "log_interval": ("logging_steps",),
+    "lora_rank": ("lora_r",),
+    "lr": ("learning_rate",),
+    "max_iters": ("max_steps",),
+    "max_length": ("max_new_tokens", "max_position_embeddings"),
+    "max_seq_length": ("max_position_embeddings",),
+    "min_lr": ("min_lr_rate",),
+    "model_name_or_path": ("model",),
+    "n": ("num_return_sequences",),
+    "n_embd": ("hidden_size",),
+    "n_head": ("num_attention_heads",),
+    "n_kv_head": ("num_key_value_heads",),
+    "n_layer": ("num_hidden_layers",),
+    "n_predict": ("max_new_tokens",),
+    "num_epochs": ("max_steps",),
+    "num_heads": ("num_attention_heads",),
+    "num_layers": ("num_hidden_layers",),
+    "num_samples": ("num_return_sequences",),
+    "num_train_epochs": ("max_steps",),
+    "out": ("output_dir", "output"),
+    "out_dir": ("output_dir",),
+    "per_device_train_batch_size": ("train_batch_size",),
+    "precision": ("bf16", "dtype"),
+    "resume_from_checkpoint": ("resume",),
+    "save_total_limit": ("keep_last",),
+    "seq_len": ("max_position_embeddings", "length"),
+    "start": ("prompt",),
+    "steps": ("max_steps",),
+    "temp": ("temperature",),
+    "tokens": ("max_new_tokens", "length"),
+    "train_file": ("dataset",),
+    "warmup_iters": ("warmup_steps",),
+    "wd": ("weight_decay",),
+    "width": ("hidden_size",),
+}
+# Settings that are counted in another unit here need a word more than their name.
+EPOCHS = (
+    " (one epoch is the number of tokens of the corpus divided by train_batch_size x max_position_embeddings steps; "
+    "the run says both)"
+)
+REMARKS = dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), EPOCHS)
 
-def option(default: Any, help: str, **kwargs: Any) -> Any:
-    """A dataclass field with the help text of its flag."""
-    metadata = {"help": help, **kwargs}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+
+@dataclass
+class Settings:
+    """
+    A group of settings: fields made by `option` are the flags of a program and the keys of its YAML file.
+
+    Raises:
+        ValueError: for a number outside of the interval of its field, which NaN and infinity always are.
+    """
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
-class HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not `None` or nothing: there the help text says what happens."""
+def optional_settings(name: str, shape: type) -> type[Settings]:
+    """
+    A group that has every setting of the dataclass `shape`, and `None` for each that was not given; a field that is
+    added there is a setting here.
+    """
+    fields = []
+    for given in dataclasses.fields(shape):
+        default = "the preset's" if given.name in PRESETS["tiny"] else as_yaml(given.default)
+        shown = given.default not in (None, False) or given.name in PRESETS["tiny"]
+        words = f"{given.metadata['help']} (default: {default})" if shown else given.metadata["help"]
+        metadata = {**given.metadata, "help": words}
+        fields.append((given.name, given.type | None, dataclasses.field(default=None, metadata=metadata)))
+    return dataclasses.make_dataclass(name, fields, bases=(Settings,), namespace={"__doc__": shape.__doc__})
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """As wide as the terminal; a value is named by its kind, and a default is shown where there is one."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=100, max_help_position=32)
+        super().__init__(prog, max_help_position=34)
 
-    def _get_help_string(self, action: Action) -> str | None:
-        return action.help if action.default in (None, []) else super()._get_help_string(action)
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS, []) or "(default: " in (action.help or ""):
+            return action.help
+        return f"{action.help} (default: {as_yaml(action.default)})"
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.nargs == "?":  # the value may be left out, and nearly always is
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # a name stays in one piece
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
 
 
-class ArgumentParser(HfArgumentParser):
+class HelpAction(argparse.Action):
+    """`--help` prints what most people need, and `--help all` every flag."""
+
+    def __call__(self, parser: "ArgumentParser", *arguments: Any) -> NoReturn:
+        parser.print_help_of(everything=arguments[1] == "all")
+        sys.exit()
+
+
+class ArgumentParser(argparse.ArgumentParser):
     """
-    `HfArgumentParser` with two habits of Mini: a mistake is one sentence that names the nearest right flag, and a YAML
-    file goes through the same checks as flags, so that `1e-3` is a number and `tru` an error in both.
+    A parser made from groups of settings. A mistake is one sentence that names the right flag, and a YAML file goes
+    through the same checks as flags, so that `1e-3` is a number and `tru` an error in both.
+
+    transformers' `HfArgumentParser` does less, and takes 0.8 of the second in which help is to be printed.
+
+    Args:
+        groups: one class or several; the first line of its docstring is the heading of its flags, after its name.
     """
 
-    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
-        for action in self._actions:
-            # The names in YAML, in Python and in transformers have underscores; their dashed twins would only fill
-            # the help text.
-            action.option_strings = [o for o in action.option_strings if "-" not in o[2:]] or action.option_strings
+    def __init__(self, groups: type[Settings] | Sequence[type[Settings]], **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, add_help=False, **kwargs)
+        self.groups = [groups] if isinstance(groups, type) else list(groups)
+        self.others = self.add_argument_group("other")
+        self.others.add_argument(
+            "-h",
+            "--help",
+            action=HelpAction,
+            nargs="?",
+            metavar="all",
+            default=argparse.SUPPRESS,
+            help="show the flags that most people need, or all",
+        )
+        self.common = set()
+        for group in self.groups:
+            section = self.add_argument_group(heading_of(group), first_line(group.__doc__))
+            hints = typing.get_type_hints(group)
+            # What a group says itself stands before what it has from another.
+            for field in sorted(dataclasses.fields(group), key=lambda field: field.name not in group.__annotations__):
+                names = [f"--{field.name}", *field.metadata.get("aliases", [])]
+                dashed = [name.replace("_", "-") for name in names if "_" in name]
+                action = section.add_argument(*names, *dashed, **argument_of(field, hints[field.name]))
+                # The names in YAML, in Python and in transformers have underscores; their dashed twins would only
+                # fill the help text.
+                action.option_strings = names
+                if field.metadata.get("common"):
+                    self.common.add(action)
 
     @property
     def known_fields(self) -> list[str]:
         """The names of all fields, which are the flags and the YAML keys."""
-        return [name for dataclass in self.dataclass_types for name in dataclass.__dataclass_fields__]
+        return [field.name for group in self.groups for field in dataclasses.fields(group)]
+
+    def print_help_of(self, everything: bool) -> None:
+        """The flags by group: all of them, or those that most people need."""
+        sections = [section for section in self._action_groups if section._group_actions and section is not self.others]
+        sections.append(self.others)
+        flags = [action for section in sections for action in section._group_actions if action.option_strings]
+        places = [action.metavar or action.dest for action in self._actions if not action.option_strings]
+        formatter = self._get_formatter()
+        formatter.add_usage(" ".join([self.prog, *places, "[--FLAG VALUE ...]"]), [], [])
+        formatter.add_text(self.description)
+        shown = set(self._actions) if everything or not self.common else self.common | set(self.others._group_actions)
+        for section in sections:
+            actions = [action for action in section._group_actions if action in shown or not action.option_strings]
+            if actions:
+                formatter.start_section(section.title)
+                if everything:
+                    formatter.add_text(section.description)
+                formatter.add_arguments(actions)
+                formatter.end_section()
+        if hidden := len(set(flags) - shown):
+            formatter.add_text(f"{self.prog} --help all shows {hidden} more flags.")
+        print(formatter.format_help(), end="")
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message[0].upper()}{message[1:]}; --help lists the flags.")
 
     def parse(
-        self, argv: list[str], yaml_path: str | Path | None = None, defaults: dict[str, Any] | None = None
+        self, argv: Sequence[str], yaml_path: str | Path | None = None, defaults: dict[str, Any] | None = None
     ) -> tuple[Any, ...]:
         """
-        The dataclasses from a YAML file and flags; a flag wins over the file, and the file over `defaults`, which take
-        the place of those of the fields.
+        The groups from a YAML file and flags, and the namespace of other arguments where there are any; a flag wins
+        over the file, and the file over `defaults`, which take the place of those of the fields.
 
         Raises:
             ValueError: for an unknown name or a value that does not fit, in one sentence.
         """
         from_yaml = self._yaml_as_flags(yaml_path) if yaml_path is not None else []
         first = [f"--{name}={value}" for name, value in (defaults or {}).items()]
-        *parsed, unknown = self.parse_args_into_dataclasses([*first, *from_yaml, *argv], return_remaining_strings=True)
+        namespace, unknown = self.parse_known_args([*first, *from_yaml, *argv])
         for argument in unknown:
             if argument.startswith("-"):
-                name = argument.split("=")[0].lstrip("-").replace("-", "_")
-                flags = [option.lstrip("-") for action in self._actions for option in action.option_strings]
-                raise ValueError(f"There is no flag {argument.split('=')[0]!r}{nearest_name(name, flags) or '.'}")
+                flag = argument.split("=")[0]
+                raise ValueError(f"There is no flag {flag!r}{self.right_name(flag)}")
             # The shell put the names of files in the place of a pattern.
             hint = "; if it comes of a pattern such as *.txt, put the pattern in quotes" * os.path.exists(argument)
             raise ValueError(f"The argument {argument!r} belongs to no flag{hint}.")
-        return tuple(parsed)
+        values = vars(namespace)
+        parsed = [
+            group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            for group in self.groups
+        ]
+        return (*parsed, namespace) if values else tuple(parsed)
+
+    def right_name(self, name: str) -> str:
+        """What somebody who wrote `name` may have meant, as the end of a sentence."""
+        plain = name.lstrip("-").replace("-", "_")
+        flags = [option_string.lstrip("-") for action in self._actions for option_string in action.option_strings]
+        for other in OTHER_NAMES.get(plain, ()):
+            if other in flags:
+                return f", did you mean {other!r}?{REMARKS.get(plain, '')}"
+        return nearest_name(plain, flags) or "."
 
     def _yaml_as_flags(self, path: str | Path) -> list[str]:
         try:
@@ -101,13 +272,86 @@ class ArgumentParser(HfArgumentParser):
         flags = []
         for name, value in values.items():
             if name not in self.known_fields:
-                hint = nearest_name(str(name), self.known_fields) or "."
-                raise ValueError(f"{path} has an unknown key {name!r}{hint}")
+                raise ValueError(f"{path} has an unknown key {name!r}{self.right_name(str(name))}")
             if isinstance(value, list):
                 flags += [f"--{name}", *map(str, value)] if value else []
+            elif isinstance(value, dict):
+                flags.append(f"--{name}={yaml.safe_dump(value, default_flow_style=True)}")
             elif value is not None:
                 flags.append(f"--{name}={value}")
         return flags
+
+
+def heading_of(group: type[Settings]) -> str:
+    """`model` for `ModelArguments`; `flags` where the name is that of the only group of a program."""
+    return group.__name__.removesuffix("Arguments").removesuffix("Settings").lower() or "flags"
+
+
+def as_yaml(value: Any) -> str:
+    """A value of a setting as one writes it in a flag or in YAML."""
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def first_line(docstring: str | None) -> str:
+    return (docstring or "").strip().split("\n")[0]
+
+
+def argument_of(field: dataclasses.Field, hint: Any) -> dict[str, Any]:
+    """What `argparse.ArgumentParser.add_argument` takes for a field of this type; `None` means "not given"."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+        hint = float if set(kinds) == {int, float} else kinds[0]
+    is_list = field.default is dataclasses.MISSING
+    default = field.default_factory() if is_list else field.default
+    argument = {"help": field.metadata["help"].replace("%", "%%"), "default": default}
+    if "choices" in field.metadata:
+        argument["choices"] = field.metadata["choices"]
+    if typing.get_origin(hint) is Literal:
+        return {**argument, "choices": typing.get_args(hint)}
+    if typing.get_origin(hint) is list:
+        hint = typing.get_args(hint)[0]
+        argument["nargs"] = "+"
+    if hint is bool:
+        return {**argument, "type": boolean, "nargs": "?", "const": True}
+    kind, name = KINDS.get(typing.get_origin(hint) or hint, (hint, "VALUE"))
+    return {**argument, "type": kind, **({} if "choices" in argument else {"metavar": name})}
+
+
+def boolean(text: str) -> bool:
+    """As YAML writes it, and people."""
+    if text.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if text.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A mapping in JSON or YAML; `1e4`, which is text in YAML, is a number here as everywhere."""
+
+    def with_numbers(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: with_numbers(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [with_numbers(item) for item in value]
+        try:
+            return float(value) if isinstance(value, str) else value
+        except ValueError:
+            return value
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a mapping, such as '{{name: value}}', got {text!r}")
+    return with_numbers(value)
+
+
+# What reads the value of a flag, and what the help text calls it.
+KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
+    int: (int, "N"), float: (float, "X"), str: (str, "TEXT"), dict: (mapping, "MAPPING")
+}  # fmt: skip
 
 
 def checkpoint_and_out(argv: list[str], program: str) -> tuple[list[str], list[str]]:

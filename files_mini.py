@@ -12,11 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
+RUNS_FOLDER = Path("runs")
+# In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
+CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
 
-# What the libraries raise when they cannot write; the last is no Exception.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError, CheckpointException)
+
+def cache_folder() -> Path:
+    """Where encoded corpora and measurements are kept: MINI_CACHE, or ~/.cache/mini."""
+    return Path(os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini")
+
+
+def write_errors() -> tuple[type[BaseException], ...]:
+    """What the libraries raise when they cannot write, to be asked for when something was raised: this loads torch."""
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
+
+    return OSError, RuntimeError, SafetensorError, CheckpointException
 
 
 def read_text(path: Path) -> str:
@@ -134,7 +145,7 @@ def writing(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except WRITE_ERRORS as error:
+    except write_errors() as error:
         raise not_written(target, reason_of(error)) from error
 
 
@@ -146,8 +157,8 @@ def not_written(target: Path, reason: str) -> OSError:
 
 def reason_of(error: BaseException) -> str:
     """The cause of a failed write, dug out of what torch and safetensors wrap around it."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    if failures := getattr(error, "failures", None):  # of torch's CheckpointException, by process
+        error = next(iter(failures.values()))[0]
     if "unexpected pos" in str(error):  # all that torch's writer says when a write comes back short
         return "a file was cut short: the disk is full, or a quota is reached"
     return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__

@@ -17,7 +17,7 @@ from files_mini import read_text
 from huggingface_hub import ModelCard, ModelCardData
 from modeling_mini.export.card import MARK as OF_EXPORT
 from modeling_mini.export.card import read_card, rows_of
-from modeling_mini.remote_code import remote_code_files
+from modeling_mini.remote_code import ROOT_FILES, remote_code_files
 
 from .staging import CARD, CURVES, Source, Staged
 from .verification import SEED, Proof
@@ -186,7 +186,7 @@ def commit_of_code(staged: Staged) -> str | None:
     if carried != remote_code_files():
         return None
     root = Path(__file__).parent.parent
-    paths = ["configuration_mini.py", *(f"modeling_mini/{name}" for name in carried if name != "configuration_mini.py")]
+    paths = [name if name in ROOT_FILES else f"modeling_mini/{name}" for name in carried]
     try:
         changed, head, top = (
             subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

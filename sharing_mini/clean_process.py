@@ -9,7 +9,15 @@ import json
 import sys
 from typing import Any
 
-MINI = ("configuration_mini", "modeling_mini", "generation_mini", "sharing_mini", "tokenization", "training_mini")
+MINI = (
+    "configuration_mini",
+    "modeling_mini",
+    "generation_mini",
+    "shape_mini",
+    "sharing_mini",
+    "tokenization",
+    "training_mini",
+)
 
 
 def load(request: dict[str, Any]) -> tuple[Any, Any]:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from configuration_mini import NORM_TYPES, PRESETS, ROPE_TYPES, MiniConfig, nearest_name
+from configuration_mini import ROPE_TYPES, MiniConfig
+from helpers.shapes import EVERY_FIELD
 from modeling_mini import MiniForCausalLM
+from shape_mini import NORM_TYPES, PRESETS, Interval, MiniShape, nearest_name
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -61,9 +63,9 @@ REFUSED = {
     "attention_dropout": ({"attention_dropout": -0.1}, ["attention_dropout must be in [0, 1)", "got -0.1"]),
     "residual_dropout": ({"residual_dropout": 2}, ["residual_dropout must be in [0, 1)", "got 2"]),
     "dropout not a number": ({"residual_dropout": NOT_A_NUMBER}, ["residual_dropout must be in [0, 1)", "nan"]),
-    "norm_eps": ({"norm_eps": 0.0}, ["norm_eps must be between 0 and 1", "got 0.0"]),
-    "norm_eps not a number": ({"norm_eps": NOT_A_NUMBER}, ["norm_eps must be between 0 and 1", "nan"]),
-    "initializer_range": ({"initializer_range": 1.5}, ["initializer_range must be between 0 and 1", "got 1.5"]),
+    "norm_eps": ({"norm_eps": 0.0}, ["norm_eps must be in (0, 1]", "got 0.0"]),
+    "norm_eps not a number": ({"norm_eps": NOT_A_NUMBER}, ["norm_eps must be in (0, 1]", "nan"]),
+    "initializer_range": ({"initializer_range": 1.5}, ["initializer_range must be in (0, 1]", "got 1.5"]),
     "norm_type": ({"norm_type": "rms"}, ["norm_type must be one of layernorm, rmsnorm", "got 'rms'"]),
     "hidden_act, nearly": ({"hidden_act": "sillu"}, ["hidden_act 'sillu'", "did you mean 'silu'?"]),
     "hidden_act": ({"hidden_act": "zzzzzzzz"}, ["hidden_act 'zzzzzzzz' is not an activation of transformers."]),
@@ -79,6 +81,8 @@ REFUSED = {
     "int for bool": ({"qk_norm": 1}, ["qk_norm", "expected bool", "got int"]),
     "string for bool": ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings", "expected bool", "got str"]),
     "string for id": ({"eos_token_id": "a"}, ["eos_token_id", "list[int]", "got str"]),
+    "rope not a number": (rope("linear", factor=NOT_A_NUMBER), ["rope_parameters: factor must be finite", "got nan"]),
+    "infinite eps": ({"norm_eps": float("inf")}, ["norm_eps must be in (0, 1]", "got inf"]),
     "string for rope": ({"rope_parameters": "linear"}, ["rope_parameters", "got str", "'linear'"]),
 }
 
@@ -147,6 +151,8 @@ def test_refusals_name_every_constraint_of_validate_architecture() -> None:
     )
     flat = {name for item in named for name in (item if isinstance(item, tuple) else (item,))}
     checked = {name for name in flat if name in MiniConfig.__dataclass_fields__}
+    fields = dataclasses.fields(MiniConfig)
+    checked |= {field.name for field in fields if field.metadata.get("interval", Interval()) != Interval()}
     assert checked <= {field for fields, _ in REFUSED.values() for field in fields}
 
 
@@ -203,43 +209,8 @@ def test_nearest_name() -> None:
     assert nearest_name("entirely different", list(PRESETS)) == ""
 
 
-# One value for each of Mini's fields, none of them the default.
-EVERY_FIELD: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 96,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 20,
-    "hidden_act": "gelu",
-    "max_position_embeddings": 76,
-    "initializer_range": 0.031,
-    "norm_type": "rmsnorm",
-    "norm_eps": 3e-6,
-    "qk_norm": True,
-    "use_cache": False,
-    "tie_word_embeddings": False,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 500.0,
-        "factor": 2.0,
-        "original_max_position_embeddings": 38,
-        "partial_rotary_factor": 0.5,
-    },
-    "attention_bias": True,
-    "mlp_bias": True,
-    "embedding_dropout": 0.11,
-    "attention_dropout": 0.12,
-    "residual_dropout": 0.13,
-    "pad_token_id": 11,
-    "bos_token_id": 12,
-    "eos_token_id": [13, 14],
-}
-
-
 def test_json_round_trip_loses_no_field(tmp_path: Path) -> None:
-    own = set(MiniConfig.__annotations__)
+    own = {field.name for field in dataclasses.fields(MiniShape)} | set(MiniConfig.__annotations__)
     assert set(EVERY_FIELD) == own, "a new field needs a value here"
     default = MiniConfig()
     config = MiniConfig(**EVERY_FIELD)

@@ -204,7 +204,7 @@ WRONG = {
     "--model {base} --lora_r 4 --load_in_4bit --load_in_8bit": "Give one of load_in_4bit and load_in_8bit",
     "--model {base} --lora_r 4 --load_in_4bit --merge": "keeps the rounding of the weights for good",
     "--model {base} --lora_r 4 --merge_quantized": "merge_quantized goes with merge",
-    "--model {base} --lora_r -1": "lora_r must not be negative",
+    "--model {base} --lora_r -1": "lora_r must be at least 0",
     "--model {base} --lora_r 4 --lora_dropout 1": "lora_dropout must be in [0, 1)",
     "--model nothing/here/at/all": "There is no run or checkpoint folder",
 }

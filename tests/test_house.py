@@ -10,6 +10,7 @@ from sharing_mini.space import imports_of
 ROOT = Path(__file__).parent.parent
 FLOORS = [
     ("configuration_mini", 1),
+    ("shape_mini", 1),
     ("tokenization", 1),
     ("entry_points_mini", 1),
     ("files_mini", 1),

@@ -219,7 +219,7 @@ BAD_INPUT = [
     (["--max_steps", "0"], "max_steps must be at least 1"),
     (["--max_steps", "2"], "warmup_steps (2) must be less than max_steps (2)"),
     (["--train_batch_size", "7", "--gradient_accumulation_steps", "2"], "train_batch_size (7) must be divisible by"),
-    (["--validation_ratio", "1.5"], "validation_ratio must be between 0 and 1"),
+    (["--validation_ratio", "1.5"], "validation_ratio must be in (0, 1)"),
     (["--output_dir", "empty.txt/run"], "empty.txt"),
     (["--output_dir", "mine", "--overwrite"], "'mine' holds files that are not a run of Mini"),
     (["--config", "unknown.yaml"], "unknown.yaml has an unknown key 'learing_rate', did you mean 'learning_rate'?"),

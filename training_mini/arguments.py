@@ -4,54 +4,38 @@ import codecs
 import dataclasses
 import encodings.aliases
 import importlib.util
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from configuration_mini import PRESETS, MiniConfig, nearest_name
-from entry_points_mini import ArgumentParser, option
-from files_mini import read_text, write_text
-from modeling_mini.loading.checkpoints import (
-    ADAPTER_CONFIG,
-    CHECKPOINTS_OF_A_RUN,
-    MODEL_CONFIG,
-    base_of_adapter,
-    find_checkpoint,
-)
+from entry_points_mini import ArgumentParser, Settings, option, optional_settings
+from files_mini import CHECKPOINTS_OF_A_RUN, RUNS_FOLDER, cache_folder, read_text, write_text
+from shape_mini import PRESETS, MiniShape, nearest_name
 
 from .optimizers import LEARNING_RATES, OPTIMIZERS
 
-RUNS_FOLDER = Path("runs")
-DROPOUTS = ("embedding_dropout", "attention_dropout", "residual_dropout")
+if TYPE_CHECKING:
+    from configuration_mini import MiniConfig
+
+SHAPE = tuple(field.name for field in dataclasses.fields(MiniShape))
+DROPOUTS = tuple(name for name in SHAPE if name.endswith("_dropout"))
 TRACKERS = ("tensorboard", "trackio", "wandb")
 WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is long enough for them
 
 
 @dataclass
-class ModelArguments:
-    """The model to start from; or the shape of a new one: a preset, and any field of MiniConfig to replace in it."""
+class ModelArguments(optional_settings("ShapeSettings", MiniShape)):
+    """The model to start from; or the shape of a new one: a preset, and any field of MiniShape to replace in it."""
 
     model: str | None = option(
-        None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer"
+        None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer", common=True
     )
-    size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)")
-    max_position_embeddings: int | None = option(None, "context length in tokens (default: the preset's)")
-    hidden_size: int | None = option(None, "width of the residual stream (default: the preset's)")
-    intermediate_size: int | None = option(None, "width of the SwiGLU layer (default: the preset's)")
-    num_hidden_layers: int | None = option(None, "number of blocks (default: the preset's)")
-    num_attention_heads: int | None = option(None, "number of query heads (default: the preset's)")
-    num_key_value_heads: int | None = option(None, "number of key/value heads (default: the preset's)")
-    head_dim: int | None = option(None, "width of one head (default: hidden_size / num_attention_heads)")
-    norm_type: str | None = option(None, "layernorm or rmsnorm (default: layernorm)")
-    qk_norm: bool | None = option(None, "normalise queries and keys per head", nargs="?", const=True)
-    embedding_dropout: float | None = option(None, "dropout after the embedding (default: 0)")
-    attention_dropout: float | None = option(None, "dropout on attention weights (default: 0)")
-    residual_dropout: float | None = option(None, "dropout on what a block adds (default: 0)")
+    size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)", common=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_named(self, "model")
         if self.model is None:
             self.size = self.size or "tiny"
@@ -63,10 +47,11 @@ class ModelArguments:
                 f"out --model to train a new one."
             )
 
-    def model_config(self, **from_tokenizer: int) -> MiniConfig:
+    def model_config(self, **from_tokenizer: int) -> "MiniConfig":
         """The configuration of the new model; `from_tokenizer` are the vocabulary size and the special ids."""
-        shape = {name: value for name, value in vars(self).items() if name not in ("model", "size")}
-        given = {name: value for name, value in shape.items() if value is not None}
+        from configuration_mini import MiniConfig  # loads torch, which no help text needs
+
+        given = {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
         return MiniConfig.preset(self.size, **given, **from_tokenizer)
 
     @property
@@ -76,12 +61,14 @@ class ModelArguments:
 
 
 @dataclass
-class AdapterArguments:
+class AdapterArguments(Settings):
     """Training a few weights beside those of `--model`. Names are those of TRL, which takes them from peft."""
 
-    lora_r: int = option(0, "rank of a LoRA adapter, which is trained in place of the weights; 0: the weights")
-    lora_alpha: float | None = option(None, "the adapter counts lora_alpha / lora_r (default: twice lora_r)")
-    lora_dropout: float = option(0.0, "dropout on what goes into the adapter")
+    lora_r: int = option(
+        0, "rank of a LoRA adapter, which is trained in place of the weights; 0: the weights", at_least=0
+    )
+    lora_alpha: float | None = option(None, "the adapter counts lora_alpha / lora_r (default: twice lora_r)", above=0)
+    lora_dropout: float = option(0.0, "dropout on what goes into the adapter", at_least=0, below=1)
     lora_target_modules: list[str] = option([], "layers to adapt, by the end of their names (default: all in blocks)")
     lora_modules_to_save: list[str] = option([], "modules to train in full beside it, such as embed_tokens")
     use_rslora: bool = option(False, "scale by the root of the rank: lora_alpha / sqrt(lora_r)")
@@ -92,13 +79,9 @@ class AdapterArguments:
     merge_quantized: bool = option(False, "merge into the rounded weights of load_in_4bit or load_in_8bit")
 
     def __post_init__(self) -> None:
-        check_least(self, 0, "lora_r")
+        super().__post_init__()
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = []  # the default, by the name that peft has for it
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}.")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("Give one of load_in_4bit and load_in_8bit.")
         if not self.lora_r:
@@ -129,7 +112,7 @@ class AdapterArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Settings):
     """What text to learn from, and how it becomes token ids."""
 
     dataset: str = option(
@@ -138,30 +121,29 @@ class DataArguments:
         "chat-sample and instruction-sample (a small generated lesson), "
         "a file, a directory, a quoted glob, or the name of a dataset on the Hub; "
         "records with messages, or with prompt and completion, are learned as such",
+        common=True,
     )
     dataset_config: str | None = option(None, "configuration of a Hub dataset, where it has several")
     dataset_split: str = option("train", "split of a Hub dataset")
     streaming: bool = option(False, "train from the stream of a dataset, and store none of it")
     text_column: str | None = option(None, "column of files of records or Hub data (default: found by name)")
     tokenizer: str | None = option(
-        None, "byte, char, or the folder or Hub name of any tokenizer (default: byte, or that of --model)"
+        None, "byte, char, or the folder or Hub name of any tokenizer (default: byte, or that of --model)", common=True
     )
     encoding: str = option("utf-8", "encoding of the files that are not UTF-8, such as cp1252 or utf-16")
     errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")
-    validation_ratio: float = option(0.1, "share of the text that is held out")
+    validation_ratio: float = option(0.1, "share of the text that is held out", above=0, below=1)
     assistant_only_loss: bool | None = option(
-        None, "learn what the assistant says, or the completion, alone (default: true for such records)",
-        nargs="?", const=True,
-    )  # fmt: skip
+        None, "learn what the assistant says, or the completion, alone (default: true for such records)"
+    )
     document_attention: bool = option(False, "a token attends to its own document only, not to others in its row")
     cache_dir: str = option(
-        os.environ.get("MINI_CACHE", os.path.join(os.path.expanduser("~"), ".cache", "mini")),
+        str(cache_folder()),
         "where encoded corpora are kept",
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_ratio < 1:
-            raise ValueError(f"validation_ratio must be between 0 and 1, got {self.validation_ratio}.")
+        super().__post_init__()
         check_named(self, "dataset", "dataset_config", "dataset_split", "text_column", "tokenizer", "cache_dir")
         self.encoding = encoding_called(self.encoding)
 
@@ -178,56 +160,76 @@ def rates_of(kind: str) -> str:
 
 
 @dataclass
-class OptimizationArguments:
+class OptimizationArguments(Settings):
     """How the weights move. Names are those of transformers' TrainingArguments wherever it has the setting."""
 
-    max_steps: int = option(1200, "number of optimizer steps")
-    train_batch_size: int = option(16, "sequences per optimizer step, over all processes")
-    gradient_accumulation_steps: int = option(1, "parts that each process splits its share of a batch into")
+    max_steps: int = option(1200, "number of optimizer steps", at_least=1, common=True)
+    train_batch_size: int = option(16, "sequences per optimizer step, over all processes", at_least=1, common=True)
+    gradient_accumulation_steps: int = option(1, "parts that each process splits its share of a batch into", at_least=1)
     find_batch_size: bool = option(False, "double gradient_accumulation_steps until a part fits into memory")
     optimizer: str = option(
         "muon", "muon (for the matrices of the blocks, with AdamW for the rest), or adamw; with --model, it is adamw",
         choices=OPTIMIZERS,
     )  # fmt: skip
-    learning_rate: float | None = option(None, f"peak learning rate ({defaults_of('learning_rate')})")
-    embedding_learning_rate: float | None = option(None, f"that of the embedding ({rates_of('embedding')})")
-    head_learning_rate: float | None = option(None, f"that of the head, if it is not tied ({rates_of('head')})")
-    vector_learning_rate: float | None = option(None, f"that of norms and biases ({rates_of('vectors')})")
+    learning_rate: float | None = option(
+        None, f"peak learning rate ({defaults_of('learning_rate')})", above=0, common=True
+    )
+    embedding_learning_rate: float | None = option(None, f"that of the embedding ({rates_of('embedding')})", above=0)
+    head_learning_rate: float | None = option(
+        None, f"that of the head, if it is not tied ({rates_of('head')})", above=0
+    )
+    vector_learning_rate: float | None = option(None, f"that of norms and biases ({rates_of('vectors')})", above=0)
     lr_scheduler_type: Literal["cosine", "wsd", "linear", "constant"] | None = option(
         None,
         "cosine to a floor, wsd (warmup, stable, decay to a floor), linear to 0, or constant; all warm up "
         f"({defaults_of('lr_scheduler_type')})",
     )
-    min_lr_rate: float = option(0.1, "share of the peak learning rate that is the floor of cosine and wsd")
+    min_lr_rate: float = option(
+        0.1, "share of the peak learning rate that is the floor of cosine and wsd", at_least=0, at_most=1
+    )
     warmup_steps: int | None = option(
-        None, f"steps in which the learning rate rises from 0 (default: {WARMUP_STEPS}, of a short run a tenth of it)"
+        None,
+        f"steps in which the learning rate rises from 0 (default: {WARMUP_STEPS}, of a short run a tenth of it)",
+        at_least=0,
     )
     decay_ratio: float | None = option(
-        None, f"share of max_steps in which wsd decays, at the end (default: {DECAY_RATIO}, or what the warmup leaves)"
+        None,
+        f"share of max_steps in which wsd decays, at the end (default: {DECAY_RATIO}, or what the warmup leaves)",
+        at_least=0,
+        at_most=1,
     )
-    weight_decay: float | None = option(None, f"decoupled decay, on matrices only ({defaults_of('weight_decay')})")
-    adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients")
-    adam_beta2: float = option(0.99, "decay of AdamW's mean of squared gradients")
-    adam_epsilon: float = option(1e-8, "AdamW's epsilon")
-    muon_momentum: float = option(0.95, "Muon's momentum")
-    muon_iterations: int = option(5, "polynomials with which Muon orthogonalises a step; fewer are faster")
+    weight_decay: float | None = option(
+        None, f"decoupled decay, on matrices only ({defaults_of('weight_decay')})", at_least=0
+    )
+    adam_beta1: float = option(0.9, "decay of AdamW's mean of gradients", at_least=0, below=1)
+    adam_beta2: float = option(0.99, "decay of AdamW's mean of squared gradients", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
+    muon_momentum: float = option(0.95, "Muon's momentum", at_least=0, below=1)
+    muon_iterations: int = option(5, "polynomials with which Muon orthogonalises a step; fewer are faster", at_least=1)
     max_grad_norm: float | None = option(
-        None, f"gradients are clipped to this norm; 0 turns clipping off ({defaults_of('max_grad_norm')})"
+        None, f"gradients are clipped to this norm; 0 turns clipping off ({defaults_of('max_grad_norm')})", at_least=0
     )
-    max_skipped_steps: int = option(10, "stop after so many steps in a row whose gradients are not finite")
-    label_smoothing: float = option(0.0, "share of the target's probability that is spread over the vocabulary")
-    z_loss: float = option(0.0, "weight of the squared log-partition, which keeps logits small (1e-4 is usual)")
-    dropout_start: float | None = option(None, "dropout everywhere at the first step; with dropout_end")
-    dropout_end: float | None = option(None, "dropout everywhere at the last step; with dropout_start")
+    max_skipped_steps: int = option(10, "stop after so many steps in a row whose gradients are not finite", at_least=1)
+    label_smoothing: float = option(
+        0.0, "share of the target's probability that is spread over the vocabulary", at_least=0, below=1
+    )
+    z_loss: float = option(
+        0.0, "weight of the squared log-partition, which keeps logits small (1e-4 is usual)", at_least=0
+    )
+    dropout_start: float | None = option(
+        None, "dropout everywhere at the first step; with dropout_end", at_least=0, below=1
+    )
+    dropout_end: float | None = option(
+        None, "dropout everywhere at the last step; with dropout_start", at_least=0, below=1
+    )
     dropout_annealing: Literal["linear", "cosine"] = option("linear", "the way from dropout_start to dropout_end")
-    ema_decay: float = option(0.0, "evaluate and keep a moving average of the weights with this decay; 0: none")
-    early_stopping_patience: int = option(0, "end after so many evaluations without a better one; 0: never")
+    ema_decay: float = option(
+        0.0, "evaluate and keep a moving average of the weights with this decay; 0: none", at_least=0, below=1
+    )
+    early_stopping_patience: int = option(0, "end after so many evaluations without a better one; 0: never", at_least=0)
 
     def __post_init__(self) -> None:
-        check_least(
-            self, 1, "max_steps", "train_batch_size", "gradient_accumulation_steps", "max_skipped_steps",
-            "muon_iterations",
-        )  # fmt: skip
+        super().__post_init__()
         for name, value in OPTIMIZERS[self.optimizer].defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -236,20 +238,6 @@ class OptimizationArguments:
             self.warmup_steps = min(WARMUP_STEPS, self.max_steps // 10)
         if self.decay_ratio is None:
             self.decay_ratio = min(DECAY_RATIO, max(0.0, 1 - self.warmup_steps / self.max_steps))
-        check_least(
-            self, 0, "weight_decay", "max_grad_norm", "warmup_steps", "z_loss", "early_stopping_patience",
-        )  # fmt: skip
-        for name in (*LEARNING_RATES.values(), "adam_epsilon"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
-        for name in (
-            "adam_beta1", "adam_beta2", "muon_momentum", "label_smoothing", "ema_decay", "dropout_start", "dropout_end"
-        ):  # fmt: skip
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("min_lr_rate", "decay_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if (self.dropout_start is None) != (self.dropout_end is None):
             raise ValueError("Give both of dropout_start and dropout_end, or neither.")
         if self.warmup_steps >= self.max_steps:
@@ -274,27 +262,32 @@ class OptimizationArguments:
 
 
 @dataclass
-class MonitoringArguments:
+class MonitoringArguments(Settings):
     """What is measured on the way, and where it goes besides `metrics.jsonl` and `curves.png`."""
 
-    logging_steps: int = option(10, "log every so many steps")
-    eval_steps: int = option(300, "evaluate every so many steps, and at the end")
-    max_eval_tokens: int = option(262_144, "evaluate on the first so many held-out tokens; 0: on all of them")
-    internals_steps: int = option(
-        0, "log attention entropy, activations, gradient norms and update ratios every so many steps; 0: never"
+    logging_steps: int = option(10, "log every so many steps", at_least=1)
+    eval_steps: int = option(300, "evaluate every so many steps, and at the end", at_least=1)
+    max_eval_tokens: int = option(
+        262_144, "evaluate on the first so many held-out tokens; 0: on all of them", at_least=0
     )
-    sample_every: int = option(0, "write what the model says to sample_prompts every so many steps; 0: at the end only")
+    internals_steps: int = option(
+        0,
+        "log attention entropy, activations, gradient norms and update ratios every so many steps; 0: never",
+        at_least=0,
+    )
+    sample_every: int = option(
+        0, "write what the model says to sample_prompts every so many steps; 0: at the end only", at_least=0
+    )
     sample_prompts: list[str] = option(
         [], "what the model continues (default: 'def ' for python-stdlib, else a new line)"
     )
     report_to: list[str] = option([], f"trackers besides: {', '.join(TRACKERS)}")
-    peak_tflops: float | None = option(None, "TFLOP/s that MFU is a share of (default: the data sheet of known GPUs)")
+    peak_tflops: float | None = option(
+        None, "TFLOP/s that MFU is a share of (default: the data sheet of known GPUs)", above=0
+    )
 
     def __post_init__(self) -> None:
-        check_least(self, 1, "logging_steps", "eval_steps")
-        check_least(self, 0, "max_eval_tokens", "internals_steps", "sample_every")
-        if self.peak_tflops is not None and not self.peak_tflops > 0:
-            raise ValueError(f"peak_tflops must be positive, got {self.peak_tflops}.")
+        super().__post_init__()
         for name in self.report_to:
             if name not in TRACKERS:
                 raise ValueError(f"report_to takes {', '.join(TRACKERS)}, got {name!r}{nearest_name(name, TRACKERS)}")
@@ -303,29 +296,28 @@ class MonitoringArguments:
 
 
 @dataclass
-class RunArguments:
+class RunArguments(Settings):
     """The run itself: where it lives, what it survives, and what it runs on."""
 
-    output_dir: str | None = option(None, "folder of the run (default: runs/SIZE-DATASET)")
+    output_dir: str | None = option(None, "folder of the run (default: runs/SIZE-DATASET)", common=True)
     overwrite: bool = option(False, "replace the run that is in output_dir")
-    resume: bool = option(False, "go on with the run in output_dir, or with the newest")
-    seed: int = option(42, "decides the initial weights, the order of the data, and dropout")
-    save_steps: int = option(300, "write a checkpoint to resume from every so many steps, and at the end")
-    keep_last: int = option(2, "keep the newest so many checkpoints")
-    keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none")
+    resume: bool = option(False, "go on with the run in output_dir, or with the newest", common=True)
+    seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**63)
+    save_steps: int = option(300, "write a checkpoint to resume from every so many steps, and at the end", at_least=1)
+    keep_last: int = option(2, "keep the newest so many checkpoints", at_least=1)
+    keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none", at_least=0)
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "when a checkpoint cannot be written (a full disk): stop, or warn and train on"
     )
-    bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)", nargs="?", const=True)
-    tf32: bool | None = option(None, "TF32 in float32 products (default: where a GPU has it)", nargs="?", const=True)
+    bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)")
+    tf32: bool | None = option(None, "TF32 in float32 products (default: where a GPU has it)")
     torch_compile: bool = option(False, "compile the model; slow to start, faster after")
     compile_regions: bool = option(False, "with torch_compile: compile one block, for all of them")
     gradient_checkpointing: bool = option(False, "trade compute for memory")
 
     def __post_init__(self) -> None:
         check_named(self, "output_dir")
-        check_least(self, 1, "save_steps", "keep_last")
-        check_least(self, 0, "keep_every", "seed")
+        super().__post_init__()
         if self.resume and self.overwrite:
             raise ValueError("Give one of --resume and --overwrite: the one goes on with a run, the other replaces it.")
         if self.compile_regions and not self.torch_compile:
@@ -334,14 +326,6 @@ class RunArguments:
 
 def default_of(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def check_least(arguments: object, least: int, *names: str) -> None:
-    """Raises `ValueError` for a value that is too small."""
-    for name in names:
-        if getattr(arguments, name) < least:
-            wrong = "must not be negative" if least == 0 else f"must be at least {least}"
-            raise ValueError(f"{name} {wrong}, got {getattr(arguments, name)}.")
 
 
 def check_named(arguments: object, *names: str) -> None:
@@ -442,6 +426,9 @@ def find_base(name: str) -> str:
     Raises:
         ValueError: if there is none, or it is an adapter.
     """
+    # These load torch, which no help text needs.
+    from modeling_mini.loading.checkpoints import ADAPTER_CONFIG, MODEL_CONFIG, base_of_adapter, find_checkpoint
+
     checkpoint = find_checkpoint(name)
     folder = Path(checkpoint)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file():
@@ -465,7 +452,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         ModelArguments, AdapterArguments, DataArguments, OptimizationArguments, MonitoringArguments, RunArguments,
     ]  # fmt: skip
     parser = ArgumentParser(groups, description="Train a Mini language model, or go on with a trained one.")
-    parser.add_argument("--config", default=None, help="YAML file with any of these settings")
+    parser.others.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
     known, _ = parser.parse_known_args(argv)
     yaml_path = known.config
     if known.resume:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object
-from files_mini import WRITE_ERRORS, not_written, reason_of, replace_folder
+from files_mini import not_written, reason_of, replace_folder, write_errors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -183,7 +183,7 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
         reason = ""
         try:
             action()
-        except WRITE_ERRORS as error:
+        except write_errors() as error:
             reason = reason_of(error)
         reasons = [reason for reason in gather_object([reason]) if reason]
         if reasons:

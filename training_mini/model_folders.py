@@ -3,9 +3,8 @@
 import shutil
 from pathlib import Path
 
-from files_mini import replace_folder, writing
+from files_mini import CHECKPOINTS_OF_A_RUN, replace_folder, writing
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from modeling_mini.loading.checkpoints import CHECKPOINTS_OF_A_RUN
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import AdapterArguments, Arguments

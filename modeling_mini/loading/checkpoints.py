@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from configuration_mini import MiniConfig
-from files_mini import read_json
+from files_mini import CHECKPOINTS_OF_A_RUN, RUNS_FOLDER, read_json
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,9 +23,6 @@ from ..integrations import check_quantized_layers
 from .adapters import base_of_adapter, with_adapter
 from .quantization import check_bitsandbytes, is_quantized, quantization_config
 
-RUNS_FOLDER = Path("runs")
-# In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
-CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini import MiniForCausalLM, MiniForSequenceClassification, MiniModel
-from modeling_mini.remote_code import TRAVELLING, remote_code_files
+from modeling_mini.remote_code import ROOT_FILES, TRAVELLING, remote_code_files
 from tokenization import ByteTokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -228,13 +228,15 @@ def test_saving_with_a_push_hands_the_words_for_the_hub_on(tmp_path: Path, monke
 
 def test_the_flat_copy_differs_in_its_imports_alone(generations: dict[str, Any]) -> None:
     root = Path(__file__).parents[2]
-    sources = [root / "configuration_mini.py", *(root / "modeling_mini" / name for name in TRAVELLING)]
+    sources = [root / name if name in ROOT_FILES else root / "modeling_mini" / name for name in CODE]
     for source in sources:
         original = source.read_text().splitlines()
         copy = (generations["folders"][0] / source.name).read_text().splitlines()
         changed = [pair for pair in zip(original, copy, strict=True) if pair[0] != pair[1]]
         assert all(old == new.replace("from .", "from ") for old, new in changed)
-        assert len(changed) == sum(line.startswith("from configuration_mini import") for line in original)
+        assert len(changed) == sum(
+            line.startswith(("from configuration_mini ", "from shape_mini ")) for line in original
+        )
 
 
 SWAPPED = """

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from modeling_mini.export import quantized
-from modeling_mini.remote_code import remote_code_files
+from modeling_mini.remote_code import ROOT_FILES, remote_code_files
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import prompt_of, push
 from sharing_mini.staging import Staged, find_source, stage
@@ -229,7 +229,7 @@ def test_commit_of_the_code(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (root / "sharing_mini").mkdir(parents=True)
     (root / "modeling_mini").mkdir()
     for name, content in remote_code_files().items():
-        place = root / name if name == "configuration_mini.py" else root / "modeling_mini" / name
+        place = root / name if name in ROOT_FILES else root / "modeling_mini" / name
         place.write_text(content)
     monkeypatch.setattr(sharing_mini.card, "__file__", str(root / "sharing_mini" / "card.py"))
     staged = Staged(model, "model", {"auto_map": {}})

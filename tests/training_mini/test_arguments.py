@@ -1,11 +1,21 @@
 """Settings from flags, YAML files and earlier runs."""
 
+import dataclasses
 import errno
+import json
 import os
+import typing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from configuration_mini import PRESETS, MiniConfig
+import yaml
+from configuration_mini import MiniConfig
+from entry_points_mini import ArgumentParser, Settings, optional_settings
+from helpers.shapes import EVERY_FIELD
+from shape_mini import PRESETS, MiniShape, option
+from training_mini import arguments as settings
 from training_mini.arguments import Arguments, default_run_name, parse_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -99,6 +109,90 @@ def test_model_settings_reach_the_configuration() -> None:
         "small", hidden_size=128, norm_type="rmsnorm", qk_norm=True, attention_dropout=0.1, head_dim=64, vocab_size=300
     )
     assert config == expected
+
+
+SHAPE = {name: EVERY_FIELD[name] for name in settings.SHAPE}
+# Numbers of a group, and of the shape, that nothing may let through.
+GROUPS = [value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)]
+FLOATS = [
+    (group, name)
+    for group in GROUPS
+    for name, hint in typing.get_type_hints(group).items()
+    if hint in (float, float | None, float | int | None)
+]
+
+
+@pytest.mark.parametrize("source", ["flags", "yaml"])
+def test_every_field_of_the_shape_is_a_flag_that_arrives_in_the_configuration(source: str, tmp_path: Path) -> None:
+    default = MiniConfig.preset("tiny")
+    if source == "flags":
+        argv = [f"--{name}={json.dumps(value) if isinstance(value, dict) else value}" for name, value in SHAPE.items()]
+    else:
+        (tmp_path / "shape.yaml").write_text(yaml.safe_dump(SHAPE))
+        argv = ["--config", str(tmp_path / "shape.yaml")]
+    arguments = parse_arguments(argv)
+    arguments.model.model_config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    for name, value in SHAPE.items():
+        assert getattr(default, name) != value == saved[name], name
+    arguments.save(tmp_path / "config.yaml")
+    assert parse_arguments(["--config", str(tmp_path / "config.yaml")]) == arguments
+
+
+def test_a_field_added_to_the_shape_becomes_a_flag_with_its_help_and_its_range(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @dataclass(kw_only=True)
+    class Stranger(MiniShape):
+        num_eyes: int = option(2, "how many eyes it has", at_least=1)
+        is_blue: bool = option(False, "whether it is blue")
+
+    parser = ArgumentParser(optional_settings("StrangeSettings", Stranger), prog="p")
+    (given,) = parser.parse(["--num_eyes", "3", "--is_blue"])
+    assert (given.num_eyes, given.is_blue, given.hidden_size) == (3, True, None)
+    with pytest.raises(ValueError, match=r"^num_eyes must be at least 1, got 0\.$"):
+        parser.parse(["--num_eyes", "0"])
+    with pytest.raises(SystemExit):
+        parser.parse(["--help", "all"])
+    assert "how many eyes it has (default: 2)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_rope_parameters_are_read_as_a_mapping() -> None:
+    for text in (
+        "{rope_type: linear, rope_theta: 1e4, factor: 2}",
+        '{"rope_type":"linear","rope_theta":1E4,"factor":2}',
+    ):
+        rope = parse_arguments(["--rope_parameters", text]).model.model_config().rope_parameters
+        assert rope == {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 2}
+    for text in ("linear", "[1, 2]", "{a", "3"):
+        with pytest.raises(ValueError, match="expected a mapping"):
+            parse_arguments(["--rope_parameters", text])
+    with pytest.raises(ValueError, match=r"rope_parameters: factor must be finite, got nan\.$"):
+        parse_arguments(["--rope_parameters", "{rope_type: linear, rope_theta: 1e4, factor: .nan}"])
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("group", "name"), FLOATS, ids=lambda value: value if isinstance(value, str) else "")
+def test_nan_and_infinity_are_refused_in_every_group(group: type, name: str, number: str, tmp_path: Path) -> None:
+    sentence = rf"^{name} must be [^.]*, got {number}\.$"
+    with pytest.raises(ValueError, match=sentence):
+        parse_arguments([f"--{name}={number}"])
+    (tmp_path / "a.yaml").write_text(f"{name}: {number.replace('inf', '.inf').replace('nan', '.nan')}\n")
+    with pytest.raises(ValueError, match=sentence):
+        parse_arguments(["--config", str(tmp_path / "a.yaml")])
+    with pytest.raises(ValueError, match=sentence):
+        group(**{name: float(number)})
+
+
+def test_every_number_has_its_interval() -> None:
+    """So that a new setting comes with the numbers that it may have."""
+    numbers = (int, float, int | None, float | None, float | int | None)
+    for group in GROUPS:
+        hints: dict[str, Any] = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if hints[field.name] in numbers:
+                interval = field.metadata["interval"]
+                assert interval.at_least is not None or interval.above is not None, field.name
 
 
 @pytest.mark.parametrize(
