@@ -1,17 +1,19 @@
 """
 The optimizers that `--optimizer` knows. To add one, add an entry to `OPTIMIZERS`: the flag, its defaults, the groups of
 parameters and the word in the model card come from there.
+
+torch is imported within functions: the flags need this file, and their help should not wait for torch.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from .muon import Muon
-
 if TYPE_CHECKING:
+    import torch
+
     from .arguments import OptimizationArguments
 
 # The kinds of parameters, and the setting that holds the peak learning rate of each. `matrices` are those of the
@@ -39,14 +41,16 @@ class Optimizer:
     """
 
     display_name: str
-    make: Callable[[ParameterGroups, "OptimizationArguments"], list[torch.optim.Optimizer]]
+    make: Callable[[ParameterGroups, OptimizationArguments], list[torch.optim.Optimizer]]
     defaults: dict[str, Any]
     rates: dict[str, float]
     is_single: bool = True
 
 
-def make_adamw(groups: ParameterGroups, settings: "OptimizationArguments") -> list[torch.optim.Optimizer]:
+def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    import torch
+
     if not groups:
         return []
     # Groups that differ in nothing are one: fewer kernels, and the states of older runs have the same groups.
@@ -66,8 +70,10 @@ def make_adamw(groups: ParameterGroups, settings: "OptimizationArguments") -> li
     ]
 
 
-def make_muon(groups: ParameterGroups, settings: "OptimizationArguments") -> list[torch.optim.Optimizer]:
+def make_muon(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, and AdamW for the rest: rows of the embedding and the head are tokens."""
+    from .muon import Muon
+
     rest = dict(groups)
     matrices = rest.pop("matrices", None)
     muon = [Muon([matrices], momentum=settings.muon_momentum, iterations=settings.muon_iterations)] if matrices else []
