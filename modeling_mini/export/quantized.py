@@ -1,4 +1,4 @@
-"""`python -m modeling_mini.quantize CHECKPOINT OUT --load_in_4bit`: a checkpoint folder with quantized weights."""
+"""`python -m modeling_mini.export.quantized CHECKPOINT OUT --load_in_4bit`: a checkpoint folder with quantized weights."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..loading.checkpoints import find_checkpoint, load_checkpoint, load_model
 
-PROGRAM = "python -m modeling_mini.quantize CHECKPOINT OUT"
+PROGRAM = "python -m modeling_mini.export.quantized CHECKPOINT OUT"
 KINDS = {"8bit": "INT8 (LLM.int8)", "4bit": "INT4 (nf4, double quantization)"}
 WEIGHTS = "model*.safetensors"
 CARD_HEADING = "## Quantized"
