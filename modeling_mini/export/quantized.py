@@ -1,4 +1,4 @@
-"""`python -m modeling_mini.export.quantized CHECKPOINT OUT --load_in_4bit`: a checkpoint folder with quantized weights."""
+"""`python -m modeling_mini.export.quantized CHECKPOINT OUT --load_in_4bit` writes a folder with quantized weights."""
 
 import shutil
 import sys
