@@ -20,6 +20,7 @@ from .checkpoints import (
     check_state,
     find_state,
     methods_of,
+    order_of,
     read_state,
     states_of,
 )
@@ -110,6 +111,7 @@ def build_run(arguments: Arguments) -> Run:
             corpus=corpus.settings,
             architecture=architecture_of(model.config),
             methods=methods_of(arguments),
+            order=order_of(arguments, has_examples=corpus.kind is not None),
             tracker_id=uuid.uuid4().hex[:8],
         )
         # 2. The model on its device, and what moves its weights.
@@ -166,8 +168,14 @@ def load_state(run: Run) -> None:
     run.parallel.raise_everywhere(error)
     found, problems = run.parallel.from_main((found, problems))
     state = read_state(found)
-    check_state(run.folder, state, run.state.corpus, run.state.architecture, run.state.methods)
+    new = run.state
+    check_state(run.folder, state, new.corpus, new.architecture, new.methods, new.order)
+    if state.sequences is None:
+        state.sequences = state.step * run.batches.batch_size
+    if not state.order:
+        state.order = new.order
     run.weights.load(found)
+    run.batches.start_at(state.step, state.sequences)
     run.batches.load_state_dict(state.stream)
     run.state, run.problems = state, run.problems + problems
 
@@ -232,7 +240,7 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         corpus = {}
         if not is_encoded(arguments.data):  # else it has its own tokenizer
             corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
-        check_state(arguments.output_dir, state, corpus, known, methods_of(arguments))
+        check_state(arguments.output_dir, state, corpus, known, methods_of(arguments), order_of(arguments, False))
 
 
 def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:

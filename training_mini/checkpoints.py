@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import gather_object
-from files_mini import not_written, reason_of, replace_folder, write_errors
+from files_mini import not_written, read_json, reason_of, replace_folder, write_errors, write_text
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -52,7 +52,9 @@ class TrainerState:
         corpus: what decides the token ids, so that a run is never resumed on other data.
         architecture: the shape of the model, for the same reason.
         methods: what decides which tensors there are besides the weights, for the same reason.
+        order: what decides the order of the data besides the batch size, so that none is left out or read twice.
         step: optimizer steps done.
+        sequences: sequences that they read; `None` in a checkpoint of before this was counted.
         best_loss: the lowest validation loss so far, in nats per token.
         best_step: where it was reached.
         evaluated_step: where the last evaluation was.
@@ -66,7 +68,9 @@ class TrainerState:
     corpus: dict[str, Any]
     architecture: dict[str, Any]
     methods: dict[str, Any] = field(default_factory=dict)
+    order: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    sequences: int | None = 0
     best_loss: float = float("inf")
     best_step: int = 0
     evaluated_step: int = 0
@@ -161,7 +165,7 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
     def write() -> None:
         weights.save(partial)
         if is_main:
-            (partial / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+            write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
 
     def add_checksums() -> None:
         files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -169,7 +173,7 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
         mine = files[accelerator.process_index :: accelerator.num_processes]
         sums = gather_object([{path.relative_to(partial).as_posix(): sha256(path) for path in mine}])
         if is_main:
-            (partial / CHECKSUMS).write_text(json.dumps({k: v for part in sums for k, v in part.items()}, indent=2))
+            write_text(partial / CHECKSUMS, json.dumps({k: v for part in sums for k, v in part.items()}, indent=2))
 
     def finish() -> None:
         if is_main:
@@ -235,7 +239,7 @@ def check_is_finite(run_folder: Path, state: TrainerState, parallel: Parallel, m
 def damage_of(folder: Path) -> str:
     """What is wrong with a state, or an empty string."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = read_json(folder / CHECKSUMS)
         for name, expected in sums.items():
             if sha256(folder / name) != expected:
                 return f"{name} does not match its checksum"
@@ -248,7 +252,7 @@ def damage_of(folder: Path) -> str:
 
 
 def read_state(folder: Path) -> TrainerState:
-    return TrainerState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    return TrainerState(**{"sequences": None} | read_json(folder / STATE))
 
 
 def find_state(run_folder: Path) -> tuple[Path, list[str]]:
@@ -279,11 +283,12 @@ def check_state(
     corpus: dict[str, Any],
     architecture: dict[str, Any],
     methods: dict[str, Any],
+    order: dict[str, Any],
 ) -> None:
     """
     Raises:
-        ValueError: if the state belongs to another corpus, another model or other methods, naming what differs. Names
-            that are missing in `corpus`, `architecture` or `methods` are not compared.
+        ValueError: if the state belongs to another corpus, another model, other methods or another order of the data,
+            naming what differs. What is not among the names that are given is not compared.
     """
     different = [name for name, value in corpus.items() if state.corpus.get(name) != value]
     if different:
@@ -298,6 +303,11 @@ def check_state(
         raise ValueError(
             f"The run in {str(run_folder)!r} cannot go on with other methods than it began with, for its checkpoint "
             f"has no state of them: {changed}."
+        )
+    if changed := changes(state.order, {name: value for name, value in order.items() if name in state.order}):
+        raise ValueError(
+            f"The run in {str(run_folder)!r} would go on in another order of its data, so that some is read twice and "
+            f"some never: {changed}; leave that as it was."
         )
 
 
@@ -317,6 +327,14 @@ def methods_of(arguments: Arguments) -> dict[str, Any]:
         methods |= {name: getattr(adapter, name) for name in PARTS_OF_AN_ADAPTER}
         methods |= {"quantization": adapter.quantization, "weights of --model": digest_of(arguments.model.model)}
     return methods
+
+
+def order_of(arguments: Arguments, has_examples: bool) -> dict[str, Any]:
+    """What decides the order of the data besides the batch size; examples with nothing to learn are left out of it."""
+    order: dict[str, Any] = {"seed": arguments.run.seed}
+    if has_examples:
+        order["assistant_only_loss"] = arguments.data.assistant_only_loss is not False
+    return order
 
 
 def digest_of(checkpoint: str) -> str | None:

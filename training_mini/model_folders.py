@@ -93,6 +93,11 @@ def model_card(
             way = " through a LoRA adapter, which is merged into it" if adapter.lora_r else ""
             origin = f"`{base_name(base)}`, a small decoder-only language model, fine-tuned on `{name}`{way}."
         usage = USAGE
+    batch = f"{optimization.train_batch_size} x {config.max_position_embeddings} tokens"
+    steps = f"{state.step} steps of {batch}"
+    if state.sequences != state.step * optimization.train_batch_size:  # it changed on the way
+        tokens = (state.sequences or 0) * config.max_position_embeddings
+        steps = f"{state.step} steps with {tokens:,} tokens in all, the last of {batch}"
     based_on = f"| base | {base_name(base)} |\n" if base is not None else ""
     adaptation = f"| adapter | {adapter_facts(adapter)} |\n" if adapter.lora_r else ""
     content = f"""---
@@ -112,8 +117,8 @@ def model_card(
 {based_on}| architecture | {layers}, {heads}, SwiGLU {config.intermediate_size} |
 | context | {config.max_position_embeddings} tokens |
 | vocabulary | {config.vocab_size}{tokenizer} |
-{adaptation}| training | {state.step} steps of {optimization.train_batch_size} x {config.max_position_embeddings} \
-tokens, {optimizer}, peak learning rate {optimization.learning_rate:g}, seed {arguments.run.seed} |
+{adaptation}| training | {steps}, {optimizer}, \
+peak learning rate {optimization.learning_rate:g}, seed {arguments.run.seed} |
 | validation loss | {evaluation.loss:.4f} nats per token |
 | bits per byte | {evaluation.bits_per_byte:.4f} ({baselines}, on the same held-out bytes) |
 """

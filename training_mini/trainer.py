@@ -214,6 +214,7 @@ class Trainer:
         for optimizer in run.optimizers:
             optimizer.zero_grad()
         self.state.step += 1
+        self.state.sequences = run.batches.sequences_read(self.state.step)
         if run.ema is not None:
             run.ema.update(self.state.step)
 
@@ -254,7 +255,7 @@ class Trainer:
         step = self.state.step
         metrics = self.window.metrics()
         metrics["learning_rate"] = self.learning_rate
-        metrics["tokens"] = step * self.window.tokens_per_step
+        metrics["tokens"] = self.state.sequences * self.run.config.max_position_embeddings
         metrics["epoch"] = self.run.batches.epoch_of(step)
         if self.dropout is not None:
             metrics["dropout"] = self.dropout

@@ -14,3 +14,14 @@ def test_the_card_names_the_optimizer() -> None:
         arguments.optimization.optimizer = name
         card = model_card(make_model(), arguments, TrainerState(corpus={}, architecture={}), evaluation, {"gzip": 2.0})
         assert f"tokens, {called}, peak learning rate" in card
+
+
+def test_the_card_of_a_run_whose_batch_size_changed_says_what_was_read() -> None:
+    arguments = parse_arguments(["--train_batch_size", "4", "--max_position_embeddings", "128"])
+    model, evaluation = make_model(max_position_embeddings=128), Evaluation(loss=1.0, bits_per_byte=1.44)
+    for sequences, words in (
+        (40, "| 10 steps of 4 x 128 tokens,"),
+        (100, "| 10 steps with 12,800 tokens in all, the last of 4 x 128 tokens,"),
+    ):
+        state = TrainerState(corpus={}, architecture={}, step=10, sequences=sequences)
+        assert words in model_card(model, arguments, state, evaluation, {"gzip": 2.0})

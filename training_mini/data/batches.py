@@ -111,7 +111,33 @@ class RowMaker:
         return Batch(tensors, torch.from_numpy(targets))
 
 
-class TrainingBatches:
+class SequenceOrder:
+    """
+    Which sequences each step reads, by numbers that go on from epoch to epoch. While the batch size stays the same they
+    follow from the step alone; after a resume at another one, from the sequences that were read before it.
+
+    Args:
+        batch_size: sequences of a global batch.
+    """
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self._first_step = self._first_sequence = 0
+
+    def start_at(self, step: int, sequences: int) -> None:
+        """Says that `sequences` were read by the first `step` steps."""
+        self._first_step, self._first_sequence = step, sequences
+
+    def sequences_read(self, step: int) -> int:
+        """How many sequences are read when `step` steps are done."""
+        return self._first_sequence + (step - self._first_step) * self.batch_size
+
+    def sequences_of(self, step: int) -> np.ndarray:
+        """The numbers of the sequences of a global batch, `(batch_size,)`."""
+        return np.arange(self.sequences_read(step), self.sequences_read(step + 1))
+
+
+class TrainingBatches(SequenceOrder):
     """
     Args:
         ids: training token ids, `(tokens,)`.
@@ -132,19 +158,18 @@ class TrainingBatches:
         self.ids = ids
         self.rows = rows
         self.context_length = context_length
-        self.batch_size = batch_size
+        super().__init__(batch_size)
         self.seed = seed
         # One window fewer than would fit leaves room to shift the cuts by up to a context.
         self.windows_per_epoch = max(1, len(ids) // context_length - 1)
 
     def epoch_of(self, step: int) -> float:
         """Epochs completed when `step` steps are done."""
-        return step * self.batch_size / self.windows_per_epoch
+        return self.sequences_read(step) / self.windows_per_epoch
 
     def starts(self, step: int) -> np.ndarray:
         """The positions in `ids` at which the rows of a global batch begin, `(batch_size,)`."""
-        sequence = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, positions = np.divmod(sequence, self.windows_per_epoch)
+        epochs, positions = np.divmod(self.sequences_of(step), self.windows_per_epoch)
         starts = np.empty(self.batch_size, dtype=np.int64)
         slack = min(self.context_length - 1, len(self.ids) - self.windows_per_epoch * self.context_length)
         for epoch in np.unique(epochs):

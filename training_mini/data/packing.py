@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .batches import NOT_LEARNED, Batch, key_of, permute
+from .batches import NOT_LEARNED, Batch, SequenceOrder, key_of, permute
 from .conversations import Examples
 
 
@@ -112,20 +112,20 @@ class ExampleRows:
         return self.examples.ids[span][: int(is_said.argmax())] if is_said.any() else self.examples.ids[span]
 
 
-class ExampleBatches:
+class ExampleBatches(SequenceOrder):
     """Global batches of rows of examples: an epoch has every row once, in an order that a keyed permutation gives."""
 
     def __init__(self, rows: ExampleRows, batch_size: int, seed: int) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+        super().__init__(batch_size)
+        self.rows, self.seed = rows, seed
 
     def epoch_of(self, step: int) -> float:
         """Epochs completed when `step` steps are done."""
-        return step * self.batch_size / len(self.rows)
+        return self.sequences_read(step) / len(self.rows)
 
     def row_numbers(self, step: int) -> np.ndarray:
         """The rows of a global batch, `(batch_size,)`."""
-        sequence = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        epochs, positions = np.divmod(sequence, len(self.rows))
+        epochs, positions = np.divmod(self.sequences_of(step), len(self.rows))
         numbers = np.empty(self.batch_size, dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch

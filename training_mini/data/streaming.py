@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Batch, RowMaker, key_of, permute
+from .batches import Batch, RowMaker, SequenceOrder, key_of, permute
 from .sources import DocumentStream
 
 # Windows that are shuffled together. Neighbours in a stream are often of one document; with these many, a batch of
@@ -105,7 +105,7 @@ class TokenStream:
         self.epoch = state["epoch"]
 
 
-class StreamBatches:
+class StreamBatches(SequenceOrder):
     """
     Global batches from a stream: blocks of `BLOCK_WINDOWS` windows in the order of the stream, shuffled within.
 
@@ -115,7 +115,8 @@ class StreamBatches:
     """
 
     def __init__(self, stream: TokenStream, rows: RowMaker, batch_size: int, seed: int) -> None:
-        self.stream, self.rows, self.batch_size, self.seed = stream, rows, batch_size, seed
+        super().__init__(batch_size)
+        self.stream, self.rows, self.seed = stream, rows, seed
         self._blocks: dict[int, np.ndarray] = {}
         self._positions: dict[int, dict[str, Any]] = {}
         self._next_block = 0
@@ -132,7 +133,7 @@ class StreamBatches:
         self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
     ) -> Iterator[Batch]:
         """The share of one process in the batch of a step, in `parts`; steps are asked for in order."""
-        blocks, offsets = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), BLOCK_WINDOWS)
+        blocks, offsets = np.divmod(self.sequences_of(step), BLOCK_WINDOWS)
         self._read_blocks(int(blocks[0]), int(blocks[-1]))
         length = self.rows.context_length
         shares = zip(
@@ -159,12 +160,22 @@ class StreamBatches:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position of the block in which the batch of `step` begins: reading goes on from there."""
-        block = step * self.batch_size // BLOCK_WINDOWS
+        block = self.sequences_read(step) // BLOCK_WINDOWS
         position = self._positions[block] if block in self._positions else self.stream.state_dict()
         return {"block": block, "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
+        """
+        Goes to a position; `start_at` comes before.
+
+        Raises:
+            ValueError: for a checkpoint of before sequences were counted, at another batch size than it had.
+        """
+        if state["block"] != self._first_sequence // BLOCK_WINDOWS:
+            raise ValueError(
+                f"The checkpoint does not say how much of the stream was read, and that was at another batch size: "
+                f"train_batch_size {self.batch_size} is not the one that the run began with."
+            )
         self._blocks.clear()
         self._positions.clear()
         self._next_block = state["block"]

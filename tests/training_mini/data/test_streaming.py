@@ -111,9 +111,33 @@ def test_batches_go_on_from_any_step(folder: Path, small_blocks: None, stop: int
         rows_of(batches, step)
     position = json.loads(json.dumps(batches.state_dict(stop)))
     resumed = make(folder)
+    resumed.start_at(stop, 4 * stop)
     resumed.load_state_dict(position)
     for step in range(stop, stop + 12):
         assert rows_of(resumed, step) == rows_of(batches, step)
+
+
+@pytest.mark.parametrize("second", [1, 2, 8])
+def test_resumed_at_another_batch_size_the_stream_goes_on_where_it_was(
+    folder: Path, small_blocks: None, second: int
+) -> None:
+    unbroken, batches, resumed = make(folder, 1), make(folder, 4), make(folder, second)
+    reads = [row for step in range(5) for row in rows_of(batches, step)]
+    resumed.start_at(5, 20)
+    resumed.load_state_dict(json.loads(json.dumps(batches.state_dict(5))))
+    reads += [row for step in range(5, 9) for row in rows_of(resumed, step)]
+    assert reads == [row for step in range(len(reads)) for row in rows_of(unbroken, step)]
+
+
+def test_a_position_that_does_not_say_how_much_was_read_is_refused_at_another_batch_size(
+    folder: Path, small_blocks: None
+) -> None:
+    batches, resumed = make(folder, 4), make(folder, 1)
+    for step in range(9):
+        rows_of(batches, step)
+    resumed.start_at(9, 9)  # as for a checkpoint of before sequences were counted
+    with pytest.raises(ValueError, match="train_batch_size 1 is not the one that the run began with"):
+        resumed.load_state_dict(batches.state_dict(9))
 
 
 def test_hub_dataset_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
