@@ -5,10 +5,12 @@ A copy of this file travels with each checkpoint, so the checks hold wherever a 
 peft and bitsandbytes at the top: transformers would then refuse to load a folder where they are not installed.
 """
 
+import contextlib
 import importlib
+import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +170,10 @@ def load_whole_adapter(
     **kwargs: Any,
 ) -> Any:
     """
-    transformers' `load_adapter` with two differences: the magnitudes of DoRA (Liu et al. 2024,
-    https://arxiv.org/abs/2402.09353) are loaded, where it warns and leaves them as the base has them; and an adapter
-    that does not fit, or is there in part, is refused and taken out again.
+    transformers' `load_adapter` with three differences. The magnitudes of DoRA (Liu et al. 2024,
+    https://arxiv.org/abs/2402.09353) are loaded, where it warns and leaves them as the base has them. Embedding and
+    head that were tied still are, where it unties them if the adapter brings one of the two for added tokens. An
+    adapter that does not fit, or is there in part, is refused and taken out again.
 
     Args:
         load_adapter: transformers' own method, bound to the model. The other arguments are its own.
@@ -182,7 +185,7 @@ def load_whole_adapter(
     load_config = kwargs.get("load_config")
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     place = {**(getattr(load_config, "download_kwargs", None) or {}), **(adapter_kwargs or {})}
-    names_before = set(getattr(model, "peft_config", {}))
+    names_before, ends_before = set(getattr(model, "peft_config", {})), weights_of_ends(model)
     detail = None
     try:
         if peft_config is None and peft_model_id is not None:
@@ -199,6 +202,7 @@ def load_whole_adapter(
         info = load_adapter(
             peft_model_id, adapter_name, peft_config, adapter_state_dict, adapter_kwargs=adapter_kwargs, **kwargs
         )
+        tie_again(model, ends_before)
         weights = dict(model.named_parameters(remove_duplicate=False))
         loaded = {id(weight) for key, weight in weights.items() if key not in info.missing_keys}
         # What is tied to another weight is missing only by its second name; and other adapters are not in this file.
@@ -207,20 +211,45 @@ def load_whole_adapter(
             for key in info.missing_keys
             if (adapter_name or "default") in key.split(".") and (key not in weights or id(weights[key]) not in loaded)
         }
-        if wrong := sorted({*missing, *info.unexpected_keys, *(key for key, *_ in info.mismatched_keys)}):
+        unexpected = set(info.unexpected_keys) - copies_of(key for key in weights if id(weights[key]) in loaded)
+        if wrong := sorted({*missing, *unexpected, *(key for key, *_ in info.mismatched_keys)}):
             detail = f"{len(wrong)} of its weights are in the file alone or in the model alone, first {wrong[0]}."
     except SafetensorError as error:
         detail = f"its weights are damaged or cut short ({error})."
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
         detail = " ".join(str(error).split())[:300]
     if detail is not None:
+        with contextlib.suppress(Exception):  # weights that cannot be read are what `detail` names already
+            given = adapter_state_dict or peft.load_peft_weights(peft_model_id, device="cpu", **place)
+            detail = misfit_of_vocabulary(model, vocabulary_of_adapter(model, given, peft_config)) or detail
         if added := sorted(set(getattr(model, "peft_config", {})) - names_before):
             model.delete_adapter(added)
-        called = f"The adapter {peft_model_id!r}" if peft_model_id else "The adapter"
+        called = f"The adapter {str(peft_model_id)!r}" if peft_model_id else "The adapter"
         if base := getattr(peft_config, "base_model_name_or_path", None):
             called += f", which was trained on {base!r},"
         raise ValueError(f"{called} does not fit {model.name_or_path!r}: {detail}")
     return info
+
+
+def base_layers_of_ends(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Embedding and head, if the model has one, without what peft has put around them."""
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    return [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
+
+
+def weights_of_ends(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    return [end.weight for end in base_layers_of_ends(model)]
+
+
+def tie_again(model: PreTrainedModel, before: list[torch.nn.Parameter]) -> None:
+    """Where embedding and head were one weight `before`, and one of the two was replaced: that one is for both."""
+    ends = base_layers_of_ends(model)
+    if len(before) < 2 or before[0] is not before[1]:
+        return
+    replaced = [end for end in ends if end.weight is not before[0]]
+    if len(replaced) == 1:
+        for end in ends:
+            end.weight = replaced[0].weight
 
 
 def refuse_part_of_adapter(
@@ -248,13 +277,66 @@ def refuse_part_of_adapter(
     kinds = [kind for kind in keys_of_kind if any(key.endswith(f".{kind}") for key in given)]
     if not kinds:
         return  # another adapter's, or weights of the model
-    misfits = given - weights.keys()
+    tensors = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    if reason := misfit_of_vocabulary(model, vocabulary_of_adapter(model, tensors)):
+        raise ValueError(f"The adapter does not fit {model.name_or_path!r}: {reason}")
+    misfits = given - weights.keys() - copies_of(key for key in weights if id(weights[key]) in loaded)
     misfits |= {key for kind in kinds for key in keys_of_kind[kind] if id(weights[key]) not in loaded}
     if misfits:
         raise ValueError(
             f"{len(misfits)} weights of the adapter are in its file alone or in {model.name_or_path!r} alone, first "
             f"{min(misfits)}."
         )
+
+
+def copies_of(keys: Iterable[str]) -> set[str]:
+    """
+    The names under which peft writes weights of an adapter a second time: without the name of the adapter. It does so
+    for the embedding and the head of a model that was resized (`save_embedding_layers`), and reads only the first.
+    """
+    parts = [key.split(".") for key in keys]
+    return {".".join(key[:i] + key[i + 1 :]) for key in parts for i in range(len(key))}
+
+
+def vocabulary_of_adapter(
+    model: PreTrainedModel, weights: Mapping[str, torch.Tensor], peft_config: Any = None
+) -> int | None:
+    """
+    How many tokens the model had on which an adapter was trained; `None` where neither its weights nor its
+    configuration tell.
+
+    Args:
+        weights: of the adapter, by the names of peft.
+    """
+    sizes, config = [], model.config.get_text_config()
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = tuple(f"{name}." for name, module in model.named_modules() if any(module is end for end in ends))
+    for key, weight in weights.items():
+        name = key.removeprefix("base_model.model.")
+        if not name.startswith(names):
+            continue
+        if ".lora_embedding_A" in name:
+            sizes.append(weight.shape[1])
+        elif ".lora_B." in name or (
+            name.endswith(".weight") and ".lora_" not in name and weight.shape[1:] == (config.hidden_size,)
+        ):
+            sizes.append(weight.shape[0])
+    tokens = getattr(peft_config, "trainable_token_indices", None) or []
+    for index in itertools.chain(*tokens.values()) if isinstance(tokens, dict) else tokens:
+        if index >= config.vocab_size:
+            sizes.append(index + 1)
+    return max(sizes, default=None)
+
+
+def misfit_of_vocabulary(model: PreTrainedModel, vocabulary: int | None) -> str | None:
+    """What to say where an adapter was trained with another number of tokens than a model has."""
+    of_model = model.config.get_text_config().vocab_size
+    if vocabulary in (None, of_model):
+        return None
+    return (
+        f"its vocabulary has {vocabulary:,} tokens, and that of the model {of_model:,}; resize the model first, by "
+        f"resize_token_embeddings({vocabulary})."
+    )
 
 
 def is_beside(module: torch.nn.Module) -> bool:

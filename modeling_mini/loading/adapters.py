@@ -4,10 +4,12 @@ import warnings
 from pathlib import Path
 
 import torch
+from files_mini import read_json
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..integrations import check_dora
+from ..integrations import check_dora, misfit_of_vocabulary, vocabulary_of_adapter
 
 
 def base_of_adapter(adapter: str) -> str:
@@ -32,13 +34,17 @@ def base_of_adapter(adapter: str) -> str:
     return config.base_model_name_or_path
 
 
-def with_adapter(model: PreTrainedModel, adapter: str, merge_quantized: bool = False) -> PreTrainedModel:
+def with_adapter(
+    model: PreTrainedModel, adapter: str, merge_quantized: bool = False, vocabulary: int = 0
+) -> PreTrainedModel:
     """
     A model with an adapter in it: merged into the weights, which costs nothing while writing, or beside them (as a
-    `PeftModel`) where merging is not possible or would give another model.
+    `PeftModel`) where merging is not possible or would give another model. Where the adapter was trained with more
+    tokens than the model has, the model is resized.
 
     Args:
         merge_quantized: merge into quantized weights too, which rounds what the adapter has learned.
+        vocabulary: how many tokens the tokenizer of the adapter has, if it brings one.
 
     Raises:
         ValueError: if the adapter cannot be read, or does not fit the model.
@@ -52,9 +58,20 @@ def with_adapter(model: PreTrainedModel, adapter: str, merge_quantized: bool = F
     try:
         with warnings.catch_warnings():  # of names of yesterday, and of keys, which are looked at below
             warnings.simplefilter("ignore")
-            check_dora(model, PeftConfig.from_pretrained(adapter))
+            config, weights = PeftConfig.from_pretrained(adapter), load_peft_weights(adapter, device="cpu")
+            check_dora(model, config)
+            before, of_weights = len(model.get_input_embeddings().weight), vocabulary_of_adapter(model, weights, config)
+            wanted = max(vocabulary, of_weights or 0)
+            if wanted > before:
+                resize(model, wanted)
+            if reason := misfit_of_vocabulary(model, of_weights):
+                raise ValueError(reason)
             adapted = PeftModel.from_pretrained(model, adapter)
-            differing = set(get_peft_model_state_dict(adapted)) ^ set(load_peft_weights(adapter, device="cpu"))
+            # The file may hold embedding and head too: see `vocabulary_of_adapter`.
+            least, most = (
+                set(get_peft_model_state_dict(adapted, save_embedding_layers=each)) for each in (False, True)
+            )
+            differing = (least - weights.keys()) | (weights.keys() - most)
     except SafetensorError as error:
         raise ValueError(f"The weights of the adapter {adapter!r} are damaged or cut short ({error}).") from None
     except (RuntimeError, ValueError, OSError, KeyError) as error:
@@ -63,6 +80,11 @@ def with_adapter(model: PreTrainedModel, adapter: str, merge_quantized: bool = F
     if differing:
         first = min(differing).removeprefix("base_model.model.")
         raise ValueError(f"{misfit}: {len(differing)} weights are in one of the two alone, first {first}.")
+    if wanted > before and not has_all_tokens(adapted, before, wanted):
+        raise ValueError(
+            f"{misfit}: it was trained with {wanted - before} tokens more, and their weights are not in its file; save "
+            f"it with save_embedding_layers=True, or name the resized base by --model."
+        )
     stays_beside = getattr(model, "is_quantized", False) and not merge_quantized
     if stays_beside or not hasattr(adapted.base_model, "merge_and_unload") or adapts_tied_embedding(model):
         return adapted.eval()
@@ -73,23 +95,48 @@ def with_adapter(model: PreTrainedModel, adapter: str, merge_quantized: bool = F
 
 
 def adapts_tied_embedding(model: PreTrainedModel) -> bool:
-    """Whether an adapter changes the embedding or the head alone of a model where both are one: merged, it is both."""
+    """
+    Whether an adapter changes only the embedding or only the head, in a model where both are one weight: merged, it
+    would change both.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if not model.config.tie_word_embeddings:
+        return False
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    return model.config.tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends)
+    return any(isinstance(end, BaseTunerLayer) for end in ends) or not torch.equal(ends[0].weight, ends[1].weight)
+
+
+def resize(model: PreTrainedModel, vocabulary: int) -> None:
+    """Makes room for more tokens. Their weights are NaN, so that it shows if an adapter has none for them."""
+    before = len(model.get_input_embeddings().weight)
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    with torch.no_grad():
+        for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+            end.weight[before:] = torch.nan
+
+
+def has_all_tokens(model: PreTrainedModel, before: int, vocabulary: int) -> bool:
+    """Whether the tokens from `before` on, which `resize` has added, have weights in embedding and head."""
+    with torch.no_grad():
+        states = model.get_input_embeddings()(torch.arange(before, vocabulary, device=model.device))
+        scores = model.get_output_embeddings()(torch.zeros_like(states[:1]))
+    return bool(states.isfinite().all() and scores.isfinite().all())
 
 
 def is_another_model(model: PreTrainedModel, base: str) -> bool:
     """
-    Whether a base that is there to look at has another embedding than the model. A copy, and a quantized copy, has the
-    same.
+    Whether a base that is there to look at has another embedding than the model. A copy, a quantized copy, and a model
+    to which tokens were added have the same.
     """
-    weights = Path(base) / "model.safetensors"
-    if not weights.is_file() or Path(model.name_or_path).resolve() == weights.parent.resolve():
-        return False
     embedding = model.get_input_embeddings().weight
     name = next((name for name, weight in model.named_parameters() if weight is embedding), None)
+    folder, file_name = Path(base), SAFE_WEIGHTS_NAME
+    if not (folder / file_name).is_file() and (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        file_name = read_json(folder / SAFE_WEIGHTS_INDEX_NAME).get("weight_map", {}).get(name, SAFE_WEIGHTS_NAME)
+    weights = folder / file_name
+    if not weights.is_file() or Path(model.name_or_path).resolve() == folder.resolve():
+        return False
     try:
         with safe_open(weights, framework="pt") as file:
             if name not in file.keys():  # noqa: SIM118 (no mapping)
@@ -97,4 +144,5 @@ def is_another_model(model: PreTrainedModel, base: str) -> bool:
             other = file.get_tensor(name)
     except SafetensorError:
         return False
-    return other.shape != embedding.shape or not torch.equal(other.to(embedding), embedding)
+    both = min(len(other), len(embedding))
+    return other.shape[1:] != embedding.shape[1:] or not torch.equal(other[:both].to(embedding), embedding[:both])

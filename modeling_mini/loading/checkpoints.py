@@ -1,5 +1,6 @@
 """From what a user calls a model to a model and its tokenizer."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,13 @@ def load_model(
     except OSError:  # most have none; but where it lies there, it is damaged
         if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():
             raise
-    return with_adapter(base, adapter, merge_quantized), tokenizer
+    vocabulary = 0
+    if not Path(adapter).is_dir() or (Path(adapter) / "tokenizer.json").is_file():
+        with contextlib.suppress(OSError):  # on the Hub, many adapters have none
+            own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
+            if len(own) > len(tokenizer):  # tokens were added before it was trained
+                tokenizer, vocabulary = own, len(own)
+    return with_adapter(base, adapter, merge_quantized, vocabulary), tokenizer
 
 
 def load_checkpoint(

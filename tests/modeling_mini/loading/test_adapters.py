@@ -77,9 +77,9 @@ def adapters(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     return {name: save_adapter(root / name, base, config) for name, config in configs.items()}
 
 
-def logits(model: torch.nn.Module) -> torch.Tensor:
+def logits(model: torch.nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(IDS).logits
+        return model.eval()(ids).logits
 
 
 def write(model: PreTrainedModel, path: str, **settings: object) -> torch.Tensor:
@@ -324,3 +324,130 @@ def test_an_adapter_that_names_no_base(broken: Path, base: Path) -> None:
     (broken / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not say which model it belongs to: name that by --model"):
         load_model(str(broken))
+
+
+TWO_MORE = ["<x>", "<y>"]
+# Of each: the settings of LoRA, and whether its file holds weights for added tokens where embedding and head are tied,
+# and where they are not. peft writes none of the head where the embedding is a target, or the reverse.
+OF_TOKENS: dict[str, tuple[dict[str, object], bool, bool]] = {
+    "embedding saved": ({"modules_to_save": ["embed_tokens"]}, True, True),
+    "embedding saved, tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True, True),
+    "head saved": ({"modules_to_save": ["lm_head"]}, True, True),
+    "both saved": ({"modules_to_save": ["embed_tokens", "lm_head"]}, True, True),
+    "tokens": ({"trainable_token_indices": [264, 265]}, True, True),
+    "tokens of the embedding": ({"trainable_token_indices": {"embed_tokens": [264, 265]}}, True, True),
+    "embedding adapted": ({"target_modules": ["q_proj", "embed_tokens"]}, True, False),
+    "head adapted": ({"target_modules": ["q_proj", "lm_head"]}, True, False),
+    "nothing of them": ({}, True, True),
+}
+
+
+def with_two_more_tokens(base: Path) -> MiniForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(266, mean_resizing=False)
+    return model
+
+
+def train_on_new_tokens(
+    base: Path, folder: Path, save_embedding_layers: bool | str = "auto", **settings: object
+) -> torch.Tensor:
+    """Saves an adapter of a resized base with its tokenizer, and gives its logits for `NEW_IDS`."""
+    adapted = peft.get_peft_model(with_two_more_tokens(base), lora(**{"target_modules": ["q_proj"], **settings}))
+    optimizer = torch.optim.Adam([weight for weight in adapted.parameters() if weight.requires_grad], lr=0.01)
+    for _ in range(3):
+        adapted(NEW_IDS, labels=NEW_IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
+    tokenizer = ByteTokenizer()
+    tokenizer.add_tokens(TWO_MORE)
+    tokenizer.save_pretrained(folder)
+    return logits(adapted, NEW_IDS)
+
+
+NEW_IDS = IDS.clone()
+NEW_IDS[:, 3], NEW_IDS[:, 9] = 264, 265
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_adapters_of_a_model_with_added_tokens(name: str, is_tied: bool, tmp_path: Path) -> None:
+    settings, holds_tied, holds_untied = OF_TOKENS[name]
+    base, folder = save_base(tmp_path / "base", tie_word_embeddings=is_tied), tmp_path / "adapter"
+    torch.manual_seed(0)
+    expected = train_on_new_tokens(base, folder, **settings)
+    if not (holds_tied if is_tied else holds_untied):
+        with pytest.raises(ValueError, match="trained with 2 tokens more, and their weights are not in its file"):
+            load_model(str(folder))
+        return
+    for model in (
+        peft.PeftModel.from_pretrained(with_two_more_tokens(base), folder),
+        peft.AutoPeftModelForCausalLM.from_pretrained(folder),
+    ):
+        assert torch.equal(logits(model, NEW_IDS), expected)
+    model = with_two_more_tokens(base)
+    model.load_adapter(str(folder))
+    assert torch.equal(logits(model, NEW_IDS), expected)
+    model, tokenizer = load_model(str(folder))
+    assert (logits(model, NEW_IDS) - expected).abs().max() < 1e-5
+    assert tokenizer("a<y>").input_ids == [1, ord("a") + 8, 265]
+    if isinstance(model, MiniForCausalLM):  # merged, and as a folder it is still the same
+        model.save_pretrained(tmp_path / "merged")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert (logits(merged, NEW_IDS) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_the_vocabulary_alone_differs_it_is_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    sentence = "its vocabulary has 266 tokens, and that of the model 264; resize the model first, by resize_token"
+    for name in ("embedding saved", "nothing of them", "embedding adapted", "head adapted"):
+        folder = tmp_path / name
+        train_on_new_tokens(base, folder, **OF_TOKENS[name][0])
+        with pytest.raises(ValueError, match=sentence):
+            peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder)
+        with pytest.raises(ValueError, match=f"'{folder}', which was trained on '{base}', does not .*: {sentence}"):
+            AutoModelForCausalLM.from_pretrained(folder)
+    train_on_new_tokens(base, tmp_path / "tokens", **OF_TOKENS["tokens"][0])
+    with pytest.raises(ValueError, match=sentence):
+        AutoModelForCausalLM.from_pretrained(base).load_adapter(str(tmp_path / "tokens"))
+    larger = AutoModelForCausalLM.from_pretrained(base)
+    larger.resize_token_embeddings(300, mean_resizing=False)
+    larger.save_pretrained(tmp_path / "larger")
+    ByteTokenizer().save_pretrained(tmp_path / "larger")
+    with pytest.raises(ValueError, match="its vocabulary has 266 tokens, and that of the model 300"):
+        load_model(str(tmp_path / "larger"), str(tmp_path / "embedding saved"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_added_tokens_that_are_nowhere(tmp_path: Path) -> None:
+    base, folder = save_base(tmp_path / "base"), tmp_path / "adapter"
+    train_on_new_tokens(base, folder, save_embedding_layers=False)
+    with pytest.raises(ValueError, match="trained with 2 tokens more, and their weights are not in its file; save it"):
+        load_model(str(folder))
+    torch.manual_seed(0)
+    resized = with_two_more_tokens(base)
+    resized.save_pretrained(tmp_path / "resized")
+    ByteTokenizer().save_pretrained(tmp_path / "resized")
+    torch.manual_seed(0)
+    expected = train_on_new_tokens(base, folder, save_embedding_layers=False)
+    model, tokenizer = load_model(str(tmp_path / "resized"), str(folder))
+    assert (logits(model, NEW_IDS) - expected).abs().max() < 1e-5 and len(tokenizer) == 266
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "50KB"}])
+def test_a_base_in_shards_is_told_from_another_as_one_file_is(
+    shards: dict[str, str], adapters: dict[str, Path], base: Path, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(own, **shards)
+    ByteTokenizer().save_pretrained(own)
+    assert (own / "model.safetensors").is_file() is not bool(shards)
+    adapter = shutil.copytree(adapters["lora"], tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(own)}))
+    assert type(load_model(str(base), str(adapter))[0]) is MiniForCausalLM
+    other = save_base(tmp_path / "other", seed=4)
+    with pytest.raises(ValueError, match="the two models have other weights"):
+        load_model(str(other), str(adapter))
