@@ -1,8 +1,8 @@
 """
-Measures of a model: what it costs, where it attends, and what flows through it.
+Three ways to look into a model: what it costs, where its attention goes, and what its activations and gradients are.
 
-Each works from Python and as `python -m modeling_mini.analysis`; docs/ANALYSIS.md shows both. Nothing here is imported
-by `import modeling_mini`.
+Each is a few functions and a command of `python -m modeling_mini.analysis`; docs/ANALYSIS.md shows both. `import
+modeling_mini` does not import this package.
 """
 
 from .activations import (

@@ -1,4 +1,4 @@
-"""What flows through a model: statistics of activations, norms of gradients, and how far a step moves the weights."""
+"""Statistics of the activations in a model, norms of its gradients, and how far a step moves its weights."""
 
 import contextlib
 import functools
@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import nn
 
-# A unit is dead if no token that was recorded moved it by more than this share of the rms of its site. An exact zero
-# would find ReLU's dead units only: SiLU has none.
+# A unit is dead if its magnitude never exceeded this share of the rms of its site, for any recorded token. A test for
+# exact zeros would find dead units of ReLU only, because SiLU is never exactly zero.
 DEAD_SHARE = 0.01
 
-# What is recorded, wherever wrappers (peft, DDP) have put the model.
+# The modules whose activations are recorded. Wrappers such as peft and DDP put other names in front of these.
 SITE = re.compile(r"(?:^|\.)(embed_tokens|norm|layers\.\d+(?:\.self_attn|\.mlp(?:\.down_proj)?)?)$")
 GROUP = re.compile(r"embed_tokens|lm_head|layers\.\d+\.(self_attn|mlp)")
 
@@ -24,12 +24,12 @@ GROUP = re.compile(r"embed_tokens|lm_head|layers\.\d+\.(self_attn|mlp)")
 @dataclass(frozen=True)
 class ActivationStatistics:
     """
-    One site, over all tokens and units that were recorded.
+    The activations of one site (one place in the model), over all recorded tokens and units.
 
     Attributes:
-        mean, rms: as they are named.
-        kurtosis: the fourth central moment over the squared variance; 3 for a normal distribution, and the larger, the
-            more of the signal is in few large values.
+        mean, rms: the mean, and the root mean square.
+        kurtosis: the fourth central moment divided by the squared variance. It is 3 for a normal distribution, and
+            larger the more of the signal is in a few large values.
         largest: the largest magnitude.
         dead: the share of units that never exceeded `DEAD_SHARE` of the rms.
     """
@@ -48,8 +48,8 @@ class UpdateStatistics:
 
     Attributes:
         gradient_norm, weight_norm, update_norm: Euclidean norms; the weights are those before the step.
-        ratio: update_norm / weight_norm. About 1e-3 is usual while a model learns; much more forgets, much less stands
-            still.
+        ratio: update_norm / weight_norm. About 1e-3 is usual while a model learns. If it is much larger, the model
+            forgets what it has learned; if it is much smaller, the model hardly learns.
     """
 
     gradient_norm: float
@@ -59,7 +59,7 @@ class UpdateStatistics:
 
 
 class ActivationRecorder:
-    """What `record_activations` gives: collects moments while its hooks are in place."""
+    """What `record_activations` yields: it collects moments while its hooks are in place."""
 
     def __init__(self) -> None:
         self._moments: dict[str, list[torch.Tensor]] = {}
@@ -67,7 +67,7 @@ class ActivationRecorder:
 
     @torch.no_grad()
     def add(self, site: str, activations: torch.Tensor) -> None:
-        """`activations` (..., units); no synchronisation with the device."""
+        """Adds `activations` (..., units) of one call. It does not wait for the device."""
         values = activations.detach().float().flatten(end_dim=-2)
         mean = values.mean()
         centred = values - mean
@@ -83,7 +83,7 @@ class ActivationRecorder:
 
     def statistics(self) -> dict[str, ActivationStatistics]:
         """
-        The statistics of all that was recorded so far, by site, in the order in which data meets them.
+        The statistics of everything recorded so far, by site, in the order of the forward pass.
 
         Raises:
             ValueError: if nothing was recorded.
@@ -91,7 +91,7 @@ class ActivationRecorder:
         if not self._moments:
             raise ValueError("No activations were recorded: call the model within `with record_activations(model):`.")
         result = {}
-        # Each call has moments about its own mean; the binomial theorem moves them to the common one.
+        # The moments of each call are about its own mean; the binomial theorem converts them to the common mean.
         for site, calls in self._moments.items():
             means, second, third, fourth, largest, counts = torch.stack(calls).double().cpu().numpy().T
             share = counts / counts.sum()
@@ -114,13 +114,15 @@ class ActivationRecorder:
 @contextlib.contextmanager
 def record_activations(model: nn.Module) -> Iterator[ActivationRecorder]:
     """
-    Records every forward pass within the context, by hooks that are removed when it ends; outside, nothing is left to
-    cost anything. Sites of a Llama-shaped model: `embed_tokens`, and for each layer N `layers.N.self_attn` and
-    `layers.N.mlp` (what they add to the residual stream), `layers.N.mlp.hidden` (the units inside the SwiGLU layer),
-    `layers.N` (the residual stream after it); and `norm`, which the head reads.
+    Records every forward pass within the context. It uses hooks, which are removed at the end of the context.
 
-    Padded positions count as any others. Each forward pass that gradient checkpointing repeats is recorded twice, which
-    changes no statistic. Record the model itself, not a compiled one: hooks would make it compile again.
+    The sites of a Llama-shaped model are `embed_tokens`; for each layer N `layers.N.self_attn` and `layers.N.mlp` (what
+    they add to the residual stream), `layers.N.mlp.hidden` (the units inside SwiGLU) and `layers.N` (the residual
+    stream after the layer); and `norm` (the input of the head).
+
+    Padded positions count like all others. Gradient checkpointing repeats forward passes, which are then recorded
+    twice; this changes no statistic. Record the model itself and not a compiled one, which would compile again for the
+    hooks.
 
     Raises:
         ValueError: if the model has no such modules.
@@ -154,7 +156,7 @@ def record_input(recorder: ActivationRecorder, site: str, module: nn.Module, arg
 def grouped_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """
     The parameters that have a gradient, by group: `embed_tokens`, `layers.N.self_attn`, `layers.N.mlp`, `norms` of all
-    layers, `lm_head` where it is not tied, and `other`. Wrappers (peft, DDP, compile) change no group.
+    layers, `lm_head` where it is not tied, and `other`. Wrappers (peft, DDP, compile) do not change the groups.
 
     Raises:
         ValueError: if no parameter has a gradient.
@@ -187,7 +189,7 @@ def norm(tensors: list[torch.Tensor]) -> float:
 
 
 class UpdateRecorder:
-    """What `record_update` gives: `statistics` is filled when the context ends."""
+    """What `record_update` yields: `statistics` is filled at the end of the context."""
 
     def __init__(self) -> None:
         self.statistics: dict[str, UpdateStatistics] = {}
@@ -196,8 +198,8 @@ class UpdateRecorder:
 @contextlib.contextmanager
 def record_update(model: nn.Module) -> Iterator[UpdateRecorder]:
     """
-    Measures one optimizer step: `with record_update(model) as update: optimizer.step()`. Within the context, a copy of
-    the weights is held; outside, nothing is. Gradients are taken as the context finds them, so clip them before.
+    Measures one optimizer step: `with record_update(model) as update: optimizer.step()`. Within the context it keeps a
+    copy of the weights. Gradients are measured at the beginning of the context, so clip them before.
 
     Raises:
         ValueError: if no parameter has a gradient.
@@ -217,7 +219,7 @@ def record_update(model: nn.Module) -> Iterator[UpdateRecorder]:
 def as_metrics(
     prefix: str, statistics: Mapping[str, ActivationStatistics | UpdateStatistics | float]
 ) -> dict[str, float]:
-    """Statistics by name as flat metrics for a log: `{"activations/layers.0.mlp/rms": 0.5, ...}`."""
+    """Statistics as flat metrics for a log: `{"activations/layers.0.mlp/rms": 0.5, ...}`."""
     metrics = {}
     for name, values in statistics.items():
         if isinstance(values, float):
@@ -227,7 +229,7 @@ def as_metrics(
     return metrics
 
 
-# The kinds of sites within a layer: what to append to `layers.N`, and how figures show them.
+# The kinds of sites within a layer: what follows `layers.N` in their names, and their label, colour and marker.
 KINDS = {
     "": ("residual stream", "#252525", "o"),
     ".self_attn": ("attention output", "#3182bd", "s"),

@@ -1,4 +1,4 @@
-"""Where a model attends: the entropy of every head, and maps of its attention."""
+"""Where the attention of a model goes: the entropy of every head, and maps."""
 
 import contextlib
 import os
@@ -16,9 +16,10 @@ class AttentionSummary:
 
     Attributes:
         maps: (layers, heads, length, length), the mean weight that each query (row) gives each key (column).
-        entropy: (layers, heads), in nats: the mean over windows and over all queries but the first of each window,
-            which sees one key and has no choice.
-        maximum_entropy: in nats, the same mean for uniform attention: query t sees t + 1 keys, ln(t + 1).
+        entropy: (layers, heads), in nats: the mean over windows and over all queries except the first of each window,
+            which sees only one key.
+        maximum_entropy: in nats, the same mean for uniform attention. Query t sees t + 1 keys, so its entropy is then
+            ln(t + 1).
     """
 
     maps: torch.Tensor
@@ -27,13 +28,13 @@ class AttentionSummary:
 
     @property
     def share(self) -> torch.Tensor:
-        """(layers, heads), the entropy as a share of the maximum: 0 looks at one key, 1 at all alike."""
+        """(layers, heads), the entropy as a share of the maximum: 0 is one key alone, 1 is all keys equally."""
         return self.entropy / self.maximum_entropy
 
 
 @contextlib.contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode with attention that returns its weights; both as before when the context ends."""
+    """Within the context the model is in evaluation mode, and its attention returns its weights."""
     implementation = model.config._attn_implementation
     training = [module for module in model.modules() if module.training]
     try:
@@ -52,8 +53,8 @@ def attention_weights(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.
     The attention of every head, `input_ids` (batch, length) to (layers, batch, heads, length, length).
 
     Raises:
-        ValueError: if the model's attention is not eager, which alone returns weights (see `eager_attention`), or if it
-            returns none all the same.
+        ValueError: if the model's attention is not eager, because no other returns weights (see `eager_attention`); or
+            if it is eager and returns none.
     """
     if model.config._attn_implementation != "eager":
         raise ValueError(
@@ -73,15 +74,16 @@ def entropy(weights: torch.Tensor) -> torch.Tensor:
 
 def summarize_attention(model: PreTrainedModel, windows: torch.Tensor) -> AttentionSummary:
     """
-    Entropies and mean maps over `windows` (windows, length), without padding. The model is left as it was. One window
-    is measured at a time, which needs layers * heads * length^2 * 8 bytes; sliding windows are no part of the maximum.
+    Entropies and mean maps over `windows` (windows, length), which have no padding. The model is the same afterwards.
+    One window is measured at a time, which needs layers * heads * length^2 * 8 bytes. The maximum entropy assumes that
+    a token can see all tokens before it, which is not so in models with sliding windows.
 
     Raises:
         ValueError: if windows have fewer than two tokens, or the model's attention returns no weights.
     """
     length = windows.shape[1]
     if length < 2:
-        raise ValueError("Attention has a choice from the second token on: give at least two tokens.")
+        raise ValueError("The first token can attend only to itself: give at least two tokens.")
     maps = entropies = 0
     with eager_attention(model):
         for window in windows:
@@ -101,8 +103,8 @@ def draw_attention(
 ) -> None:
     """
     Writes a PNG of all maps, a row for each layer and a column for each head, with the entropy of each as a share of
-    the maximum. Labels of the tokens stand at the left and the bottom of the grid where they are few enough to read;
-    otherwise positions do.
+    the maximum. The labels of the tokens are at the left and the bottom of the grid. Where they are too many to be
+    read, the numbers of the positions are there.
     """
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
@@ -115,7 +117,7 @@ def draw_attention(
         labels = None
     if labels is not None:
         font = get_font(findfont("DejaVu Sans"))
-        # A character that the font lacks would be an empty box, as any other.
+        # Characters that the font does not have would all be the same empty box.
         labels = ["".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in label) for label in labels]
     edge = max(length * LABEL_PITCH, SMALLEST_MAP) if labels is not None else 2.0
     future = torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
@@ -124,7 +126,7 @@ def draw_attention(
         axes = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
         for layer, row in enumerate(axes):
             for head, axis in enumerate(row):
-                # The square root of a weight: most weights are small, and 1 % should not look like nothing.
+                # The colour is that of the square root, because most weights are small and 1 % should be visible.
                 image = axis.imshow(
                     summary.maps[layer, head].masked_fill(future, torch.nan).numpy(),
                     norm=PowerNorm(0.5, vmin=0, vmax=1),

@@ -1,4 +1,4 @@
-"""What a Llama-shaped model costs: parameters, FLOPs and memory, by formula, and measured peaks beside them."""
+"""What a Llama-shaped model costs: parameters, FLOPs and memory by formulas, and functions that measure the memory."""
 
 import bisect
 import re
@@ -55,10 +55,10 @@ class TrainingMemory:
 
 class ModelCost:
     """
-    The cost of a configuration; no weights are made or loaded.
+    The cost of a configuration. No weights are made or loaded.
 
-    Works for every model whose parts are named and shaped as Llama's: Mini, Llama, Qwen3, Mistral, ... Sliding windows
-    count as full attention.
+    It works for every model whose parts have Llama's names and shapes: Mini, Llama, Qwen3, Mistral, ... A sliding
+    window is counted as full attention.
 
     Args:
         config: the configuration of a causal language model.
@@ -94,7 +94,7 @@ class ModelCost:
 
     @property
     def num_parameters(self) -> int:
-        """All parameters; a tied head counts once, as the embedding."""
+        """All parameters. A tied head counts once, as the embedding."""
         return sum(self.parameters.values())
 
     def attention_flops_per_token(self, length: int) -> int:
@@ -105,20 +105,21 @@ class ModelCost:
         """
         Floating-point operations for one token in a context of `length` tokens: 2 M + 4 L H Q T.
 
-        M are the parameters of all matrices that multiply a token (each gives a multiplication and an addition), with
-        the head and without the embedding, which is looked up; L layers, H heads of size Q, T = `length`. The formula
-        is that of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361, table 1), with two matrix products of H Q T
-        per layer as in Chowdhery et al. 2022 (https://arxiv.org/abs/2204.02311, appendix B). Attention counts in full,
-        as is the convention for utilisation (MFU): a causal kernel may skip up to half of that part. Norms, the
-        activation function, the softmax and the rotary embedding are left out.
+        M is the number of parameters in the matrices that a token is multiplied with; each gives a multiplication and
+        an addition. The head is one of them, and the embedding is not, because it is only read from. There are L layers
+        and H heads of size Q, and T is `length`. The formula is that of Kaplan et al. 2020
+        (https://arxiv.org/abs/2001.08361, table 1), with two matrix products of H Q T per layer as in Chowdhery et al.
+        2022 (https://arxiv.org/abs/2204.02311, appendix B). Attention counts in full, as MFU counts it by convention; a
+        causal kernel may skip up to half of it. Norms, the activation function, the softmax and the rotary embedding
+        are left out.
         """
         return 2 * self.matrix_parameters + self.attention_flops_per_token(length)
 
     def training_flops_per_token(self, length: int) -> int:
         """
-        Three times the forward pass: each matrix product has two in the backward pass, by weights and by inputs
-        (6 N + 12 L H Q T, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix B). What gradient
-        checkpointing computes again is left out, as in MFU.
+        Three times the forward pass: for each matrix product the backward pass has two, for the gradient of the weights
+        and for that of the inputs (6 N + 12 L H Q T, Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311, appendix
+        B). What gradient checkpointing computes again is left out, as in MFU.
         """
         return 3 * self.forward_flops_per_token(length)
 
@@ -126,12 +127,14 @@ class ModelCost:
         """
         Bytes to generate for `batch_size` sequences of `length` tokens, with the weights in `dtype`.
 
-        The cache holds a key and a value of every layer: 2 L (key/value heads) (head size) T each sequence. The working
-        set is the largest in a block: the embeddings, the residual stream before and after attention, what attention
-        added, a norm, and three tensors of the SwiGLU layer; or the embeddings, the residual stream, a norm, keys,
-        values, and the queries with three copies on their way through the rotary embedding. A fused attention kernel is
-        taken for granted. Within 10 % of the peak measured on a CPU for Mini, Llama and Qwen3. Not counted: what the
-        process and the device's libraries hold (some 0.5 GB on a GPU), and what an allocator loses to fragments.
+        The cache holds a key and a value for every layer and token: 2 L (key/value heads) (head size) T numbers for
+        each sequence. The working set is the larger of two. In the MLP these tensors exist at once: the embeddings, the
+        residual stream before and after attention, the output of attention, a norm, and three tensors of SwiGLU. In
+        attention: the embeddings, the residual stream, a norm, keys, values, the queries, and three copies of the
+        queries that the rotary embedding makes. Attention is assumed to be a fused kernel.
+
+        The result is within 10 % of the peak measured on a CPU for Mini, Llama and Qwen3. It does not count the memory
+        of the process and of the device's libraries (about 0.5 GB on a GPU), nor the gaps in an allocator's memory.
 
         Raises:
             ValueError: if a size is below 1 or `dtype` is not one of `DTYPES`.
@@ -152,20 +155,24 @@ class ModelCost:
         """
         Bytes to train on `batch_size` sequences of `length` tokens at once, with AdamW.
 
-        Weights, gradients and the two moments of AdamW are float32 in either case; `"bfloat16"` is autocast, which
-        keeps a second copy of the matrices, float32 norms and a float32 residual stream. The total is the peak when
-        gradients are accumulated over several batches; with one batch for each step, gradients grow while activations
-        go, and the peak is lower by up to the smaller of the two.
+        Weights, gradients and the two moments of AdamW are float32 for both values of `dtype`. `"bfloat16"` is
+        autocast, which adds a copy of the matrices and keeps norms and residual stream in float32. The total is the
+        peak when gradients are accumulated over several batches. With one batch for each step, gradients grow while
+        activations are freed, and the peak is lower by up to the smaller of the two.
 
-        Activations are counted as the model's own code saves them, in the manner of Korthikanti et al. 2022
-        (https://arxiv.org/abs/2205.05198, section 4), for each token and layer: the inputs of two norms (RMSNorm also
-        keeps its result, but not where a GPU fuses it) and of the matrices after them, queries, keys, values and the
-        output of attention, four tensors of the SwiGLU layer; and once: the final norm and the log-probabilities in
-        float32. Fused attention, no dropout. With gradient checkpointing, the input of every layer and either the parts
-        of one layer or of the head (Chen et al. 2016, https://arxiv.org/abs/1604.06174). The working set is the largest
-        of three: the gradients of logits and log-probabilities; those within a layer and one new gradient of the
-        largest matrix; and, at the end, the two gradients of a tied matrix and their sum. Not counted: as in
-        `inference_memory`. Within 6 % of the peak measured on a CPU for Mini, Llama and Qwen3, and 10 % with gradient
+        Activations are what the model's code saves for the backward pass, counted as in Korthikanti et al. 2022
+        (https://arxiv.org/abs/2205.05198, section 4). For each token and layer these are the inputs of two norms
+        (RMSNorm also saves its result, except where a GPU fuses it), the inputs of the matrices after the norms, the
+        queries, keys, values and output of attention, and four tensors of SwiGLU. The final norm and the
+        log-probabilities in float32 are saved once. Attention is fused, and there is no dropout. With gradient
+        checkpointing, they are the input of every layer, and the activations of either one layer or the head (Chen et
+        al. 2016, https://arxiv.org/abs/1604.06174).
+
+        The working set is the largest of three: the gradients of logits and log-probabilities; the gradients within a
+        layer and one new gradient of the largest matrix; and, at the end, the two gradients of a tied matrix and their
+        sum. What is not counted is the same as for `inference_memory`.
+
+        The result is within 6 % of the peak measured on a CPU for Mini, Llama and Qwen3, and within 10 % with gradient
         checkpointing.
 
         Raises:
@@ -176,21 +183,21 @@ class ModelCost:
         autocast = dtype != "float32"
         hidden, query, key_value = self.hidden_size, self.query_size, self.key_value_size
         norm = (self._saved_by_norm * hidden + self._statistics_of_norm) * FLOAT32_BYTES
-        # Autocast converts the input of a norm's result anew for each matrix that reads it.
+        # Autocast converts the result of a norm once for each matrix that reads it.
         matrix_inputs = hidden * (3 + 2) * size if autocast else hidden * 2 * size
         attention = (2 * query + 2 * key_value) * size + self.heads * FLOAT32_BYTES
         if self._has_qk_norm:
             attention += self._saved_by_norm * (query + key_value) * FLOAT32_BYTES
         layer = 2 * norm + matrix_inputs + attention + 4 * self.intermediate_size * size
         head = norm + hidden * size + self.vocab_size * FLOAT32_BYTES
-        # In bytes from here on: what is saved and what works, at the loss and in a layer.
+        # From here on in bytes: (activations, working set), at the loss and in a layer.
         at_loss = head * tokens, 2 * self.vocab_size * FLOAT32_BYTES * tokens
         working_in_layer = 2 * hidden * FLOAT32_BYTES + 2 * self.intermediate_size * size
         in_layer = layer * tokens, working_in_layer * tokens + self.largest_matrix * FLOAT32_BYTES
         copies = self.matrix_parameters * size if autocast else 0
         if gradient_checkpointing:
-            # The forward pass ends with copies of all matrices; in the backward pass, the head's and one layer's exist.
-            # The head is done with before a layer is computed again.
+            # At the end of the forward pass there are copies of all matrices. In the backward pass there are those of
+            # the head and of one layer, and the head is finished before a layer is computed again.
             head_parameters = self.vocab_size * hidden
             all_copies = copies
             if autocast:
@@ -202,7 +209,7 @@ class ModelCost:
             activations = self.layers * in_layer[0] + at_loss[0]
             working = max(in_layer[1], at_loss[1])
         if self.config.tie_word_embeddings:
-            # At the end, activations and copies are gone.
+            # At the end of the backward pass, activations and copies have been freed.
             working = max(working, 3 * self.parameters["embedding"] * FLOAT32_BYTES - activations - copies)
         float32_weights = self.num_parameters * FLOAT32_BYTES
         return TrainingMemory(
@@ -227,16 +234,17 @@ class ModelCost:
 
 
 def largest_batch(device_memory: int, memory_of_batch: Callable[[int], int]) -> int:
-    # A sequence takes more than one byte, so the range holds the answer; the memory grows with the batch.
+    # A binary search: memory grows with the batch, and a sequence needs more than one byte, so the range is large
+    # enough.
     return bisect.bisect_right(range(1, device_memory + 1), device_memory, key=memory_of_batch)
 
 
 def parameters_by_part(model: PreTrainedModel) -> dict[str, int]:
     """
-    The parameters of each of `PARTS`; a tied head counts as part of the embedding.
+    The number of parameters in each of `PARTS`. A tied head counts as part of the embedding.
 
     Raises:
-        ValueError: if there is a parameter that no part has.
+        ValueError: if a parameter belongs to no part.
     """
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in model.named_parameters():
@@ -252,7 +260,7 @@ def saved_by(norm: nn.Module) -> tuple[int, int]:
     What the backward pass of a norm needs: how many tensors of its size, and how many numbers for each token.
 
     Raises:
-        ValueError: if it is neither a LayerNorm nor an RMSNorm, by whatever library.
+        ValueError: if it is neither a LayerNorm nor an RMSNorm (of any library).
     """
     if isinstance(norm, nn.LayerNorm):
         return 1, 2  # its input; mean and standard deviation
@@ -271,11 +279,12 @@ def check_sizes(batch_size: int, length: int, dtype: str) -> None:
 
 class PeakMemory:
     """
-    A context that measures the peak of the memory that tensors hold: on a GPU by its allocator; on a CPU by following
-    each tensor from the operation that makes it until it is freed, which leaves out what a kernel holds inside itself.
+    A context that measures the peak of the memory that tensors need. On a GPU it asks the allocator. On a CPU it
+    follows each tensor from the operation that makes it until it is freed, which misses memory that a kernel uses
+    internally.
 
     Args:
-        model, optimizers: what exists before and counts.
+        model, optimizers: their tensors exist already, and are counted.
     """
 
     def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:

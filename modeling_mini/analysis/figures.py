@@ -1,4 +1,4 @@
-"""What the figures share."""
+"""What all figures have in common: their style, and how they are written."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-# For figures that are seen at the size of a page: a thousand pixels or two.
+# Dots per inch: a figure of the width of a page then has one or two thousand pixels.
 DPI = 120
 
 
 @contextlib.contextmanager
 def figure_file(path: str | os.PathLike, **kwargs: Any) -> Iterator[Figure]:
-    """A figure that is drawn without a display, and written beside `path` and renamed when it is complete."""
+    """A figure to draw on. At the end of the context it is written beside `path` and renamed. It needs no display."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):

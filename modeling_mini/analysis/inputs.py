@@ -1,11 +1,11 @@
-"""From a prompt or a text to the token ids that a model is measured on, and from ids to readable labels."""
+"""Turns a prompt or a text into the token ids that a model is measured on, and ids into readable labels."""
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# No tokenizer in use has tokens longer than this on average, and one that has only makes windows shorter.
+# An upper bound: tokens of known tokenizers are shorter than this on average. Longer tokens make windows shorter.
 CHARACTERS_PER_TOKEN = 8
 BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
 VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "\\r"}
@@ -29,8 +29,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, pro
 
 def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, count: int) -> torch.Tensor:
     """
-    Windows that begin evenly spread over a text, each read as a prompt, (windows, length) int64: at most `count`, and
-    fewer where the text has no more; a text shorter than `length` tokens is one window.
+    Windows whose beginnings are spread evenly over a text, each encoded like a prompt: (windows, length) int64. There
+    are at most `count`, and fewer where the text is short. A text of fewer than `length` tokens is one window.
 
     Raises:
         ValueError: if the text has fewer than two tokens, or `length` or `count` is too small.
@@ -41,9 +41,9 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, cou
     windows = []
     for start in np.unique(np.linspace(0, last_start, count, dtype=np.int64)):
         piece = text[start : start + length * CHARACTERS_PER_TOKEN]
-        # What looks like a special token in a text is text.
+        # Text that looks like a special token stays text.
         windows.append(tokenizer(piece, split_special_tokens=True, verbose=False).input_ids[:length])
-    # Where a token is several characters, the last windows run out of text.
+    # Where a token has several characters, the last windows may be shorter than the others.
     longest = max(len(window) for window in windows)
     if longest < 2:
         raise ValueError("The text must have at least two tokens.")
@@ -52,8 +52,8 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int, cou
 
 def token_labels(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """
-    One short label for each id: its text, with white space made visible; the bytes in hexadecimal where a token is only
-    part of a character; the name of a special token without its brackets.
+    One short label for each id. Usually it is the text of the token, with white space made visible. Where a token is
+    only a part of a character, it is the bytes in hexadecimal; for a special token, the name without its brackets.
     """
     labels = []
     for token_id, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
