@@ -20,7 +20,7 @@ def report(result: TrainingResult, arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on."""
     run, folder = result.run, result.run.folder
     prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
-    how = "--interactive" if run.corpus.kind == "messages" else f'--prompt "{prompt}"'
+    how = "--interactive" if run.corpus.is_chat else f'--prompt "{prompt}"'
     if result.stopped_by is not None:
         return (
             f"Stopped at step {run.state.step}; everything is in {folder}/checkpoints.\n"

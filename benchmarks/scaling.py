@@ -26,7 +26,7 @@ from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from training_mini.arguments import DataArguments, parse_arguments
 from training_mini.checkpoints import damage_of, states_of
-from training_mini.data.batches import RowMaker, TrainingBatches
+from training_mini.data.batches import Collator, TrainingBatches
 from training_mini.data.corpus import load_corpus
 from training_mini.data.sources import standard_library_files
 from training_mini.data.streaming import StreamBatches
@@ -107,15 +107,15 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
     bpe_tokens = len(encoded.train) + len(encoded.validation)
 
     corpus = corpus_of(text, folder / "cache")
-    batches = TrainingBatches(corpus.train, RowMaker(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
+    batches = TrainingBatches(corpus.train, Collator(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
     steps = max(1, len(corpus.train) // (WINDOWS * CONTEXT))
     reading = best_seconds(rounds, lambda _: [list(batches.micro_batches(step)) for step in range(steps)])
 
     def stream(cache: Path) -> None:
         ids = corpus_of(records, cache, streaming=True).train
-        rows = StreamBatches(ids, RowMaker(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
+        batches = StreamBatches(ids, Collator(CONTEXT, bos_token_id=1), WINDOWS, seed=0)
         for step in range(steps):
-            list(rows.micro_batches(step))
+            list(batches.micro_batches(step))
 
     held_out = some.read_bytes()[: 10**7]
     compressing = best_seconds(rounds, lambda _: compressor_bits_per_byte(held_out))

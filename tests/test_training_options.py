@@ -193,12 +193,12 @@ def test_document_attention(tmp_path: Path) -> None:
     trainer, _ = train_here(tmp_path / "run", "--max_steps", 4, "--document_attention")
     ids = torch.randint(8, 264, (200,)).numpy().astype("uint16")
     ids[30], other = 2, ids.copy()
-    model, rows = trainer.run.unwrapped_model.eval(), trainer.run.batches.rows
+    model, collator = trainer.run.unwrapped_model.eval(), trainer.run.batches.collator
     ids[30] = other[30] = 2  # the second document begins at 31
     other[:30] = 50
     with torch.no_grad():
-        one, two = (model(**rows.make(text, [0]).inputs).logits[0] for text in (ids, other))
-        alone = model(**rows.make(ids[31:64], [0], 33).inputs).logits[0]
+        one, two = (model(**collator.make(text, [0]).inputs).logits[0] for text in (ids, other))
+        alone = model(**collator.make(ids[31:64], [0], 33).inputs).logits[0]
     torch.testing.assert_close(one[31:], two[31:], rtol=0, atol=0)
     torch.testing.assert_close(one[31:], alone, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(one[:30], two[:30])

@@ -25,17 +25,13 @@ from .checkpoints import (
     states_of,
 )
 from .cpu_kernels import onednn_is_faster, use_onednn
-from .data.batches import RowMaker, TrainingBatches
-from .data.corpus import Corpus, is_encoded, load_corpus, make_tokenizer, tokenizer_key
-from .data.packing import ExampleBatches, ExampleRows, HeldOutExamples
-from .data.streaming import StreamBatches, TokenStream
+from .data.batches import Batches
+from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, make_tokenizer, tokenizer_key
 from .distributed import Parallel, blocks_of
-from .evaluation import HeldOut, HeldOutText, compressor_bits_per_byte
+from .evaluation import HeldOut, compressor_bits_per_byte
 from .lora import adapt, describe
 from .optimization import WeightAverage, make_optimizers
 from .run_folder import RunFolder
-
-Batches = TrainingBatches | StreamBatches | ExampleBatches
 
 
 @dataclass
@@ -105,13 +101,13 @@ def build_run(arguments: Arguments) -> Run:
         corpus = load_corpus(arguments.data, arguments.monitoring.max_eval_tokens, accelerator.is_local_main_process)
         set_seed(arguments.run.seed)
         model = make_model(arguments, corpus)
-        batches, held_out = make_batches(arguments, corpus, model.config)
+        batches, held_out = corpus.make_batches(arguments, model.config)
         held_out_text = corpus.text_of(held_out.ids)
         state = TrainerState(
             corpus=corpus.settings,
             architecture=architecture_of(model.config),
             methods=methods_of(arguments),
-            order=order_of(arguments, has_examples=corpus.kind is not None),
+            order=order_of(arguments, has_examples=isinstance(corpus, ExampleCorpus)),
             tracker_id=uuid.uuid4().hex[:8],
         )
         # 2. The model on its device, and what moves its weights.
@@ -208,7 +204,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
         length = run.config.max_position_embeddings
         about = describe(run.unwrapped_model, sequences, length, is_bf16, checkpointing)
         lines.append(f"From {arguments.model.model}: {about}.")
-    if corpus.kind is not None and (notes := run.batches.rows.notes()):
+    if notes := run.batches.notes():
         lines.append(notes)
     return lines
 
@@ -297,37 +293,3 @@ def trained_model(arguments: Arguments) -> PreTrainedModel:
             elif isinstance(part, float):
                 setattr(module, field, probability)
     return model
-
-
-def make_batches(arguments: Arguments, corpus: Corpus, config: PreTrainedConfig) -> tuple[Batches, HeldOut]:
-    """
-    The global batches of every step, and what is held out.
-
-    Raises:
-        ValueError: if there is too little to learn from.
-    """
-    batch_size, seed = arguments.optimization.train_batch_size, arguments.run.seed
-    max_eval_tokens = arguments.monitoring.max_eval_tokens
-    said_only = arguments.data.assistant_only_loss
-    if corpus.kind is not None:
-        if said_only and not corpus.marks_what_is_said:
-            raise ValueError(
-                "The chat template of the tokenizer does not mark what the assistant says by {% generation %}, so "
-                "nobody knows what to learn; --assistant_only_loss false learns every token."
-            )
-        settings = config.max_position_embeddings, config.pad_token_id or 0, said_only is not False
-        rows, held_out_rows = (ExampleRows(examples, *settings) for examples in (corpus.train, corpus.validation))
-        return ExampleBatches(rows, batch_size, seed), HeldOutExamples(
-            held_out_rows, corpus.bytes_per_token, max_eval_tokens
-        )
-    if said_only:
-        raise ValueError(
-            f"assistant_only_loss needs records with messages, or with prompt and completion, and "
-            f"{arguments.data.dataset!r} is text."
-        )
-    separator = config.eos_token_id if arguments.data.document_attention else None
-    rows = RowMaker(config.max_position_embeddings, config.bos_token_id, separator)
-    held_out = HeldOutText(corpus.validation[: max_eval_tokens or None], corpus.bytes_per_token, rows)
-    if isinstance(corpus.train, TokenStream):
-        return StreamBatches(corpus.train, rows, batch_size, seed), held_out
-    return TrainingBatches(corpus.train, rows, batch_size, seed), held_out

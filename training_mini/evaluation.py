@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from .data.batches import Batch, RowMaker
+from .data.batches import Batch, Collator
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class HeldOut(Protocol):
     bytes: int
 
     def groups(self, process: int, num_processes: int, share: int) -> list[Any]:
-        """The turns of one of the processes, `share` rows at a time: what `make` takes."""
+        """The turns of one of the processes, `share` sequences at a time: what `make` takes."""
 
     def make(self, group: Any) -> Batch:
         """The batch of a turn."""
@@ -84,13 +84,13 @@ class HeldOutText:
         bytes_per_token: `(vocabulary,)`.
     """
 
-    def __init__(self, ids: np.ndarray, bytes_per_token: np.ndarray, rows: RowMaker) -> None:
-        self.ids, self.rows = ids, rows
+    def __init__(self, ids: np.ndarray, bytes_per_token: np.ndarray, collator: Collator) -> None:
+        self.ids, self.collator = ids, collator
         self.bytes = max(1, int(bytes_per_token[ids].sum()))
 
     def groups(self, process: int, num_processes: int, share: int) -> list[tuple[list[int], int]]:
         """Where the windows of each turn start, and how long they are."""
-        length = self.rows.context_length
+        length = self.collator.context_length
         starts = range(process * length, len(self.ids), num_processes * length)
         full = [start for start in starts if start + length <= len(self.ids)]
         groups = [(full[i : i + share], length) for i in range(0, len(full), share)]
@@ -99,12 +99,12 @@ class HeldOutText:
 
     def make(self, group: tuple[list[int], int]) -> Batch:
         starts, length = group
-        return self.rows.make(self.ids, starts, length)
+        return self.collator.make(self.ids, starts, length)
 
     def windows(self, count: int) -> torch.Tensor:
-        length = min(self.rows.context_length, len(self.ids))
+        length = min(self.collator.context_length, len(self.ids))
         starts = range(0, len(self.ids) - length + 1, length)[:count]
-        return self.rows.make(self.ids, starts, length).inputs["input_ids"]
+        return self.collator.make(self.ids, starts, length).inputs["input_ids"]
 
 
 def evaluate(
@@ -121,7 +121,7 @@ def evaluate(
     of processes.
 
     Args:
-        batch_size: rows at a time, over all processes.
+        batch_size: sequences at a time, over all processes.
         should_stop: asked between batches, by all processes together; if it says yes, the result is `None`.
     """
     processes = accelerator.num_processes

@@ -21,7 +21,7 @@ from .metrics import inner_metrics, make_log_window, update_metrics
 from .model_folders import model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, regularized_loss, set_dropout
-from .sampling import make_prompts, write_samples
+from .sampling import write_samples
 from .signals import StopRequest
 
 INNER_WINDOWS = 4  # held-out windows on which the model is looked into
@@ -350,7 +350,7 @@ class Trainer:
             model = self.parallel.gather_full_model(run.model)
             if model is None:
                 return []
-            prompts = make_prompts(run.corpus, run.held_out, self.arguments.monitoring.sample_prompts)
+            prompts = run.corpus.make_prompts(run.held_out, self.arguments.monitoring.sample_prompts)
             samples = write_samples(model, run.corpus, prompts, length, seed)
         self.monitor.record_samples(self.state.step, samples)
         return [sample["text"] for sample in samples]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
 from torch import nn
-from training_mini.data.batches import RowMaker
+from training_mini.data.batches import Collator
 from training_mini.evaluation import HeldOutText, compressor_bits_per_byte, evaluate
 
 
@@ -39,7 +39,7 @@ def test_every_token_is_predicted_once(model: MiniForCausalLM, ids: np.ndarray) 
         nats -= log_probabilities[torch.arange(len(window)), window].sum().item()
     lengths = ByteTokenizer().bytes_per_token()
     for batch_size in (1, 2, 8):
-        result = evaluate(model, HeldOutText(ids, lengths, RowMaker(16, 1)), batch_size, Accelerator(cpu=True))
+        result = evaluate(model, HeldOutText(ids, lengths, Collator(16, 1)), batch_size, Accelerator(cpu=True))
         assert result.loss == pytest.approx(nats / len(ids), rel=1e-6)
         # The separators cost nats and stand for no bytes.
         assert result.bits_per_byte == pytest.approx(nats / math.log(2) / (len(ids) - 2), rel=1e-6)
@@ -48,14 +48,14 @@ def test_every_token_is_predicted_once(model: MiniForCausalLM, ids: np.ndarray) 
 
 def test_dropout_is_off_and_the_mode_comes_back(ids: np.ndarray) -> None:
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1, residual_dropout=0.9)).train()
-    arguments = (model, HeldOutText(ids, ByteTokenizer().bytes_per_token(), RowMaker(16, 1)), 4, Accelerator(cpu=True))
+    arguments = (model, HeldOutText(ids, ByteTokenizer().bytes_per_token(), Collator(16, 1)), 4, Accelerator(cpu=True))
     assert evaluate(*arguments) == evaluate(*arguments)
     assert model.training
 
 
 def test_asked_to_stop_there_is_no_figure(model: MiniForCausalLM, ids: np.ndarray) -> None:
     answers = iter([False, True])
-    arguments = (model, HeldOutText(ids, ByteTokenizer().bytes_per_token(), RowMaker(16, 1)), 1, Accelerator(cpu=True))
+    arguments = (model, HeldOutText(ids, ByteTokenizer().bytes_per_token(), Collator(16, 1)), 1, Accelerator(cpu=True))
     assert evaluate(*arguments, should_stop=lambda: next(answers)) is None
 
 

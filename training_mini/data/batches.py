@@ -4,9 +4,10 @@ The order of the data: a pure function of (seed, step).
 The training ids are cut into windows of one context length. An epoch visits every window once, in an order that a
 keyed permutation gives directly: finding the batch of step N costs the same for any N, nothing grows with the corpus,
 and a resumed run needs no replay. Each epoch cuts at another offset, so the window borders move. How many processes
-share a batch decides only who computes which rows of it.
+share a batch decides only which of its sequences each of them computes.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +65,9 @@ def permute(positions: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
 class Batch:
     """
     Attributes:
-        inputs: what the model takes: `input_ids` (rows, length), and `position_ids` alike where documents are apart.
-        targets: (rows, length), the token that follows each input; -100 where it does not count.
+        inputs: what the model takes: `input_ids`, and `position_ids` where documents in a sequence are kept apart;
+            each `(sequences, length)`.
+        targets: the token that follows each input, -100 where it does not count, `(sequences, length)`.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -77,16 +79,17 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class RowMaker:
+class Collator:
     """
-    How windows of token ids become rows.
+    How windows of token ids become the sequences of a batch.
 
     Attributes:
-        context_length: tokens of a row.
-        bos_token_id: the first input of every row. A window begins as a prompt does, so each of its tokens is
-            predicted, and the model has learned to read what follows `<|bos|>`.
-        separator_id: with it, documents in a row are apart: behind this id (eos) a document begins with bos, and with
-            positions from 0, by which every attention of transformers knows not to look across.
+        context_length: tokens of a sequence.
+        bos_token_id: the first input of every sequence. A window begins as a prompt does, so each of its tokens is
+            predicted, and the model learns to read what follows `<|bos|>`.
+        separator_id: if given, documents in a sequence are kept apart: after this id (eos) a document begins with bos
+            and with position 0. From positions that begin again, every attention of transformers knows where a
+            document ends.
     """
 
     context_length: int
@@ -94,7 +97,7 @@ class RowMaker:
     separator_id: int | None = None
 
     def make(self, ids: np.ndarray, starts: Sequence[int], length: int | None = None) -> Batch:
-        """A row for each window of `ids` that begins at one of `starts`, of `length` (one context by default)."""
+        """A sequence for each window of `ids` that begins at one of `starts`, of `length` (one context by default)."""
         length = length or self.context_length
         targets = np.stack([ids[start : start + length] for start in starts]).astype(np.int64)
         inputs = np.empty_like(targets)
@@ -111,9 +114,11 @@ class RowMaker:
         return Batch(tensors, torch.from_numpy(targets))
 
 
-class SequenceOrder:
+class Batches(ABC):
     """
-    Which sequences each step reads, by numbers that go on from epoch to epoch. While the batch size stays the same they
+    The global batches of a run, one for each step.
+
+    The sequences have numbers that go on from epoch to epoch. While the batch size stays the same, those of a step
     follow from the step alone; after a resume at another one, from the sequences that were read before it.
 
     Args:
@@ -136,27 +141,54 @@ class SequenceOrder:
         """The numbers of the sequences of a global batch, `(batch_size,)`."""
         return np.arange(self.sequences_read(step), self.sequences_read(step + 1))
 
+    @abstractmethod
+    def epoch_of(self, step: int) -> float:
+        """Epochs completed when `step` steps are done."""
 
-class TrainingBatches(SequenceOrder):
+    @abstractmethod
+    def learned_tokens(self, step: int) -> int:
+        """The tokens of a global batch that the loss is a mean over."""
+
+    @abstractmethod
+    def micro_batches(
+        self, step: int, process_index: int = 0, num_processes: int = 1, count: int = 1
+    ) -> Iterator[Batch]:
+        """The share of one process in the batch of a step, in `count` micro-batches."""
+
+    def notes(self) -> str:
+        """What is to be known of data that could not be taken as it is; nothing if all could."""
+        return ""
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """What a resumed run has to know at `step`: nothing, where the batch of a step is a function of the step."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have nothing to load)
+        """Goes to the position of a state."""
+
+
+class TrainingBatches(Batches):
     """
+    The batches of encoded text.
+
     Args:
         ids: training token ids, `(tokens,)`.
-        rows: how windows become rows.
-        batch_size: rows of a global batch.
+        collator: how windows become sequences.
+        batch_size: sequences of a global batch.
 
     Raises:
         ValueError: if there are fewer ids than one context.
     """
 
-    def __init__(self, ids: np.ndarray | ShardedIds, rows: RowMaker, batch_size: int, seed: int) -> None:
-        context_length = rows.context_length
+    def __init__(self, ids: np.ndarray | ShardedIds, collator: Collator, batch_size: int, seed: int) -> None:
+        context_length = collator.context_length
         if len(ids) < context_length:
             raise ValueError(
                 f"The training text has {len(ids)} tokens, less than one context of {context_length}: "
                 f"use more text or a smaller --max_position_embeddings."
             )
         self.ids = ids
-        self.rows = rows
+        self.collator = collator
         self.context_length = context_length
         super().__init__(batch_size)
         self.seed = seed
@@ -164,35 +196,25 @@ class TrainingBatches(SequenceOrder):
         self.windows_per_epoch = max(1, len(ids) // context_length - 1)
 
     def epoch_of(self, step: int) -> float:
-        """Epochs completed when `step` steps are done."""
         return self.sequences_read(step) / self.windows_per_epoch
 
     def starts(self, step: int) -> np.ndarray:
-        """The positions in `ids` at which the rows of a global batch begin, `(batch_size,)`."""
+        """The positions in `ids` at which the sequences of a global batch begin, `(batch_size,)`."""
         epochs, positions = np.divmod(self.sequences_of(step), self.windows_per_epoch)
         starts = np.empty(self.batch_size, dtype=np.int64)
         slack = min(self.context_length - 1, len(self.ids) - self.windows_per_epoch * self.context_length)
         for epoch in np.unique(epochs):
-            rows = epochs == epoch
+            here = epochs == epoch
             key = key_of(self.seed, int(epoch))
             offset = int(key_of(int(key))) % (slack + 1)
-            starts[rows] = offset + permute(positions[rows], self.windows_per_epoch, key) * self.context_length
+            starts[here] = offset + permute(positions[here], self.windows_per_epoch, key) * self.context_length
         return starts
 
     def learned_tokens(self, step: int) -> int:
-        """The tokens of a global batch that the loss is a mean over."""
         return self.batch_size * self.context_length
 
     def micro_batches(
-        self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
+        self, step: int, process_index: int = 0, num_processes: int = 1, count: int = 1
     ) -> Iterator[Batch]:
-        """The share of one process in the batch of a step, in `parts`."""
-        for starts in self.starts(step).reshape(parts, num_processes, -1)[:, process_index]:
-            yield self.rows.make(self.ids, starts)
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """Nothing: the batch of a step is a function of the step."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to load."""
+        for starts in self.starts(step).reshape(count, num_processes, -1)[:, process_index]:
+            yield self.collator.make(self.ids, starts)

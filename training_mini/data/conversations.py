@@ -1,5 +1,5 @@
 """
-Examples to learn from: conversations, and prompts with their completions, as ids of which some are to be said.
+Examples to learn from: conversations, and prompts with their completions, as ids and a mask of those to be learned.
 
 A record with `messages` is a conversation, in the form of the tokenizer's chat template. One with `prompt` and
 `completion` is plain text, in which the completion ends with `<|eos|>`; or, where both are lists of messages, a
@@ -27,13 +27,13 @@ SPLITS = ("train", "validation")
 class Examples:
     """
     Attributes:
-        ids: of all examples in a row, `(tokens,)`.
-        is_said: for each of them, whether the model is to say it, `(tokens,)`.
+        ids: of all examples, one after the other, `(tokens,)`.
+        assistant_mask: 1 for each id that the model is to write, and 0 for each that it is given, `(tokens,)`.
         ends: where each example ends, `(examples,)`.
     """
 
     ids: ShardedIds
-    is_said: ShardedIds
+    assistant_mask: ShardedIds
     ends: np.ndarray
 
     def __len__(self) -> int:
@@ -80,7 +80,7 @@ def encode_example(
     tokenizer: PreTrainedTokenizerBase, beginning: list[int], record: Record
 ) -> tuple[list[int], list[bool]]:
     """
-    The ids of a record, and whether each is to be said by the model.
+    The ids of a record, and for each whether the model is to write it.
 
     Args:
         beginning: what the tokenizer puts before a plain text.
@@ -103,8 +103,8 @@ def encode_example(
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(f"{name} must have messages, or a prompt and a completion that are text or lists of messages.")
     before = [*beginning, *encode_text(tokenizer, prompt)]
-    said = [*encode_text(tokenizer, completion), tokenizer.eos_token_id]
-    return before + said, [False] * len(before) + [True] * len(said)
+    learned = [*encode_text(tokenizer, completion), tokenizer.eos_token_id]
+    return before + learned, [False] * len(before) + [True] * len(learned)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -154,20 +154,20 @@ def write_examples(
         writers = {
             split: [
                 stack.enter_context(contextlib.closing(ShardWriter(folder, name, dtype, sys.maxsize)))
-                for name, dtype in ((split, id_dtype), (f"{split}-said", np.dtype(np.uint8)))
+                for name, dtype in ((split, id_dtype), (mask_name(split), np.dtype(np.uint8)))
             ]
             for split in SPLITS
         }
         for record in source.records():
-            ids, is_said = encode_example(tokenizer, beginning, record)
+            ids, mask = encode_example(tokenizer, beginning, record)
             held_out, total = len(lengths["validation"]), sum(map(len, lengths.values()))
             split = "validation" if held_out + 0.5 <= validation_ratio * (total + 1) else "train"
-            for writer, values in zip(writers[split], (ids, is_said), strict=True):
+            for writer, values in zip(writers[split], (ids, mask), strict=True):
                 writer.write(np.array(values, dtype=writer.dtype))
             lengths[split].append(len(ids))
             advance(1)
-            if True in is_said:
-                ends.add(ids[len(ids) - 1 - is_said[::-1].index(True)])
+            if True in mask:
+                ends.add(ids[len(ids) - 1 - mask[::-1].index(True)])
     if not all(lengths.values()):
         raise ValueError(
             f"{source.name!r} has too few examples ({sum(map(len, lengths.values()))}) to train on some and hold out a "
@@ -178,7 +178,7 @@ def write_examples(
     return {
         "kind": kind,
         "dtype": id_dtype.name,
-        "marks_what_is_said": kind == "completion" or marks_the_assistant(tokenizer),
+        "has_assistant_mask": kind == "completion" or marks_the_assistant(tokenizer),
         # With what a turn ends: one special token, in every chat template that is known.
         "end_ids": sorted(ends & set(tokenizer.all_special_ids)),
         **{f"{split}_examples": len(lengths[split]) for split in SPLITS},
@@ -195,5 +195,10 @@ def open_examples(folder: Path, split: str, dtype: str) -> Examples:
     except (OSError, ValueError, EOFError):
         raise ValueError(f"{folder / f'{split}-ends.npy'} is missing or cut short.") from None
     tokens = [int(ends[-1])]
-    ids, is_said = ShardedIds(folder, split, dtype, tokens), ShardedIds(folder, f"{split}-said", "uint8", tokens)
-    return Examples(ids, is_said, ends)
+    ids, mask = ShardedIds(folder, split, dtype, tokens), ShardedIds(folder, mask_name(split), "uint8", tokens)
+    return Examples(ids, mask, ends)
+
+
+def mask_name(split: str) -> str:
+    """The name of the shards of the mask: that of the first corpora on the disk."""
+    return f"{split}-said"

@@ -14,6 +14,7 @@ import itertools
 import json
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,59 +23,185 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from files_mini import replace_folder, write_text
-from tokenization import CHAT_TEMPLATE, ByteTokenizer, CharTokenizer, MiniTokenizer, load_tokenizer
-from transformers import PreTrainedTokenizerBase
+from tokenization import (
+    CHAT_TEMPLATE,
+    ByteTokenizer,
+    CharTokenizer,
+    MiniTokenizer,
+    encode_messages,
+    load_tokenizer,
+)
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..arguments import DataArguments
+from ..arguments import Arguments, DataArguments
+from ..evaluation import HeldOut, HeldOutText
 from ..monitoring import progress_bar
+from .batches import Batches, Collator, TrainingBatches
 from .conversations import Examples, character_tokenizer, kind_of, open_examples, write_examples
 from .formats import PIECE_SIZE, decoded, guess_of_encoding, with_end
+from .packing import ExampleBatches, ExampleCollator, HeldOutExamples
 from .shards import ShardedIds, ShardWriter, shard_name
 from .sources import DocumentSource, find_stream, number_of_files, open_source
-from .streaming import TokenStream
+from .streaming import StreamBatches, TokenStream
 
 FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
 SHARD_TOKENS = 2**29  # 1 GiB of 16-bit ids
+HELD_OUT_PROMPTS = 2  # examples that a model answers where no prompt was given
 
 
-@dataclass(frozen=True)
-class Corpus:
+@dataclass(frozen=True, kw_only=True)
+class Corpus(ABC):
     """
+    What a run learns from and is measured on.
+
     Attributes:
-        train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document. Of a dataset that is
-            only streamed, `train` is the stream. Of records that are examples to learn from, both are `Examples`.
-        tokenizer: what made them.
+        train, validation: what is learned, and what is held out.
+        tokenizer: what made the ids.
         bytes_per_token: bytes of text per id, `(vocabulary,)`: what turns nats per token into bits per byte.
         settings: what decides the ids, by name: the content, the tokenizer, and how one was applied to the other.
-        kind: of examples, what they are: conversations ("messages") or a prompt and its "completion".
-        marks_what_is_said: of examples, whether it is known which part of them the model is to say.
-        end_ids: of examples, the special tokens that end what is said.
         notes: what is to be known of the files that were read, a sentence each.
+        end_ids: the special tokens that end what the model writes, where the corpus shows them.
+        is_chat: whether it teaches conversations.
     """
 
     name: str
-    train: ShardedIds | TokenStream | Examples
-    validation: np.ndarray | Examples
+    train: Any
+    validation: Any
     tokenizer: PreTrainedTokenizerBase
     bytes_per_token: np.ndarray
     settings: dict[str, Any]
-    kind: str | None = None
-    marks_what_is_said: bool = False
-    end_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    end_ids: tuple[int, ...] = ()
+    is_chat: bool = False
 
     @property
+    @abstractmethod
     def train_size(self) -> str:
         """How much there is to train on, for people."""
-        unit = "tokens" if self.kind is None else "examples"
-        return "a stream" if isinstance(self.train, TokenStream) else f"{len(self.train):,} {unit}"
+
+    @abstractmethod
+    def make_batches(self, arguments: Arguments, config: PreTrainedConfig) -> tuple[Batches, HeldOut]:
+        """
+        The global batches of every step, and what is held out.
+
+        Raises:
+            ValueError: if there is too little to learn from, or `assistant_only_loss` does not fit the corpus.
+        """
+
+    @abstractmethod
+    def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
+        """The text and the ids of each prompt from which the model writes a sample; `given` are those asked for."""
+
+    def min_new_tokens(self, capacity: int) -> int | None:
+        """How many of the `capacity` tokens of a sample the model has to write; `None`: it may end when it likes."""
+        return None
 
     def text_of(self, ids: np.ndarray) -> bytes:
         """The bytes of text that a span of the corpus stands for."""
         if isinstance(self.tokenizer, MiniTokenizer):
             return self.tokenizer.decode_corpus(ids)
         return self.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextCorpus(Corpus):
+    """
+    Documents.
+
+    Attributes:
+        train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document.
+    """
+
+    train: ShardedIds
+    validation: np.ndarray
+
+    @property
+    def train_size(self) -> str:
+        return f"{len(self.train):,} tokens"
+
+    def make_batches(self, arguments: Arguments, config: PreTrainedConfig) -> tuple[Batches, HeldOut]:
+        if arguments.data.assistant_only_loss:
+            raise ValueError(
+                f"assistant_only_loss needs records with messages, or with prompt and completion, and "
+                f"{arguments.data.dataset!r} is text."
+            )
+        separator = config.eos_token_id if arguments.data.document_attention else None
+        collator = Collator(config.max_position_embeddings, config.bos_token_id, separator)
+        ids = self.validation[: arguments.monitoring.max_eval_tokens or None]
+        batches = self._training_batches(collator, arguments.optimization.train_batch_size, arguments.run.seed)
+        return batches, HeldOutText(ids, self.bytes_per_token, collator)
+
+    def _training_batches(self, collator: Collator, batch_size: int, seed: int) -> Batches:
+        return TrainingBatches(self.train, collator, batch_size, seed)
+
+    def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
+        default = "def " if self.name == "python-stdlib" else "\n"
+        return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given or [default]]
+
+    def min_new_tokens(self, capacity: int) -> int | None:
+        return capacity // 2  # else a document that ends early leaves nothing to look at
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCorpus(TextCorpus):
+    """
+    Documents that are read while they are trained on.
+
+    Attributes:
+        train: the stream of token ids.
+    """
+
+    train: TokenStream
+
+    @property
+    def train_size(self) -> str:
+        return "a stream"
+
+    def _training_batches(self, collator: Collator, batch_size: int, seed: int) -> Batches:
+        return StreamBatches(self.train, collator, batch_size, seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleCorpus(Corpus):
+    """
+    Examples: conversations, or prompts with their completions.
+
+    Attributes:
+        has_assistant_mask: whether it is known which of the ids the model is to write.
+    """
+
+    train: Examples
+    validation: Examples
+    has_assistant_mask: bool
+
+    @property
+    def train_size(self) -> str:
+        return f"{len(self.train):,} examples"
+
+    def make_batches(self, arguments: Arguments, config: PreTrainedConfig) -> tuple[Batches, HeldOut]:
+        assistant_only = arguments.data.assistant_only_loss
+        if assistant_only and not self.has_assistant_mask:
+            raise ValueError(
+                "The chat template of the tokenizer does not mark what the assistant says by {% generation %}, so "
+                "nobody knows what to learn; --assistant_only_loss false learns every token."
+            )
+        settings = config.max_position_embeddings, config.pad_token_id or 0, assistant_only is not False
+        train, validation = (ExampleCollator(examples, *settings) for examples in (self.train, self.validation))
+        batches = ExampleBatches(train, arguments.optimization.train_batch_size, arguments.run.seed)
+        return batches, HeldOutExamples(validation, self.bytes_per_token, arguments.monitoring.max_eval_tokens)
+
+    def make_prompts(self, held_out: HeldOutExamples, given: list[str]) -> list[tuple[str, list[int]]]:
+        tokenizer = self.tokenizer
+        if not given:
+            count = min(HELD_OUT_PROMPTS, len(self.validation))
+            prompts = [held_out.collator.prompt(number) for number in range(count)]
+            return [(tokenizer.decode(ids, skip_special_tokens=True), ids.tolist()) for ids in prompts]
+        if not self.is_chat:
+            return [(prompt, tokenizer(prompt).input_ids) for prompt in given]
+        conversations = [[{"role": "user", "content": prompt}] for prompt in given]
+        ids = [encode_messages(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
+        return list(zip(given, ids, strict=True))
 
 
 def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progress: bool = True) -> Corpus:
@@ -167,16 +294,28 @@ def open_corpus(name: str, folder: Path) -> Corpus:
     """
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(folder / "tokenizer")
+    about = {
+        "name": name,
+        "tokenizer": tokenizer,
+        "bytes_per_token": bytes_per_token(tokenizer),
+        "settings": facts["settings"],
+    }
     if "kind" in facts:
-        train, validation = (open_examples(folder, split, facts["dtype"]) for split in ("train", "validation"))
-        about = facts["kind"], facts["marks_what_is_said"], tuple(facts["end_ids"])
-        return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"], *about)
+        return ExampleCorpus(
+            train=open_examples(folder, "train", facts["dtype"]),
+            validation=open_examples(folder, "validation", facts["dtype"]),
+            # The second is its name in corpora that were encoded before it was renamed.
+            has_assistant_mask=facts.get("has_assistant_mask", facts.get("marks_what_is_said")),
+            end_ids=tuple(facts["end_ids"]),
+            is_chat=facts["kind"] == "messages",
+            **about,
+        )
     train = ShardedIds(folder, "train", facts["dtype"], facts["train_shards"])
     validation = ShardedIds(folder, "validation", facts["dtype"], [facts["validation_tokens"]])[:]
-    return Corpus(name, train, validation, tokenizer, bytes_per_token(tokenizer), facts["settings"])
+    return TextCorpus(train=train, validation=validation, **about)
 
 
-def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> Corpus:
+def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpus:
     """
     A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
 
@@ -205,7 +344,15 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> Corpus:
     }
     if arguments.encoding != "utf-8":
         settings["encoding"] = arguments.encoding
-    return Corpus(arguments.dataset, stream, validation, tokenizer, bytes_per_token(tokenizer), settings, notes=notes)
+    return StreamCorpus(
+        name=arguments.dataset,
+        train=stream,
+        validation=validation,
+        tokenizer=tokenizer,
+        bytes_per_token=bytes_per_token(tokenizer),
+        settings=settings,
+        notes=notes,
+    )
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str:

@@ -1,8 +1,8 @@
 """
 Training from the stream of a dataset that is stored nowhere, and going on from the exact position in it.
 
-Every process reads the whole stream and takes its rows of each batch, so batches do not depend on how many there are;
-what a process cannot read fast enough belongs into encoded shards.
+Every process reads the whole stream and takes its sequences of each batch, so batches do not depend on how many
+processes there are. A dataset that one process cannot read fast enough should be encoded into shards.
 """
 
 import copy
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .batches import Batch, RowMaker, SequenceOrder, key_of, permute
+from .batches import Batch, Batches, Collator, key_of, permute
 from .sources import DocumentStream
 
 # Windows that are shuffled together. Neighbours in a stream are often of one document; with these many, a batch of
@@ -58,17 +58,17 @@ class TokenStream:
 
     def hold_out(self, tokens: int) -> np.ndarray:
         """Takes the first documents, until they have `tokens` ids, out of all that is read later, `(tokens,)`."""
-        parts: list[np.ndarray] = []
-        while sum(map(len, parts)) < tokens and self._next_document():
-            parts.append(self._ids)
-        self._held_out = len(parts)
-        if not parts or not self._next_document():
+        pieces: list[np.ndarray] = []
+        while sum(map(len, pieces)) < tokens and self._next_document():
+            pieces.append(self._ids)
+        self._held_out = len(pieces)
+        if not pieces or not self._next_document():
             raise ValueError(
                 f"{self.name!r} has no more than the {tokens} tokens to hold out; use a smaller --max_eval_tokens."
             )
         self._begin(None)
         self._skip_held_out()
-        return np.concatenate(parts)[:tokens].astype(np.uint32)
+        return np.concatenate(pieces)[:tokens].astype(np.uint32)
 
     def _skip_held_out(self) -> None:
         for _ in range(self._held_out):
@@ -77,18 +77,18 @@ class TokenStream:
 
     def read(self, count: int) -> np.ndarray:
         """The next `count` ids, `(count,)`."""
-        parts = []
+        pieces = []
         while count:
             if self._used == len(self._ids) and not self._next_document():
                 self.epoch += 1
                 self._begin(None)
                 self._skip_held_out()
                 continue
-            part = self._ids[self._used : self._used + count]
-            parts.append(part)
-            self._used += len(part)
-            count -= len(part)
-        return np.concatenate(parts)
+            piece = self._ids[self._used : self._used + count]
+            pieces.append(piece)
+            self._used += len(piece)
+            count -= len(piece)
+        return np.concatenate(pieces)
 
     def state_dict(self) -> dict[str, Any]:
         """The position: the epoch, where the stream stood before the current document, and how much of that is read."""
@@ -105,18 +105,18 @@ class TokenStream:
         self.epoch = state["epoch"]
 
 
-class StreamBatches(SequenceOrder):
+class StreamBatches(Batches):
     """
     Global batches from a stream: blocks of `BLOCK_WINDOWS` windows in the order of the stream, shuffled within.
 
     Args:
-        rows: how windows become rows.
-        batch_size: rows of a global batch.
+        collator: how windows become sequences.
+        batch_size: sequences of a global batch.
     """
 
-    def __init__(self, stream: TokenStream, rows: RowMaker, batch_size: int, seed: int) -> None:
+    def __init__(self, stream: TokenStream, collator: Collator, batch_size: int, seed: int) -> None:
         super().__init__(batch_size)
-        self.stream, self.rows, self.seed = stream, rows, seed
+        self.stream, self.collator, self.seed = stream, collator, seed
         self._blocks: dict[int, np.ndarray] = {}
         self._positions: dict[int, dict[str, Any]] = {}
         self._next_block = 0
@@ -126,29 +126,28 @@ class StreamBatches(SequenceOrder):
         return float(self.stream.epoch)
 
     def learned_tokens(self, step: int) -> int:
-        """The tokens of a global batch that the loss is a mean over."""
-        return self.batch_size * self.rows.context_length
+        return self.batch_size * self.collator.context_length
 
     def micro_batches(
-        self, step: int, process_index: int = 0, num_processes: int = 1, parts: int = 1
+        self, step: int, process_index: int = 0, num_processes: int = 1, count: int = 1
     ) -> Iterator[Batch]:
-        """The share of one process in the batch of a step, in `parts`; steps are asked for in order."""
+        """As `Batches` says; steps are asked for in order."""
         blocks, offsets = np.divmod(self.sequences_of(step), BLOCK_WINDOWS)
         self._read_blocks(int(blocks[0]), int(blocks[-1]))
-        length = self.rows.context_length
+        length = self.collator.context_length
         shares = zip(
-            blocks.reshape(parts, num_processes, -1)[:, process_index],
-            offsets.reshape(parts, num_processes, -1)[:, process_index],
+            blocks.reshape(count, num_processes, -1)[:, process_index],
+            offsets.reshape(count, num_processes, -1)[:, process_index],
             strict=True,
         )
-        for part_blocks, part_offsets in shares:
-            windows = [self._blocks[block][offset] for block, offset in zip(part_blocks, part_offsets, strict=True)]
+        for share_blocks, share_offsets in shares:
+            windows = [self._blocks[block][offset] for block, offset in zip(share_blocks, share_offsets, strict=True)]
             ids = np.concatenate(windows)
-            yield self.rows.make(ids, range(0, len(ids), length))
+            yield self.collator.make(ids, range(0, len(ids), length))
 
     def _read_blocks(self, first: int, last: int) -> None:
         """Holds the blocks from `first` to `last`, and forgets those before."""
-        length = self.rows.context_length
+        length = self.collator.context_length
         while self._next_block <= last:
             self._positions[self._next_block] = self.stream.state_dict()
             windows = self.stream.read(BLOCK_WINDOWS * length).reshape(BLOCK_WINDOWS, length)

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from helpers.exports import random_model
 from modeling_mini.export import export
 from tokenization import BOS_ID, ByteTokenizer, CharTokenizer, load_tokenizer
-from training_mini.data.batches import RowMaker
+from training_mini.data.batches import Collator
 from training_mini.evaluation import HeldOutText, evaluate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,8 +37,8 @@ def by_the_harness(folder: Path, task: Path, name: str) -> float:
 def by_mini(folder: Path, text: str) -> float:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     ids = np.asarray(tokenizer.encode_corpus(text.encode()))
-    rows = RowMaker(context_length=model.config.max_position_embeddings, bos_token_id=BOS_ID)
-    held_out = HeldOutText(ids, tokenizer.bytes_per_token(), rows)
+    collator = Collator(context_length=model.config.max_position_embeddings, bos_token_id=BOS_ID)
+    held_out = HeldOutText(ids, tokenizer.bytes_per_token(), collator)
     return evaluate(model, held_out, 8, Accelerator(cpu=True)).bits_per_byte
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training_mini.data.batches import RowMaker, TrainingBatches, key_of, permute
+from training_mini.data.batches import Collator, TrainingBatches, key_of, permute
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000, 4097])
@@ -22,7 +22,7 @@ def test_permute_mixes_and_depends_on_its_key() -> None:
 
 
 def make(tokens: int = 10_007, context: int = 16, batch: int = 8, seed: int = 3) -> TrainingBatches:
-    return TrainingBatches(np.arange(tokens, dtype=np.uint16), RowMaker(context, 1), batch, seed=seed)
+    return TrainingBatches(np.arange(tokens, dtype=np.uint16), Collator(context, 1), batch, seed=seed)
 
 
 def test_an_epoch_visits_every_window_once() -> None:
@@ -58,14 +58,14 @@ def test_global_batch_does_not_depend_on_who_shares_it(processes: int, parts: in
     shared = [
         batch.inputs["input_ids"]
         for process in range(processes)
-        for batch in batches.micro_batches(11, process_index=process, num_processes=processes, parts=parts)
+        for batch in batches.micro_batches(11, process_index=process, num_processes=processes, count=parts)
     ]
     assert len(shared) == processes * parts
     assert sorted(torch.cat(shared).tolist()) == sorted(whole.tolist())
 
 
 def test_rows_begin_with_bos_and_lag_by_one() -> None:
-    batch = RowMaker(5, bos_token_id=1).make(np.arange(100, 200, dtype=np.uint16), [0, 10])
+    batch = Collator(5, bos_token_id=1).make(np.arange(100, 200, dtype=np.uint16), [0, 10])
     inputs, targets = batch.inputs["input_ids"], batch.targets
     assert list(batch.inputs) == ["input_ids"]
     assert targets.tolist() == [[100, 101, 102, 103, 104], [110, 111, 112, 113, 114]]
@@ -75,7 +75,7 @@ def test_rows_begin_with_bos_and_lag_by_one() -> None:
 
 def test_documents_in_a_row_are_apart() -> None:
     ids = np.array([7, 8, 2, 9, 10, 11, 2, 2, 12, 13], dtype=np.uint16)  # 2 ends a document; one is empty
-    batch = RowMaker(10, bos_token_id=1, separator_id=2).make(ids, [0])
+    batch = Collator(10, bos_token_id=1, separator_id=2).make(ids, [0])
     assert batch.targets.tolist() == [ids.tolist()], "every token is predicted, also the first of a document"
     assert batch.inputs["input_ids"].tolist() == [[1, 7, 8, 1, 9, 10, 11, 1, 1, 12]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0, 1]]

@@ -1,4 +1,4 @@
-"""Examples to learn from: what becomes of records, how they share rows, and what wrong ones say."""
+"""Examples to learn from: what becomes of records, how they share sequences, and what wrong ones say."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from tokenization import ByteTokenizer
 from torch import nn
 from training_mini.arguments import DataArguments
 from training_mini.data.batches import NOT_LEARNED
-from training_mini.data.corpus import Corpus, load_corpus
-from training_mini.data.packing import ExampleBatches, ExampleRows, HeldOutExamples
+from training_mini.data.corpus import ExampleCorpus, TextCorpus, load_corpus
+from training_mini.data.packing import ExampleBatches, ExampleCollator, HeldOutExamples
 
 TOKENIZER = ByteTokenizer()
 
@@ -23,36 +23,36 @@ def chat(*turns: str) -> dict:
     return {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
 
 
-def corpus_of(folder: Path, records: list[dict], **settings: object) -> Corpus:
+def corpus_of(folder: Path, records: list[dict], **settings: object) -> ExampleCorpus | TextCorpus:
     file = folder / "examples.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return load_corpus(DataArguments(dataset=str(file), cache_dir=str(folder / "cache"), **settings))
 
 
-def rows_of(corpus: Corpus, context_length: int = 64, said_only: bool = True) -> ExampleRows:
-    return ExampleRows(corpus.train, context_length, 0, said_only)
+def collator_of(corpus: ExampleCorpus, context_length: int = 64, assistant_only: bool = True) -> ExampleCollator:
+    return ExampleCollator(corpus.train, context_length, 0, assistant_only)
 
 
 def test_conversation_becomes_the_ids_of_the_template(tmp_path: Path) -> None:
     records = [chat(f"hé {i}", f"é{i}", "more", "no") for i in range(10)]
     corpus = corpus_of(tmp_path, records)
-    assert (corpus.kind, corpus.end_ids, len(corpus.train), len(corpus.validation)) == ("messages", (7,), 9, 1)
+    assert (corpus.is_chat, corpus.end_ids, len(corpus.train), len(corpus.validation)) == (True, (7,), 9, 1)
     assert corpus.train_size == "9 examples"
     ids = corpus.train.ids[corpus.train.span(0)].tolist()
     assert ids == TOKENIZER.apply_chat_template(records[0]["messages"], return_dict=True)["input_ids"]
-    batch = rows_of(corpus).make([0])
+    batch = collator_of(corpus).make([0])
     learned = batch.targets[batch.targets != NOT_LEARNED]
-    assert TOKENIZER.decode(learned) == "é0<|end|>no<|end|>" * 1 + "é1<|end|>no<|end|>", "two share the row"
+    assert TOKENIZER.decode(learned) == "é0<|end|>no<|end|>" * 1 + "é1<|end|>no<|end|>", "two share the sequence"
     before = batch.inputs["input_ids"][batch.targets != NOT_LEARNED]
     assert before[0] == 6, "the first token that the assistant says is predicted from the mark of its turn"
 
 
 def test_prompt_and_completion(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [{"prompt": f"{i}<|eos|> + 1 =", "completion": f" {i + 1}"} for i in range(10)])
-    assert (corpus.kind, corpus.end_ids) == ("completion", (2,))
+    assert (corpus.is_chat, corpus.end_ids) == (False, (2,))
     ids = corpus.train.ids[corpus.train.span(0)]
     assert ids.tolist() == [1, *TOKENIZER.encode_corpus(b"0<|eos|> + 1 = 1"), 2]
-    batch = ExampleRows(corpus.train, 20, 0, True).make([0])
+    batch = ExampleCollator(corpus.train, 20, 0, True).make([0])
     assert TOKENIZER.decode(batch.targets[batch.targets != NOT_LEARNED]) == " 1<|eos|>"
 
 
@@ -60,79 +60,81 @@ def test_prompt_and_completion_as_messages(tmp_path: Path) -> None:
     """Turns of the assistant in the prompt are read and not learned."""
     whole = chat("a", "b", "c", "d")["messages"]
     corpus = corpus_of(tmp_path, [{"prompt": whole[:3], "completion": whole[3:]}] * 6)
-    batch = rows_of(corpus, 16).make([0])
+    batch = collator_of(corpus, 16).make([0])
     assert TOKENIZER.decode(batch.targets[batch.targets != NOT_LEARNED]) == "d<|end|>"
 
 
 def test_every_token_is_learned_if_asked_for(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [chat("question", "answer")] * 5)
-    rows = rows_of(corpus, 32, said_only=False)
+    collator = collator_of(corpus, 32, assistant_only=False)
     ids = corpus.train.ids[corpus.train.span(0)]
-    assert rows.make([0]).targets[0, : len(ids) - 1].tolist() == ids[1:].tolist()
-    assert rows.learned_tokens.tolist() == [len(ids) - 1] * 4
+    assert collator.make([0]).targets[0, : len(ids) - 1].tolist() == ids[1:].tolist()
+    assert collator.learned_tokens.tolist() == [len(ids) - 1] * 4
 
 
 def test_examples_in_a_row_do_not_see_each_other(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [chat("q" * i, "a" * i) for i in range(1, 12)])
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2, max_position_embeddings=64)).eval()
-    rows = rows_of(corpus)
+    collator = collator_of(corpus)
     nats = 0.0
     for number in range(len(corpus.train)):
         ids = torch.from_numpy(corpus.train.ids[corpus.train.span(number)].astype(np.int64))
-        is_said = corpus.train.is_said[corpus.train.span(number)].astype(bool)
+        mask = corpus.train.assistant_mask[corpus.train.span(number)].astype(bool)
         with torch.no_grad():
             logits = model(ids[None, :-1]).logits[0]
         loss = nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-        nats += loss[torch.from_numpy(is_said[1:])].sum().item()
-    batch = rows.make(range(len(rows)))
-    assert len(rows) < len(corpus.train), "some share a row"
+        nats += loss[torch.from_numpy(mask[1:])].sum().item()
+    batch = collator.make(range(len(collator)))
+    assert len(collator) < len(corpus.train), "some share a sequence"
     with torch.no_grad():
         logits = model(**batch.inputs).logits
     together = nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
     assert together.item() == pytest.approx(nats, rel=1e-5)
-    assert rows.learned_tokens.sum() == (batch.targets != NOT_LEARNED).sum()
+    assert collator.learned_tokens.sum() == (batch.targets != NOT_LEARNED).sum()
 
 
 def test_epoch_has_every_row_once_and_processes_share_a_batch(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [chat("q" * 20, str(i)) for i in range(40)])
-    batches = ExampleBatches(rows_of(corpus, 32), 4, seed=1)
-    assert len(batches.rows) == 36
-    first, second = (np.concatenate([batches.row_numbers(step) for step in part]) for part in (range(9), range(9, 18)))
+    batches = ExampleBatches(collator_of(corpus, 32), 4, seed=1)
+    assert len(batches.collator) == 36
+    first, second = (
+        np.concatenate([batches.sequence_numbers(step) for step in part]) for part in (range(9), range(9, 18))
+    )
     assert sorted(first) == sorted(second) == list(range(36)) and first.tolist() != second.tolist()
     assert batches.epoch_of(9) == 1
     (whole,) = batches.micro_batches(3)
-    shares = [list(batches.micro_batches(3, process, 2, parts=2)) for process in range(2)]
+    shares = [list(batches.micro_batches(3, process, 2, count=2)) for process in range(2)]
     again = torch.cat([shares[process][part].targets for part in range(2) for process in range(2)])
     assert torch.equal(again, whole.targets)
     assert batches.learned_tokens(3) == (whole.targets != NOT_LEARNED).sum()
-    again = ExampleBatches(rows_of(corpus, 32), 4, seed=1)
-    assert again.row_numbers(7).tolist() == batches.row_numbers(7).tolist()
+    again = ExampleBatches(collator_of(corpus, 32), 4, seed=1)
+    assert again.sequence_numbers(7).tolist() == batches.sequence_numbers(7).tolist()
 
 
 def test_longer_than_the_context(tmp_path: Path) -> None:
     records = [chat("q", "a" * 100), chat("q" * 100, "a"), chat("q", "a")] * 4
     corpus = corpus_of(tmp_path, records)
-    rows = rows_of(corpus, 16)
-    assert rows.notes() == (
-        f"Examples longer than the context, learned up to there: {rows.too_long}. "
-        f"Examples with nothing to learn in them, left out: {rows.left_out}."
+    collator = collator_of(corpus, 16)
+    assert collator.notes() == (
+        f"Examples longer than the context, learned up to there: {collator.too_long}. "
+        f"Examples with nothing to learn in them, left out: {collator.left_out}."
     )
-    assert (rows.left_out, rows.too_long) == (3, 7), "of four of each kind, and one is held out"
-    assert rows.make([0]).targets[0, -1] == TOKENIZER.encode_corpus(b"a")[0]
+    assert (collator.left_out, collator.too_long) == (3, 7), "of four of each kind, and one is held out"
+    assert collator.make([0]).targets[0, -1] == TOKENIZER.encode_corpus(b"a")[0]
     with pytest.raises(ValueError, match="None of the 11 examples has anything to learn within a context of 2 tokens"):
-        rows_of(corpus, 2)
+        collator_of(corpus, 2)
 
 
 def test_held_out(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [chat(f"q{i}", f"a{i}") for i in range(40)], validation_ratio=0.5)
-    rows = ExampleRows(corpus.validation, 32, 0, True)
-    held_out = HeldOutExamples(rows, corpus.bytes_per_token, 0)
+    collator = ExampleCollator(corpus.validation, 32, 0, True)
+    held_out = HeldOutExamples(collator, corpus.bytes_per_token, 0)
     text = corpus.text_of(held_out.ids)
     assert held_out.bytes == len(text) and text.startswith(b"a") and len(held_out.ids) == len(text) + 20
-    assert len(HeldOutExamples(rows, corpus.bytes_per_token, 64).ids) < len(held_out.ids)
-    assert TOKENIZER.decode(rows.prompt(0)).endswith("<|assistant|>")
+    assert len(HeldOutExamples(collator, corpus.bytes_per_token, 64).ids) < len(held_out.ids)
+    assert TOKENIZER.decode(collator.prompt(0)).endswith("<|assistant|>")
     groups = [held_out.groups(process, 3, 2) for process in range(3)]
-    assert sorted(row for process in groups for group in process for row in group) == list(range(len(rows)))
+    assert sorted(row for process in groups for group in process for row in group) == list(range(len(collator)))
 
 
 def test_second_load_is_from_the_cache_and_another_template_another_corpus(tmp_path: Path) -> None:
@@ -142,7 +144,15 @@ def test_second_load_is_from_the_cache_and_another_template_another_corpus(tmp_p
     tokenizer = ByteTokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.save_pretrained(tmp_path / "other")
     other = corpus_of(tmp_path, records, tokenizer=str(tmp_path / "other"))
-    assert other.settings != one.settings and not other.marks_what_is_said
+    assert other.settings != one.settings and not other.has_assistant_mask
+
+
+def test_corpus_that_was_encoded_before_the_mask_had_its_name(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, [chat("q", "a")] * 5)
+    facts = next((tmp_path / "cache" / "corpora").glob("*/corpus.json"))
+    facts.write_text(facts.read_text().replace('"has_assistant_mask"', '"marks_what_is_said"'))
+    old = load_corpus(DataArguments(dataset=str(facts.parent)))
+    assert old.has_assistant_mask and old.is_chat and old.settings == corpus.settings
 
 
 def test_characters_of_examples(tmp_path: Path) -> None:
@@ -154,12 +164,12 @@ def test_characters_of_examples(tmp_path: Path) -> None:
 def test_samples(name: str, tmp_path: Path) -> None:
     corpus = load_corpus(DataArguments(dataset=name, cache_dir=str(tmp_path)))
     assert (len(corpus.train), len(corpus.validation)) == (540, 60)
-    assert ExampleRows(corpus.train, 256, 0, True).notes() == ""
+    assert ExampleCollator(corpus.train, 256, 0, True).notes() == ""
 
 
 def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
     records = [{"prompt": "a", "completion": "b" * 50}] * 10
-    assert corpus_of(tmp_path, records, text_column="completion").kind is None
+    assert isinstance(corpus_of(tmp_path, records, text_column="completion"), TextCorpus)
 
 
 @pytest.mark.parametrize(

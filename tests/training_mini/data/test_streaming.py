@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_mini.arguments import DataArguments
 from training_mini.data import streaming
-from training_mini.data.batches import RowMaker
+from training_mini.data.batches import Collator
 from training_mini.data.corpus import Corpus, load_corpus
 from training_mini.data.streaming import StreamBatches
 
@@ -67,7 +67,7 @@ def test_position_is_exact(folder: Path, read: int) -> None:
 
 
 def make(folder: Path, batch_size: int = 4) -> StreamBatches:
-    return StreamBatches(open_corpus(folder).train, RowMaker(16, 1), batch_size, seed=3)
+    return StreamBatches(open_corpus(folder).train, Collator(16, 1), batch_size, seed=3)
 
 
 def rows_of(batches: StreamBatches, step: int, **share: int) -> list[list[int]]:
@@ -99,7 +99,7 @@ def test_global_batch_does_not_depend_on_who_shares_it(
         rows = [
             row
             for process, batches in enumerate(shared)
-            for row in rows_of(batches, step, process_index=process, num_processes=processes, parts=parts)
+            for row in rows_of(batches, step, process_index=process, num_processes=processes, count=parts)
         ]
         assert sorted(rows) == sorted(rows_of(one, step))
 
