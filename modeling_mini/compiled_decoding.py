@@ -1,20 +1,20 @@
 """
 A decoding step as one native function: what `model.compile_decoding()` makes, and `generate` then uses.
 
-Without a compiler (decoding.py), a step of a small model is some hundred calls of torch, each a few microseconds long.
-Here the same step, written once more for one sequence and without a single product that torch would hand to a library,
-is exported and compiled by inductor into one function. Products of a matrix and a vector are multiplied and summed:
-inductor makes a loop of that which it can fuse with its neighbours, and at one sequence there is nothing to gain from
-blocking.
+Without a compiler (decoding.py), a step of a small model is about a hundred calls of torch, each a few microseconds
+long. Here the same step is written again for one sequence, exported, and compiled by inductor into one function. It
+contains no matrix product that torch would give to a library. The product of a matrix and a vector is written as
+multiply and sum, which inductor turns into a loop and fuses with the operations around it. For one sequence, a library
+would not be faster.
 
-The function is made once for a shape of model and a machine, in about half a minute, and kept in a file that later
-processes load in a second. It knows no weights: it is given those of the model at each step, as they lie, so that
-training, loading or merging in between are seen and nothing is copied. (A package of inductor can also be told where
-its constants lie; from Python that leaves it with pointers into memory that is freed.) The number of tokens in the
-cache is a variable of the function: it is never compiled again as a text grows.
+The function is made once for each shape of model and each machine, in about half a minute. It is kept in a file that
+later processes load in a second. It contains no weights: those of the model are arguments of each step. So nothing is
+copied, and training, loading or merging between two steps have their effect. (A package of inductor can also hold
+pointers to its constants. From Python, these would point to memory that has been freed.) The number of tokens in the
+cache is a variable, so the function is not compiled again when a text grows.
 
-It adds the same numbers as the modules do, in another order: logits differ by rounding, some 1e-7 of their size. That
-is why it takes part in float32 alone. In bfloat16 such a difference would choose other tokens now and then.
+It adds the same numbers as the modules, in another order. So logits differ by rounding, by about 1e-7 of their size.
+Therefore it is used in float32 only: in bfloat16 the difference would sometimes choose another token.
 """
 
 import hashlib
@@ -37,18 +37,18 @@ from transformers.cache_utils import DynamicCache
 
 from .decoding import FIRST_ROOM, Turns
 
-# What decides over the step beside the shapes of the weights: of the config, and of each module that has it.
+# What the compiled step depends on, besides the shapes of the weights: fields of the config, and attributes of modules.
 CONFIG_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
     "norm_type", "qk_norm",
 )  # fmt: skip
 MODULE_FIELDS = ("eps", "scaling")
-# The length with which the step is traced; the compiled one takes any.
+# The length with which the step is traced. The compiled step takes any length.
 EXAMPLE_LENGTH = 20
 
 
 class StepOfModel(nn.Module):
-    """One token of one sequence: what `decoding_step` computes, in operations of which inductor makes loops."""
+    """Computes what `decoding_step` computes, for one token of one sequence, with operations that become loops."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class StepOfModel(nn.Module):
         Args:
             token_id: (1,).
             cos, sin: (rotary_dim,), at the position of the token. The first half of `sin` is negated.
-            caches: for each layer, the keys and beside them the values of the tokens before, (length, 2 *
-                key_value_heads, head_dim).
+            caches: for each layer, the keys and then the values of the earlier tokens, (length, 2 * key_value_heads,
+                head_dim).
 
         Returns:
             The logits (1, vocab_size) after the token, and its own keys and values (layers, 2 * key_value_heads,
-            head_dim), which are for the caller to put into the caches.
+            head_dim). The caller puts these into the caches.
         """
         config, body = self.model.config, self.model.model
         kv_heads, rotary_dim = config.num_key_value_heads, cos.shape[-1]
@@ -80,7 +80,7 @@ class StepOfModel(nn.Module):
             query, key = turned(query, cos, sin, rotary_dim), turned(key, cos, sin, rotary_dim)
             new.append(torch.cat((key, value)))
 
-            # The token itself is not in the cache yet: it is the second term of each sum.
+            # The token itself is not in the cache yet, so it is a second term of each sum.
             query = query.view(kv_heads, -1, config.head_dim) * attention.scaling
             keys, values = cache.unsqueeze(2).split(kv_heads, dim=1)
             scores, own_score = (keys * query).sum(-1), (key.unsqueeze(1) * query).sum(-1)
@@ -110,12 +110,12 @@ def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_di
 
 
 class StepWithWeights(nn.Module):
-    """The step as a function of the weights too, and with none of its own: this is what is compiled."""
+    """The step with the weights as an argument, and with no parameters of its own. This module is compiled."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         step = StepOfModel(model)
-        # In a function, not as a submodule, whose parameters would be its own.
+        # Inside a function, because the parameters of a submodule would be parameters of this module.
         self.step_with = lambda weights, arguments: torch.func.functional_call(step, weights, arguments)
 
     def forward(
@@ -131,24 +131,24 @@ class StepWithWeights(nn.Module):
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The parameters of a model, by their names in `StepOfModel`; tied ones once."""
+    """The parameters of a model, by their names in `StepOfModel`. Tied ones appear once."""
     return dict(model.named_parameters(prefix="model"))
 
 
 def constants_of(model: PreTrainedModel) -> list[Any]:
-    """The numbers and names that a step takes from a model once, when it is compiled or recorded."""
+    """The numbers and names of a model that are fixed when its step is compiled or recorded."""
     settings = [getattr(model.config, name) for name in CONFIG_FIELDS]
     modules = list(model.modules())
-    kinds = [type(module).__qualname__ for module in modules]  # an activation may have been exchanged in its place
+    kinds = [type(module).__qualname__ for module in modules]  # somebody may have replaced an activation
     return settings + kinds + [vars(module).get(name) for name in MODULE_FIELDS for module in modules]
 
 
 class CompiledStep:
     """
-    The native function for models of the shape of this one: from the file of an earlier call, or made now.
+    The native function for models of this shape. It is loaded from the file of an earlier call, or compiled now.
 
     Raises:
-        ValueError: if the model is of a kind that is not compiled.
+        ValueError: if the model is not in float32 on a CPU.
         RuntimeError: if there is no compiler, or it fails.
         OSError: if the file cannot be written.
     """
@@ -170,7 +170,7 @@ class CompiledStep:
             raise RuntimeError(f"What was compiled to {path} cannot be loaded.")
 
     def shape_of(self, model: PreTrainedModel) -> list[Any]:
-        """All that the function takes for granted of a model."""
+        """Everything about a model that the compiled function depends on."""
         layouts = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in weights_of(model).items()]
         return [*constants_of(model), *layouts]
 
@@ -188,22 +188,22 @@ class CompiledStep:
         position_ids: torch.Tensor,
         room: int,
     ) -> "CompiledDecoder":
-        """The state of one call of `generate`; the arguments are those of `Decoder`, and the mask hides nothing."""
+        """The state of one call of `generate`. The arguments are those of `Decoder`; the mask is all ones or `None`."""
         return CompiledDecoder(self.run, list(weights_of(model).values()), cache, Turns(model, position_ids), room)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":
-        """A copy of a model shares it, which is given the weights of the copy when that generates."""
+        """A copy of a model shares the function, because weights are its arguments."""
         return self
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """A pickled model comes back without it."""
+        """A model that is pickled and loaded again has no compiled step."""
         return type(None), ()
 
 
 class CompiledDecoder:
     """
-    What `Decoder` is for `decoding_step`, for a compiled step of one sequence. All keys and values lie in one tensor
-    (layers, length, 2 * key_value_heads, head_dim), in the order in which the step reads them.
+    Like `Decoder`, for a compiled step of one sequence. All keys and values are in one tensor (layers, length, 2 *
+    key_value_heads, head_dim), in the order in which the step reads them.
 
     Args:
         run: the compiled step.
@@ -248,13 +248,13 @@ class CompiledDecoder:
         return logits
 
     def give_back(self) -> None:
-        """The cache of transformers as its own loop would have left it."""
+        """Puts keys and values into transformers' cache, as its own loop would have done."""
         for layer, keys_and_values in zip(self.cache.layers, self.whole[:, : self.length], strict=True):
             layer.keys, layer.values = keys_and_values.transpose(0, 1)[None].chunk(2, dim=1)
 
 
 def package_path(model: PreTrainedModel) -> Path:
-    """Where the step for models of this shape is kept, under a name of all that decides over what it is."""
+    """The file for the step of models of this shape. Its name is a hash of everything that the step depends on."""
     weights = {name: (list(tensor.shape), tensor.stride()) for name, tensor in model.named_parameters()}
     parts = {
         "constants": constants_of(model),
@@ -262,7 +262,7 @@ def package_path(model: PreTrainedModel) -> Path:
         "weights": weights,
         "source": Path(__file__).read_text(encoding="utf-8"),
         "versions": [torch.__version__, transformers.__version__, platform.machine(), platform.processor()],
-        "instructions": dict(torch.cpu.get_capabilities()),  # it is compiled for this very processor
+        "instructions": dict(torch.cpu.get_capabilities()),  # it is compiled for this kind of processor
         "threads": torch.get_num_threads(),
     }
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -271,14 +271,14 @@ def package_path(model: PreTrainedModel) -> Path:
 
 
 def load_package(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]] | None:
-    """The function of a file that `write_package` wrote; `None` where there is none, or it is damaged."""
+    """The function in a file that `write_package` wrote; `None` if there is no file or it is damaged."""
     if not path.is_file():
         return None
     try:
         with zipfile.ZipFile(path) as package:
-            if package.testzip() is not None:  # torch would run what is in it all the same
+            if package.testzip() is not None:  # torch would not notice, and run it
                 return None
-        # Not the package itself, whose call operator reads the description of its arguments anew at each call.
+        # Calling the package itself would parse the description of its arguments at each call.
         return torch._inductor.aoti_load_package(str(path)).loader.run
     except (zipfile.BadZipFile, RuntimeError):
         return None
@@ -294,7 +294,7 @@ def write_package(model: PreTrainedModel, path: Path) -> None:
     """
     config = model.config
     shape = (EXAMPLE_LENGTH, 2 * config.num_key_value_heads, config.head_dim)
-    # Two tensors: given one for both, export would take them for the same input.
+    # Two different tensors: export would take one tensor in two places for a single input.
     cos, sin = (torch.rand(2 * len(model.model.rotary_emb.inv_freq)) for _ in range(2))
     caches = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
     length, weights = torch.export.Dim("length", min=1), weights_of(model)

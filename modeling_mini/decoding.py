@@ -1,19 +1,19 @@
 """
 The fast path of `generate()`: the same tokens as transformers' loop, several times sooner.
 
-A step of a small model is little arithmetic under many calls: at 2.5 million parameters, well over half of the time of
-transformers' loop goes to Python on its way through modules (docs/LOG.md). Here one step is one function,
-`decoding_step`, that does what `MiniForCausalLM.forward` does for one new token of each sequence, as plain torch
-operations on a cache that is allocated once. Read it beside modeling_mini.py: each line has its twin there.
+A decoding step of a small model has little arithmetic and many function calls. At 2.5 million parameters, well over
+half of the time of transformers' loop is Python code that calls modules (docs/LOG.md). Here one step is one function,
+`decoding_step`. It computes what `MiniForCausalLM.forward` computes for one new token of each sequence, with plain
+torch operations on a cache that is allocated once. Read it beside modeling_mini.py: each line has a counterpart there.
 
-When it runs: `obstacle` names what a request or a model has that this function does not reproduce; where there is none,
-`decode` runs in place of transformers' `_sample`. Everything around stays transformers': the checks of `generate`, the
-first forward over the prompt, logits processors, stopping criteria, streamers and the results.
+When it runs: `obstacle` looks for anything in a request or a model that this function does not reproduce. If there is
+nothing, `decode` runs in place of transformers' `_sample`. Everything else is still done by transformers: the checks of
+`generate`, the forward pass over the prompt, logits processors, stopping criteria, streamers and the results.
 
-Why it is right: no weight is kept from one call to the next, so training, loading or `.to()` in between are seen; and
-each operation is the one that the module would call, on the same numbers in the same order. On a CPU the logits of
-every preset are equal bit by bit; at narrower widths, a product of fused projections may round its last bit otherwise.
-tests/modeling_mini/test_decoding.py holds it to that on hundreds of random models.
+Why it is right: weights are read anew in each call of `generate`, so training, loading or `.to()` between two calls
+have their effect. And each operation is the one that the module would call, on the same numbers in the same order. On a
+CPU the logits of every preset are equal bit by bit. At narrower widths, the last bit of a product of fused projections
+may differ. tests/modeling_mini/test_decoding.py checks this on hundreds of random models.
 """
 
 from collections.abc import Callable
@@ -31,13 +31,14 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# RoPE types whose frequencies depend on the length so far: there is no table to look up.
+# RoPE types whose frequencies depend on the length of the text, so cosine and sine cannot be computed in advance.
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")
 OUTPUT_CAPTURING = "transformers.utils.output_capturing"
-# Above this many bytes the projections stay apart: a step then waits for memory, not for calls. Fused beside apart, in
-# tokens/s on two cores: small (6 MiB) 2,310 and 2,196, medium (48 MiB) 205 and 209, large (225 MiB) 45 and 51.
+# Projections of more bytes than this are not fused: the time of a step is then that of reading memory, not of calls.
+# Tokens/s on two cores, fused and not fused: small (6 MiB) 2,310 and 2,196, medium (48 MiB) 205 and 209, large (225
+# MiB) 45 and 51.
 FUSED_BYTES = 16 * 1024**2
-# The norms that a step can compute: the function, and the attributes of the module that it takes after the states.
+# The norms that a step can compute: the function, and the attributes of the module that are its further arguments.
 NORMS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], tuple[str, ...]]] = {
     nn.LayerNorm: (F.layer_norm, ("normalized_shape", "weight", "bias", "eps")),
     nn.RMSNorm: (F.rms_norm, ("normalized_shape", "weight", "eps")),
@@ -57,7 +58,7 @@ def obstacle(
     model_kwargs: dict[str, Any],
 ) -> str | None:
     """
-    Why a request has to take transformers' loop; `None` if the fast path gives the same.
+    The reason why a request needs transformers' loop; `None` if the fast path gives the same result.
 
     Args:
         plain_modules: the classes whose forward `decoding_step` reproduces, each with that forward. Anything else in
@@ -84,8 +85,8 @@ def obstacle(
 
 
 def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable]) -> str | None:
-    """Why a model cannot be decoded by `decoding_step`; `None` if it can."""
-    # Where peft's prompt and prefix tuning put what they have learned.
+    """The reason why a model cannot be decoded by `decoding_step`; `None` if it can."""
+    # peft's prompt and prefix tuning replace this method to add what they have learned.
     prepare = model.prepare_inputs_for_generation
     if getattr(prepare, "__func__", None) is not type(model).prepare_inputs_for_generation:
         return "something else prepares the inputs"
@@ -94,16 +95,16 @@ def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable
     if nn.modules.module._has_any_global_hook():
         return "there are hooks for all modules"
     kinds = set()
-    # Called for every text, so in the cheapest way: first whether there is one, then which.
+    # Called for every text, so it must be cheap: the name of a module is looked up only when it is an obstacle.
     for module in model.modules():
-        # Hooks are also where offloading puts itself, and `forward` of an instance where compilation does. The hooks
-        # that transformers leaves behind when hidden states were asked for once do nothing until they are asked again.
+        # Offloading works by hooks, and compilation by a `forward` of the instance. When hidden states were asked for
+        # once, transformers leaves hooks behind that do nothing until they are asked for again.
         is_plain = plain_modules.get(type(module)) is type(module).forward and "forward" not in module.__dict__
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if not is_plain or any(getattr(hook, "__module__", None) != OUTPUT_CAPTURING for hook in hooks):
             name = next(name for name, each in model.named_modules() if each is module)
             return f"{name or 'the model'} is not a plain {type(module).__name__}: it has another forward, or a hook"
-        # Whatever has weights of its own computes the same in training, also a new embedding of another size.
+        # A module with weights of its own (also a resized embedding) computes the same in training mode.
         if module.training and not module._parameters:
             return "the model is in training mode, or a part of it"
         for parameter in module._parameters.values():
@@ -123,7 +124,7 @@ def obstacle_of_model(model: PreTrainedModel, plain_modules: dict[type, Callable
 
 
 class Linear(NamedTuple):
-    """The rows of one or more projections under each other, (out, in), and the bias (out,)."""
+    """One projection, or several whose weights are stacked: weight (out, in), its transpose, and bias (out,)."""
 
     weight: torch.Tensor
     transposed: torch.Tensor
@@ -131,7 +132,7 @@ class Linear(NamedTuple):
 
     @classmethod
     def of(cls, *projections: nn.Linear) -> "Linear":
-        """One projection as it stands, or several without biases in a copy."""
+        """One projection without a copy, or a copy of several that have no biases."""
         weight, bias = projections[0].weight, projections[0].bias
         if len(projections) > 1:
             weight = torch.cat([projection.weight for projection in projections])
@@ -139,12 +140,12 @@ class Linear(NamedTuple):
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
-            return torch.mm(states, self.transposed)  # what F.linear comes to in the end
+            return torch.mm(states, self.transposed)  # what F.linear calls in the end
         return F.linear(states, self.weight, self.bias)
 
 
 class Norm(NamedTuple):
-    """The function of a normalisation and what it reads; without a function, nothing is normalised."""
+    """The function of a norm and its further arguments; without a function, nothing is normalised."""
 
     function: Callable[..., torch.Tensor] | None
     arguments: tuple[Any, ...] = ()
@@ -164,7 +165,7 @@ class Norm(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """The parts of one block. The projections that read the same input are fused into one, or stand side by side."""
+    """The parts of one block. Projections of the same input are a list: one if they are fused, several if not."""
 
     input_layernorm: Norm
     query_key_value: list[Linear]
@@ -179,7 +180,7 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """All that `decoding_step` reads of a model. Made for one call of `generate`, and forgotten with it."""
+    """Everything that `decoding_step` needs of a model. It is made for one call of `generate`."""
 
     embedding: torch.Tensor
     layers: list[Layer]
@@ -202,7 +203,7 @@ class Weights(NamedTuple):
             )
         ]
         is_small = sum(projection.weight.nbytes for projection in projections) <= FUSED_BYTES
-        # With a bias, and in bfloat16, a fused product rounds in another place.
+        # With a bias in bfloat16, a fused product rounds at another point of the computation.
         together = may_copy and is_small and all(projection.bias is None for projection in projections)
 
         def join(*projections: nn.Linear) -> list[Linear]:
@@ -235,7 +236,7 @@ class Weights(NamedTuple):
 
 
 def projected(states: torch.Tensor, projections: list[Linear]) -> torch.Tensor:
-    """All projections of the same input, side by side in the last dimension."""
+    """The results of all projections of one input, concatenated in the last dimension."""
     if len(projections) == 1:
         return projections[0](states)
     return torch.cat([projection(states) for projection in projections], dim=-1)
@@ -270,7 +271,7 @@ def decoding_step(
         if layer.q_norm.function is not None:
             query, key, value = states.split((heads, kv_heads, kv_heads), dim=1)
             states = torch.cat((layer.q_norm(query), layer.k_norm(key), value), dim=1)
-        # Queries and keys turn together, in place. A roll by half the width exchanges the two features of each pair.
+        # Queries and keys are rotated together, in place. A roll by half the width swaps the two features of each pair.
         pairs = states[:, : heads + kv_heads, :rotary_dim]
         other = pairs.roll(rotary_dim // 2, -1)
         pairs.mul_(cos).add_(other.mul_(sin))
@@ -280,7 +281,7 @@ def decoding_step(
             keys_and_values.index_copy_(2, place, states[:, heads:].unsqueeze(2))
         keys, values = keys_and_values.split(kv_heads, dim=1)
         query = states[:, :heads].unsqueeze(2)
-        if mask is not None and heads != kv_heads:  # as transformers does it, where grouped heads meet a mask
+        if mask is not None and heads != kv_heads:  # as transformers does it for grouped heads with a mask
             query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
         attention = F.scaled_dot_product_attention(
             query,
@@ -379,12 +380,13 @@ class Decoder:
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
             self.mask = self.whole_mask.narrow(3, 0, self.length)
-        # Without what autograd keeps of a tensor; but the cache, which is its owner's, has that.
+        # Inference mode makes tensors cheaper. The cache itself is made outside, because its owner may use it
+        # elsewhere.
         with torch.inference_mode():
             return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
 
     def give_back(self) -> None:
-        """The cache of transformers as its own loop would have left it."""
+        """Puts keys and values into transformers' cache, as its own loop would have done."""
         for layer, keys_and_values in zip(self.cache.layers, self.filled, strict=True):
             layer.keys, layer.values = keys_and_values.chunk(2, dim=1)
 
@@ -404,7 +406,7 @@ def decode(
     keeps = generation_config.return_dict_in_generate
     scores = () if keeps and generation_config.output_scores else None
     raw_logits = () if keeps and generation_config.output_logits else None
-    # Told from the length and the last token alone; all others are asked as transformers asks them.
+    # These two kinds of criteria need only the length and the last token. All others are called as transformers does.
     max_length = min(each.max_length for each in stopping_criteria if isinstance(each, MaxLengthCriteria))
     end_tokens = [each.eos_token_id for each in stopping_criteria if type(each) is EosTokenCriteria]
     others = StoppingCriteriaList(
@@ -422,9 +424,9 @@ def decode(
     while True:
         so_far = text[:, :length]
         if batch > 1 and logits_processor:
-            so_far = so_far.contiguous()  # as every processor knows it
+            so_far = so_far.contiguous()  # processors expect that
         next_scores = logits
-        for process in logits_processor:  # not by the list itself, which looks at each signature anew for each token
+        for process in logits_processor:  # the list itself would inspect each signature for each token
             next_scores = process(so_far, next_scores)
         if scores is not None:
             scores += (next_scores,)
@@ -450,7 +452,7 @@ def decode(
         if length >= max_length or not unfinished.any():
             break
         if decoder is None:
-            # The last token is never read.
+            # The last token is not read by the model.
             room = max_length - length
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
             step = model.compiled_step

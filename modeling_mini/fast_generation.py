@@ -1,8 +1,8 @@
 """
 When `generate()` leaves transformers' loop: a mixin for the causal language model.
 
-`decode` (decoding.py) writes the same tokens as transformers' loop in less time, and `obstacle` names each request or
-model that it would get wrong. Whatever has an obstacle takes transformers' loop, so nobody has to choose.
+`decode` (decoding.py) writes the same tokens as transformers' loop in less time, and `obstacle` recognises each request
+or model that it cannot handle. These take transformers' loop, so nobody has to choose.
 """
 
 from collections.abc import Callable
@@ -91,8 +91,8 @@ def compiled_step_class(device: torch.device) -> type[CompiledStep] | type[Graph
 
 def forwards_of(*blocks: type[nn.Module]) -> dict[type, Callable]:
     """
-    The given classes and all that they are built of, each with the forward that it has now. A subclass is not in it,
-    nor a class whose forward is replaced later: `decoding_step` does not know what those compute.
+    The given classes and the classes that they are built of, each with its present forward. A subclass does not count
+    as its class, nor does a class whose forward was replaced: `decoding_step` does not know what those compute.
     """
     activations = (entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
     parts = (nn.Embedding, nn.Linear, nn.Identity, nn.Dropout, nn.ModuleList)

@@ -1,17 +1,18 @@
 """
 Decoding on a GPU as a CUDA graph: what `model.compile_decoding()` makes there, and `generate` then uses.
 
-A step of a small model is some hundred kernels of a few microseconds, and starting each from Python takes longer than
-running it. Here `decoding_step` is recorded once, with all that it reads and writes at fixed places, and replayed with
-a single call. The kernels are those of the fast path, for any batch, padding and type of weights; attention reads the
-whole room of the cache, of which a mask hides what is not written yet.
+A step of a small model is about a hundred kernels of a few microseconds each, and to start one from Python takes longer
+than to run it. Here `decoding_step` is recorded once, with all its inputs and outputs at fixed addresses, and replayed
+with a single call. The kernels are those of the fast path, for any batch, padding and type of weights. Attention reads
+the whole capacity of the cache, and a mask hides what is not written yet.
 
-A recording is for a batch and a room, which doubles when it is full. It reads the parameters where they lie, so that
-training or merging in place are seen; where a parameter has moved, it is recorded anew.
+A recording is for one batch size and one capacity. When the cache is full, the next recording has twice the capacity.
+It reads the parameters at their addresses, so training or merging in place have their effect. When a parameter has
+another address, the step is recorded again.
 
-The rules of a recording (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs), and where they are kept:
-nothing in `step` asks the device for a number or depends on one, draws, or takes what another step has freed; what
-comes from outside is copied into buffers that live as long as the graph; one recording is made at a time.
+CUDA graphs have rules (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). They are kept like this:
+nothing in `step` reads a number back from the device, draws a random number, or uses memory that another step has
+freed; inputs are copied into buffers that live as long as the graph; and one recording is made at a time.
 """
 
 import threading
@@ -24,11 +25,11 @@ from transformers.cache_utils import DynamicCache
 from .compiled_decoding import constants_of
 from .decoding import FIRST_ROOM, Turns, Weights, decoding_step
 
-# PyTorch asks for a few runs before a recording, in which libraries make what they keep.
+# PyTorch asks for a few runs before a recording, in which libraries allocate their workspaces.
 WARM_UP_RUNS = 3
-# So many that nobody works with are kept, those used last: each holds a cache, and batches may come in any size.
+# How many recordings that are not in use are kept. Each holds a cache, and there may be batches of many sizes.
 KEPT_RECORDINGS = 4
-# PyTorch makes one recording at a time in a process; the lists of recordings change under the same lock.
+# PyTorch can make one recording at a time in a process. The lock also guards the list of recordings.
 LOCK = threading.Lock()
 
 
@@ -50,8 +51,8 @@ class Recording:
         self.weights = Weights.of(model, may_copy=False)
         self.batch, self.capacity, self.device = batch, capacity, weight.device
         rotary_dim = 2 * len(model.model.rotary_emb.inv_freq)
-        # No inference tensors, also where `generate` is called in inference mode: neither buffers nor what PyTorch
-        # makes at a recording for its random numbers, and fills at each replay, could be written outside of it.
+        # `generate` may be called in inference mode, and tensors made there cannot be written outside of it. This
+        # concerns the buffers, and PyTorch's random state, which is made at a recording and written at each replay.
         with torch.inference_mode(False), torch.no_grad():
             self.token_ids = torch.zeros(batch, dtype=torch.long, device=self.device)
             self.place = torch.zeros(1, dtype=torch.long, device=self.device)
@@ -71,7 +72,7 @@ class Recording:
         return logits
 
     def record(self) -> None:
-        """Records the step, which does not run it; what the runs before left in the buffers, `fill` clears."""
+        """Records the step without running it. `fill` clears what the warm-up runs leave in the buffers."""
         with torch.cuda.device(self.device):  # streams and graphs belong to the current one
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -81,21 +82,21 @@ class Recording:
                     self.step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
-            # Other threads may go on allocating meanwhile.
+            # Other threads may allocate memory during the recording.
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
                 self.output = self.step()
 
     def fill(self, caches: list[torch.Tensor], mask: torch.Tensor, length: int) -> None:
-        """Begins after a text of this length, with its keys and values, and a mask (batch or 1, 1, 1, length)."""
+        """Starts from a text of this length: its keys and values, and its mask (batch or 1, 1, 1, length)."""
         for target, source in zip(self.caches, caches, strict=True):
             target[:, :, :length] = source
-            target[:, :, length:].zero_()  # hidden, but 0 times NaN of an earlier text would be NaN
+            target[:, :, length:].zero_()  # masked, but 0 * stale NaN is still NaN
         self.mask.zero_()
         self.mask[..., :length] = mask
         self.place.fill_(length)
 
     def replay(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """The logits after these tokens, at a place where the next call overwrites them."""
+        """The logits after these tokens, in a buffer that the next call overwrites."""
         self.token_ids.copy_(token_ids)
         self.cos.copy_(cos)
         self.sin.copy_(sin)
@@ -103,11 +104,11 @@ class Recording:
         return self.output
 
     def mark_end(self) -> None:
-        """Marks the end of the work on it so far, in the stream of the caller."""
+        """Marks the end of the work on this recording so far, in the stream of the caller."""
         self.end = torch.cuda.current_stream(self.device).record_event()
 
     def wait(self) -> None:
-        """Lets the stream of the caller wait for that end: it may be another one."""
+        """Lets the stream of the caller wait for the marked end, which may be in another stream."""
         torch.cuda.current_stream(self.device).wait_event(self.end)
 
 
@@ -125,12 +126,12 @@ class GraphStep:
     def __init__(self, model: PreTrainedModel) -> None:
         self.device_type = model.model.embed_tokens.weight.device.type
         self.recorded_for: list[Any] = []
-        # Those that no call of `generate` works with, the last used at the end: two threads need two.
+        # Recordings that no call of `generate` uses now, in the order of their last use. Two threads need two.
         self.free: list[Recording] = []
         self.give_back(self.take(model, 1, FIRST_ROOM))
 
     def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether it computes what the model does: anything, where the model is still on such a device."""
+        """Whether it can decode for this model: yes for any batch, if the model is still on this type of device."""
         return model.model.embed_tokens.weight.device.type == self.device_type
 
     def decoder(
@@ -145,7 +146,7 @@ class GraphStep:
         return GraphDecoder(self, model, cache, attention_mask, position_ids, room)
 
     def take(self, model: PreTrainedModel, batch: int, capacity: int) -> Recording:
-        """A recording for a model as it is now, to work with until it is given back."""
+        """A recording for the model as it is now. Only the caller uses it until `give_back`."""
         parameters = [(t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in model.parameters()]
         now = [parameters, constants_of(model)]
         with LOCK:
@@ -161,22 +162,22 @@ class GraphStep:
             return recording
 
     def give_back(self, recording: Recording) -> None:
-        """Lets others work with a recording, unless the model has moved meanwhile."""
+        """Makes a recording free for others, unless the parameters have moved to other addresses."""
         recording.mark_end()
         with LOCK:
             if recording.made_for is self.recorded_for:
                 self.free = [*self.free, recording][-KEPT_RECORDINGS:]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a model comes without: its parameters lie elsewhere."""
+        """A copy of a model has no recordings, because its parameters have other addresses."""
 
     def __reduce__(self) -> tuple[type, tuple]:
-        """A pickled model comes back without it."""
+        """A model that is pickled and loaded again has no recordings."""
         return type(None), ()
 
 
 class GraphDecoder:
-    """What `Decoder` is for `decoding_step`, for its recordings. The arguments are those of `Decoder`."""
+    """Like `Decoder`, for recordings of the step. The arguments are those of `Decoder`."""
 
     def __init__(
         self,
@@ -195,7 +196,7 @@ class GraphDecoder:
         self.move_to(self.length + min(room, FIRST_ROOM), caches, mask[:, None, None, :])
 
     def move_to(self, capacity: int, caches: list[torch.Tensor], mask: torch.Tensor) -> None:
-        """Goes on with a recording that has room for `capacity` tokens, from these keys, values and mask."""
+        """Continues in a recording that has room for `capacity` tokens, from these keys, values and mask."""
         # Powers of two, so that texts of about the same length share recordings.
         self.recording = self.owner.take(self.model, len(caches[0]), 1 << (capacity - 1).bit_length())
         self.recording.fill(caches, mask, self.length)
@@ -212,7 +213,7 @@ class GraphDecoder:
         return self.recording.replay(token_ids, cos, sin)
 
     def give_back(self) -> None:
-        """The cache of transformers as its own loop would have left it."""
+        """Puts keys and values into transformers' cache, as its own loop would have done."""
         for layer, keys_and_values in zip(self.cache.layers, self.recording.caches, strict=True):
             layer.keys, layer.values = keys_and_values[:, :, : self.length].clone().chunk(2, dim=1)
         self.owner.give_back(self.recording)
