@@ -44,7 +44,9 @@ def test_blocks(tmp_path: Path) -> None:
 
 
 def test_flags_that_are_named_exist(tmp_path: Path) -> None:
-    known = "".join(run_program(name, "--help", cwd=tmp_path).stdout for name in ("train_accelerate.py", "generate.py"))
+    known = "".join(
+        run_program(name, "--help", "all", cwd=tmp_path).stdout for name in ("train_accelerate.py", "generate.py")
+    )
     for flag in set(re.findall(r"(--[a-z_0-9]+)", PAGE)):
         assert flag in known, flag
 

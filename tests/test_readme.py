@@ -93,7 +93,7 @@ def test_pictures_and_links_exist(page: Path) -> None:
 
 
 def test_flags_that_are_named_exist() -> None:
-    help_texts = "".join(run_program(program, "--help", cwd=ROOT).stdout for program in PROGRAMS)
+    help_texts = "".join(run_program(program, "--help", "all", cwd=ROOT).stdout for program in PROGRAMS)
     pages = [README] + [
         (ROOT / "docs" / f"{name}.md").read_text("utf-8")
         for name in ("QUICKSTART", "TRAINING", "SCALING", "RELIABILITY")
