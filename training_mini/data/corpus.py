@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from files_mini import replace_folder, write_text
+from files_mini import read_json, replace_folder, write_text
 from tokenization import (
     CHAT_TEMPLATE,
     ByteTokenizer,
@@ -41,7 +41,7 @@ from .conversations import Examples, character_tokenizer, kind_of, open_examples
 from .formats import PIECE_SIZE, decoded, guess_of_encoding, with_end
 from .packing import ExampleBatches, ExampleCollator, HeldOutExamples
 from .shards import ShardedIds, ShardWriter, shard_name
-from .sources import DocumentSource, find_stream, number_of_files, open_source
+from .sources import DocumentSource, find_stream, number_of_files, open_source, printable
 from .streaming import StreamBatches, TokenStream
 
 FACTS = "corpus.json"
@@ -252,7 +252,7 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
                 encode_examples(source, kind, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
     corpus = open_corpus(source.name, folder)
-    return dataclasses.replace(corpus, notes=notes_of(source, json.loads((folder / FACTS).read_text("utf-8"))))
+    return dataclasses.replace(corpus, notes=notes_of(source, read_json(folder / FACTS)))
 
 
 def notes_of(source: DocumentSource, facts: dict[str, Any]) -> tuple[str, ...]:
@@ -292,7 +292,7 @@ def open_corpus(name: str, folder: Path) -> Corpus:
     Raises:
         ValueError: if a file of it is missing or cut short.
     """
-    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = read_json(folder / FACTS)
     tokenizer = load_tokenizer(folder / "tokenizer")
     about = {
         "name": name,
@@ -540,7 +540,7 @@ def noticing(name: str, pieces: Iterable[bytes], found: list[tuple[str, str]]) -
                 decoder.decode(piece, is_last)
             except UnicodeDecodeError as error:
                 is_valid = False
-                found.append((name, guess_of_encoding(error.object)))
+                found.append((printable(name), guess_of_encoding(error.object)))
         if piece:
             yield piece
 

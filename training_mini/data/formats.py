@@ -312,7 +312,7 @@ def json_values_of_lines(file: DataFile, texts: Iterable[str]) -> Iterator[tuple
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except ValueError as error:  # also for a number of more digits than Python takes
+            except (ValueError, RecursionError) as error:  # also too many digits for Python, or too deep for it
                 needed = "needed is one object a line, or one list of objects"
                 raise unreadable(file, "json", f"line {number}: {error}; {needed}") from None
 
@@ -331,6 +331,8 @@ def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[
                     break
                 value, end = decoder.raw_decode(text, at)
                 break
+            except RecursionError as error:
+                raise unreadable(file, "json", f"record {number}: {error}") from None
             except json.JSONDecodeError as error:
                 # At the end of what was read more of it may help, and where a string does not end.
                 may_be_cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")

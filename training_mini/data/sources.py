@@ -77,12 +77,19 @@ class FoundFiles:
     def sentence(self, beginning: str) -> str:
         """A sentence that says behind `beginning` how many files are not read, and for each reason which."""
         phrases = [
-            f"{names[0]}: {reason}" if len(names) == 1 else f"{len(names):,} such as {names[0]}: {reason}"
+            f"{printable(names[0])}: {reason}"
+            if len(names) == 1
+            else f"{len(names):,} such as {printable(names[0])}: {reason}"
             for reason, names in self.names_left_out.items()
         ]
         if not phrases:
             return f"{beginning}."
         return f"{beginning}; left out {sum(map(len, self.names_left_out.values())):,} ({'; '.join(phrases)})."
+
+
+def printable(name: str) -> str:
+    """A name of a file in characters that every terminal takes, also where its bytes are no text."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def open_source(arguments: DataArguments) -> DocumentSource:
@@ -205,7 +212,10 @@ def standard_library_files() -> list[Path]:
     """The modules of the running interpreter's standard library, without tests and installed packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [file for file in root.rglob("*.py") if left_out.isdisjoint(file.relative_to(root).parts)]
+    files = []
+    for parent, folders, names in os.walk(root):
+        folders[:] = [folder for folder in folders if folder not in left_out]  # installed packages take a second to see
+        files += [Path(parent, name) for name in names if name.endswith(".py")]
     if not files:
         raise ValueError(f"The standard library of this Python has no source in {root}; name another --dataset.")
     return sorted(files)

@@ -310,6 +310,11 @@ def test_encoded_folder_is_a_dataset_anywhere(load, tmp_path: Path) -> None:
         file.truncate(100)
     with pytest.raises(ValueError, match=r"train-00000\.bin has 100 bytes; [\d,]+ bytes belong there"):
         load(moved)
+    facts = (moved / "corpus.json").read_text()
+    (moved / "corpus.json").write_text(facts[:50])
+    with pytest.raises(ValueError, match=r"corpus\.json is not valid JSON"):
+        load(moved)
+    (moved / "corpus.json").write_text(facts)
     (moved / "train-00000.bin").unlink()
     with pytest.raises(ValueError, match=r"train-00000\.bin is missing"):
         load(moved)

@@ -225,6 +225,9 @@ def test_cut_records_are_refused(data: Path, compression: str) -> None:
         "c.json": ('[{"text": "fine"}] {"text": "more"}', "behind the list of 1 records"),
         "d.json": ('{\n"text": "one object"\n}', "needed is one object a line, or one list of objects"),
         "e.jsonl": ("[1, 2]\n", "record 0 .* is no object"),
+        "f.jsonl": ('{"n": ' + "1" * 5000 + "}", "line 1: Exceeds the limit"),
+        "g.jsonl": ('{"n": ' + "[" * 100_000, "line 1: maximum recursion depth"),
+        "g.json": ('[{"n": ' + "[" * 100_000, "record 0: maximum recursion depth"),
         "a.csv": ('text,label\nfine,1\n"cut', "a quote .* is never closed"),
         "b.csv": ("text,label\nfine,1\na,b,c\n", "line 3 has 3 cells, and the header 2"),
         "a.parquet": ("PAR1", "could not be read as parquet"),
@@ -378,6 +381,16 @@ def test_json_beside_text_that_holds_settings(data: Path) -> None:
     assert "left out 3 (3 such as" in note and "no records with a column of text in it" in note
     with pytest.raises(ValueError, match="could not be read as json"):
         documents(data / "package.json")
+
+
+def test_names_that_are_no_text(data: Path) -> None:
+    (data / "a.txt").write_text("words " * 100)
+    (data / "b.txt").write_bytes(b"\xfc" * 100)
+    os.rename(os.fsencode(data / "b.txt"), os.fsencode(data) + b"/b\xfc.txt")
+    (data / "c.pdf").write_bytes(PDF)
+    os.rename(os.fsencode(data / "c.pdf"), os.fsencode(data) + b"/c\xfc.pdf")
+    for note in load(data).notes:
+        assert "\\udcfc" in note and note.encode()
 
 
 def test_hidden_names_are_left_out(data: Path) -> None:
