@@ -8,7 +8,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -224,16 +224,21 @@ class ArgumentParser(argparse.ArgumentParser):
         raise ValueError(f"{message[0].upper()}{message[1:]}; --help lists the flags.")
 
     def parse(
-        self, argv: Sequence[str], yaml_path: str | Path | None = None, defaults: dict[str, Any] | None = None
+        self,
+        argv: Sequence[str],
+        yaml_path: str | Path | None = None,
+        defaults: dict[str, Any] | None = None,
+        replaced: Collection[str] = (),
     ) -> tuple[Any, ...]:
         """
         The groups from a YAML file and flags, and the namespace of other arguments where there are any; a flag wins
-        over the file, and the file over `defaults`, which take the place of those of the fields.
+        over the file, and the file over `defaults`, which take the place of those of the fields. Keys of the file that
+        are among `replaced` are passed over.
 
         Raises:
             ValueError: for an unknown name or a value that does not fit, in one sentence.
         """
-        from_yaml = self._yaml_as_flags(yaml_path) if yaml_path is not None else []
+        from_yaml = self._yaml_as_flags(yaml_path, replaced) if yaml_path is not None else []
         first = [f"--{name}={value}" for name, value in (defaults or {}).items()]
         namespace, unknown = self.parse_known_args([*first, *from_yaml, *argv])
         for argument in unknown:
@@ -259,7 +264,7 @@ class ArgumentParser(argparse.ArgumentParser):
                 return f", did you mean {other!r}?{REMARKS.get(plain, '')}"
         return nearest_name(plain, flags) or "."
 
-    def _yaml_as_flags(self, path: str | Path) -> list[str]:
+    def _yaml_as_flags(self, path: str | Path, replaced: Collection[str]) -> list[str]:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
@@ -273,6 +278,8 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, value in values.items():
             if name not in self.known_fields:
                 raise ValueError(f"{path} has an unknown key {name!r}{self.right_name(str(name))}")
+            if name in replaced:
+                continue
             if isinstance(value, list):
                 flags += [f"--{name}", *map(str, value)] if value else []
             elif isinstance(value, dict):

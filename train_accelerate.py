@@ -28,7 +28,7 @@ def report(result: TrainingResult, arguments: Arguments) -> str:
         )
     baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in run.compressors.items())
     steps = run.state.step
-    early = "" if steps >= arguments.optimization.max_steps else " (stopped early: no better for a while)"
+    early = "" if steps >= run.arguments.optimization.max_steps else " (stopped early: no better for a while)"
     samples = "\n----------------\n".join(result.samples)
     return "\n".join(
         (

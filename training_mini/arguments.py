@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SHAPE = tuple(field.name for field in dataclasses.fields(MiniShape))
 DROPOUTS = tuple(name for name in SHAPE if name.endswith("_dropout"))
 TRACKERS = ("tensorboard", "trackio", "wandb")
+MAX_STEPS = 1200  # where neither it nor max_minutes is said
 WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is long enough for them
 
 
@@ -163,7 +164,10 @@ def rates_of(kind: str) -> str:
 class OptimizationArguments(Settings):
     """How the weights move. Names are those of transformers' TrainingArguments wherever it has the setting."""
 
-    max_steps: int = option(1200, "number of optimizer steps", at_least=1, common=True)
+    max_steps: int | None = option(None, f"number of optimizer steps (default: {MAX_STEPS})", at_least=1, common=True)
+    max_minutes: float | None = option(
+        None, "train so many minutes: the first steps are timed, and max_steps is set by them", above=0, common=True
+    )
     train_batch_size: int = option(16, "sequences per optimizer step, over all processes", at_least=1, common=True)
     gradient_accumulation_steps: int = option(1, "parts that each process splits its share of a batch into", at_least=1)
     find_batch_size: bool = option(False, "double gradient_accumulation_steps until a part fits into memory")
@@ -233,13 +237,20 @@ class OptimizationArguments(Settings):
         for name, value in OPTIMIZERS[self.optimizer].defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        # Only a value that was given is refused.
+        if (self.dropout_start is None) != (self.dropout_end is None):
+            raise ValueError("Give both of dropout_start and dropout_end, or neither.")
+        if self.max_minutes is not None and self.max_steps is not None:
+            raise ValueError("Give one of max_steps and max_minutes: the second sets the first.")
+        if self.max_minutes is None:
+            self.max_steps = MAX_STEPS if self.max_steps is None else self.max_steps
+            self._fit_to_length()
+
+    def _fit_to_length(self) -> None:
+        """Finds what depends on the number of steps and was not given; only a value that was given is refused."""
         if self.warmup_steps is None:
             self.warmup_steps = min(WARMUP_STEPS, self.max_steps // 10)
         if self.decay_ratio is None:
             self.decay_ratio = min(DECAY_RATIO, max(0.0, 1 - self.warmup_steps / self.max_steps))
-        if (self.dropout_start is None) != (self.dropout_end is None):
-            raise ValueError("Give both of dropout_start and dropout_end, or neither.")
         if self.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"warmup_steps ({self.warmup_steps}) must be less than max_steps ({self.max_steps}), "
@@ -365,6 +376,11 @@ class Arguments:
         """The folder of the run."""
         return Path(self.run.output_dir or RUNS_FOLDER / default_run_name(self))
 
+    def with_max_steps(self, steps: int) -> "Arguments":
+        """These settings with a number of steps in place of minutes."""
+        optimization = dataclasses.replace(self.optimization, max_steps=steps, max_minutes=None)
+        return dataclasses.replace(self, optimization=optimization)
+
     def save(self, path: Path) -> None:
         """Writes the resolved settings as YAML that `--config` and `--resume` read back."""
         write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
@@ -466,10 +482,18 @@ def parse_arguments(argv: list[str]) -> Arguments:
         yaml_path = folder / "config.yaml"
         check_is_complete(yaml_path)
         argv = [*argv, f"--output_dir={folder}"]
-    groups_of_run = parser.parse(argv, yaml_path)
+    # Of a file, the length of the run gives way to the flag for the other way to say it.
+    replaced: tuple[str, ...] = ("max_minutes",) if known.max_steps is not None else ()
+    if known.max_minutes is not None:
+        if known.resume:
+            raise ValueError(
+                "max_minutes is for new runs: a run that goes on has its length, or another by --max_steps."
+            )
+        replaced += ("max_steps", "warmup_steps")
+    groups_of_run = parser.parse(argv, yaml_path, replaced=replaced)
     if groups_of_run[0].model is not None:
         # Muon's defaults were found for new models; what is trained already is tuned by AdamW unless told otherwise.
-        groups_of_run = parser.parse(argv, yaml_path, {"optimizer": "adamw"})
+        groups_of_run = parser.parse(argv, yaml_path, {"optimizer": "adamw"}, replaced)
     model, adapter, data, optimization, monitoring, run, *_ = groups_of_run
     if model.model is None:
         if adapter.lora_r:

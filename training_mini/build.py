@@ -2,6 +2,7 @@
 
 import contextlib
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from .checkpoints import (
     states_of,
 )
 from .cpu_kernels import onednn_is_faster, use_onednn
-from .data.batches import Batches
+from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, make_tokenizer, tokenizer_key
 from .distributed import Parallel, blocks_of
 from .evaluation import HeldOut, compressor_bits_per_byte
@@ -174,6 +175,28 @@ def load_state(run: Run) -> None:
     run.batches.start_at(state.step, state.sequences)
     run.batches.load_state_dict(state.stream)
     run.state, run.problems = state, run.problems + problems
+
+
+def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """How many micro-batches the share of a process in a batch is split into, so that one fits into memory."""
+
+    def try_micro_batch(sequences: int) -> None:
+        ids = torch.zeros(sequences, run.config.max_position_embeddings, dtype=torch.long).to(run.accelerator.device)
+        with run.parallel.no_sync(run.model):
+            run.accelerator.backward(loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
+
+    optimization = run.arguments.optimization
+    share = optimization.train_batch_size // run.accelerator.num_processes
+    return run.parallel.find_micro_batches(run.model, share, optimization.gradient_accumulation_steps, try_micro_batch)
+
+
+def compile_model(run: Run) -> None:
+    """Compiles the model in place if that was asked for: whole, or one of its equal blocks for all of them."""
+    if run.arguments.run.compile_regions:
+        for block in run.blocks:
+            block.compile()
+    elif run.arguments.run.torch_compile:
+        run.model.compile()
 
 
 def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> list[str]:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import PreTrainedModel
 
 from .arguments import OptimizationArguments
-from .data.batches import NOT_LEARNED
+from .data.batches import NOT_LEARNED, Batch
 from .optimizers import LEARNING_RATES, OPTIMIZERS, ParameterGroups
 
 
@@ -109,6 +109,21 @@ class WeightAverage:
             parameter.copy_(values[name])
 
 
+def training_loss(
+    model: nn.Module, batch: Batch, tokens: float, label_smoothing: float, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss to minimise and the cross-entropy to report: sums over a batch, divided by `tokens`."""
+    if not (label_smoothing or z_loss):
+        targets = batch.targets
+        loss = model(
+            **batch.inputs, labels=targets, shift_labels=targets, num_items_in_batch=tokens, use_cache=False
+        ).loss
+        return loss, loss.detach()
+    logits = model(**batch.inputs, use_cache=False).logits  # (sequences, length, vocabulary)
+    loss, cross_entropy = regularized_loss(logits, batch.targets, label_smoothing, z_loss)
+    return loss / tokens, cross_entropy / tokens
+
+
 def regularized_loss(
     logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +154,8 @@ def dropout_at(step: int, arguments: OptimizationArguments) -> float | None:
     """The dropout of the step after `step` steps: `dropout_start` at the first, `dropout_end` at the last."""
     if arguments.dropout_start is None or arguments.dropout_end is None:
         return None
-    share = min(1.0, step / max(1, arguments.max_steps - 1))
+    # The first step is rehearsed before max_steps is known.
+    share = min(1.0, step / max(1, arguments.max_steps - 1)) if step else 0.0
     if arguments.dropout_annealing == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
     return arguments.dropout_start + share * (arguments.dropout_end - arguments.dropout_start)

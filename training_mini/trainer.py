@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments
-from .build import Run, build_run, description_of
+from .build import Run, build_run, compile_model, description_of, find_micro_batches
 from .checkpoints import advice_of_sound_state, check_is_finite, save_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
@@ -20,9 +21,10 @@ from .lora import merged_model
 from .metrics import inner_metrics, make_log_window, update_metrics
 from .model_folders import model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
-from .optimization import dropout_at, make_schedulers, regularized_loss, set_dropout
+from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
 from .sampling import write_samples
 from .signals import StopRequest
+from .time_limit import fix_max_steps
 
 INNER_WINDOWS = 4  # held-out windows on which the model is looked into
 
@@ -71,7 +73,7 @@ class Trainer:
         self.accelerator, self.parallel, self.state = self.run.accelerator, self.run.parallel, self.run.state
         self.stop = StopRequest(self.accelerator)
         self.monitor = Monitor(self.run.folder, self.accelerator)
-        self.schedulers = make_schedulers(self.run.optimizers, arguments.optimization, self.state.step)
+        self.schedulers: list[LRScheduler] = []
         self.micro_batches = arguments.optimization.gradient_accumulation_steps
         self.saved_step = self.state.step if arguments.run.resume else -1
         self.window = make_log_window(self.run)
@@ -99,42 +101,31 @@ class Trainer:
 
     def begin(self) -> None:
         """Takes possession of the folder, and says what is about to happen."""
-        run, arguments = self.run, self.arguments
+        run, lines = self.run, []
+        # 1. What the run needs to know before anything is written: does it fit into memory, and how long is it?
+        if self.arguments.optimization.find_batch_size:
+            self.micro_batches = find_micro_batches(run, self.loss)
+        compile_model(run)
+        run.model.train()
+        if self.arguments.optimization.max_minutes is not None:
+            self.arguments, line = fix_max_steps(run, self.forward_and_backward, self.micro_batches, self.started)
+            run.arguments, lines = self.arguments, [line]
+        arguments = self.arguments
+        self.schedulers = make_schedulers(run.optimizers, arguments.optimization, self.state.step)
+        # 2. The folder is this run's from here on.
         if self.accelerator.is_main_process:
             if arguments.run.overwrite:
                 run.run_folder.empty()
             arguments.save(run.folder / "config.yaml")
         self.accelerator.wait_for_everyone()
-        if arguments.optimization.find_batch_size:
-            self.find_batch_size()
-        if arguments.run.compile_regions:
-            for block in run.blocks:
-                block.compile()
-        elif arguments.run.torch_compile:
-            run.model.compile()
-        run.model.train()
         self.monitor.start(self.state.step, arguments.optimization.max_steps)
         trackers, settings = arguments.monitoring.report_to, arguments.as_dict()
         self.monitor.start_trackers(trackers, run.folder.name, self.state.tracker_id, settings)
         for problem in run.problems:
             self.monitor.warn(problem)
-        for line in description_of(run, self.micro_batches, self.window.peak_flops):
+        for line in [*description_of(run, self.micro_batches, self.window.peak_flops), *lines]:
             self.monitor.say(line)
         self.window.restart()
-
-    def find_batch_size(self) -> None:
-        """Splits batches until the forward and backward pass of a micro-batch fits into memory."""
-
-        def try_micro_batch(sequences: int) -> None:
-            ids = torch.zeros(sequences, self.run.config.max_position_embeddings, dtype=torch.long)
-            ids = ids.to(self.accelerator.device)
-            with self.parallel.no_sync(self.run.model):
-                self.accelerator.backward(self.loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
-
-        share = self.arguments.optimization.train_batch_size // self.accelerator.num_processes
-        self.micro_batches = self.parallel.find_micro_batches(
-            self.run.model, share, self.micro_batches, try_micro_batch
-        )
 
     def loop(self) -> Evaluation | None:
         """Trains until the run is done or asked to stop; gives the evaluation of the last step, if there was one."""
@@ -176,28 +167,13 @@ class Trainer:
 
     def training_step(self) -> None:
         """One optimizer step on this process's share of the global batch."""
-        run, accelerator, optimization, step = self.run, self.accelerator, self.arguments.optimization, self.state.step
-        # 1. Dropout is a function of the step, so there is no state of a random number generator to save.
-        torch.manual_seed(int(key_of(self.arguments.run.seed, step, accelerator.process_index)))
-        self.dropout = dropout_at(step, optimization)
-        if self.dropout is not None:
-            set_dropout(run.unwrapped_model, self.dropout)
-        # 2. Forward and backward, one micro-batch at a time. Gradients are reduced over processes with the last only.
-        cross_entropy = torch.zeros((), device=accelerator.device)
-        place = accelerator.process_index, accelerator.num_processes
-        batches = run.batches.micro_batches(step, *place, self.micro_batches)
-        learned_tokens = run.batches.learned_tokens(step)
-        for number, batch in enumerate(batches, start=1):  # inputs and targets: (sequences, length)
-            is_last = number == self.micro_batches
-            with contextlib.nullcontext() if is_last else self.parallel.no_sync(run.model):
-                loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
-                # DeepSpeed divides by the number of micro-batches, which the loss already is.
-                accelerator.backward(loss * self.micro_batches if self.parallel.is_deepspeed else loss)
-            cross_entropy += part
-        # 3. Clip. A limit of infinity clips nothing and still measures the norm.
+        run, optimization, step = self.run, self.arguments.optimization, self.state.step
+        # 1. Gradients of the whole global batch.
+        cross_entropy = self.forward_and_backward(step)
+        # 2. Clip. A limit of infinity clips nothing and still measures the norm.
         max_norm = optimization.max_grad_norm or math.inf
         grad_norm = self.parallel.clip_gradients(run.model, max_norm)
-        # 4. Move the weights, unless a gradient is not finite.
+        # 3. Move the weights, unless a gradient is not finite.
         self.learning_rate = self.schedulers[0].get_last_lr()[0]
         if math.isfinite(grad_norm):
             is_due = self.is_due(self.arguments.monitoring.internals_steps, step + 1)
@@ -208,7 +184,7 @@ class Trainer:
         else:
             self.skip()
         self.window.add_step(cross_entropy, grad_norm, max_norm)
-        # 5. On to the next step.
+        # 4. On to the next step.
         for scheduler in self.schedulers:
             scheduler.step()
         for optimizer in run.optimizers:
@@ -218,23 +194,36 @@ class Trainer:
         if run.ema is not None:
             run.ema.update(self.state.step)
 
+    def forward_and_backward(self, step: int) -> torch.Tensor:
+        """Adds up the gradients of this process's share of the batch of a step; gives its part of the cross-entropy."""
+        run, accelerator = self.run, self.accelerator
+        # Dropout is a function of the step, so there is no state of a random number generator to save.
+        torch.manual_seed(int(key_of(self.arguments.run.seed, step, accelerator.process_index)))
+        self.dropout = dropout_at(step, self.arguments.optimization)
+        if self.dropout is not None:
+            set_dropout(run.unwrapped_model, self.dropout)
+        cross_entropy = torch.zeros((), device=accelerator.device)
+        place = accelerator.process_index, accelerator.num_processes
+        batches = run.batches.micro_batches(step, *place, self.micro_batches)
+        learned_tokens = run.batches.learned_tokens(step)
+        for number, batch in enumerate(batches, start=1):  # inputs and targets: (sequences, length)
+            # Gradients are reduced over the processes with the last micro-batch only.
+            is_last = number == self.micro_batches
+            with contextlib.nullcontext() if is_last else self.parallel.no_sync(run.model):
+                loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
+                # DeepSpeed divides by the number of micro-batches, which the loss already is.
+                accelerator.backward(loss * self.micro_batches if self.parallel.is_deepspeed else loss)
+            cross_entropy += part
+        return cross_entropy
+
     def loss(self, batch: Batch, learned_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The loss to minimise and the cross-entropy to report: this process's share of the mean over the `learned_tokens`
         of the whole global batch. It is scaled so that gradients summed over micro-batches and averaged over processes
         are those of that mean.
         """
-        optimization, model = self.arguments.optimization, self.run.model
-        tokens = learned_tokens / self.accelerator.num_processes
-        if not (optimization.label_smoothing or optimization.z_loss):
-            targets = batch.targets
-            loss = model(
-                **batch.inputs, labels=targets, shift_labels=targets, num_items_in_batch=tokens, use_cache=False
-            ).loss
-            return loss, loss.detach()
-        logits = model(**batch.inputs, use_cache=False).logits  # (sequences, length, vocabulary)
-        loss, cross_entropy = regularized_loss(logits, batch.targets, optimization.label_smoothing, optimization.z_loss)
-        return loss / tokens, cross_entropy / tokens
+        optimization, tokens = self.arguments.optimization, learned_tokens / self.accelerator.num_processes
+        return training_loss(self.run.model, batch, tokens, optimization.label_smoothing, optimization.z_loss)
 
     def skip(self) -> None:
         """Leaves the weights as they are: one bad batch is no reason to end a run, many in a row are."""

@@ -1,0 +1,149 @@
+"""
+How many steps fit into `--max_minutes`. The first step is rehearsed with a learning rate of 0, which leaves the weights
+as they are. Then the number of steps is fixed, so that schedules end where the time ends, and a resume is exact.
+"""
+
+import bisect
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .arguments import Arguments
+from .build import Run
+from .evaluation import evaluate
+from .sampling import write_samples
+
+UNTIMED_STEPS = 2  # the first ones compile, and fill caches
+REHEARSED_SHARE = 0.03  # of the time, for timing steps, once there is one
+MOST_STEPS = 50
+EVALUATED_BATCHES = 3
+SAMPLED_TOKENS = 16
+WRITTEN_BYTES_PER_SECOND = 100e6  # a slow disk's, flushed
+SECONDS_OF_A_FOLDER = 0.5  # to write the small files of a checkpoint or a model
+SECONDS_OF_CURVES = 1.0
+RESERVE = 0.05  # of what is left: no step takes exactly as long as another
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds that the parts of a run take."""
+
+    step: float
+    evaluation: float
+    checkpoint: float
+    model_folder: float
+    samples: float
+
+    def of(self, steps: int, arguments: Arguments) -> float:
+        """Seconds of so many steps, and of all that is due between them and at the end."""
+        monitoring, save_steps = arguments.monitoring, arguments.run.save_steps
+        evaluations = 1 + (steps - 1) // monitoring.eval_steps
+        checkpoints = 1 + (steps - 1) // save_steps
+        sampled = 1 + ((steps - 1) // monitoring.sample_every if monitoring.sample_every else 0)
+        # Each evaluation may be the best so far; at the end comes the last model, and perhaps a merged one.
+        folders = evaluations + 1 + arguments.adapter.merge
+        return (
+            steps * self.step
+            + evaluations * (self.evaluation + SECONDS_OF_CURVES)
+            + checkpoints * self.checkpoint
+            + folders * self.model_folder
+            + sampled * self.samples
+        )
+
+
+def steps_that_fit(seconds: float, costs: Costs, arguments: Arguments) -> int:
+    """The largest number of steps that is done, with all that belongs to it, within so many seconds; 0 if none is."""
+    most = max(0, math.floor(seconds / costs.step))
+    return bisect.bisect_right(range(1, most + 1), seconds, key=lambda steps: costs.of(steps, arguments))
+
+
+def fix_max_steps(
+    run: Run, forward_and_backward: Callable[[int], object], micro_batches: int, started: float
+) -> tuple[Arguments, str]:
+    """
+    The settings of a run with the number of steps that its `max_minutes` are enough for, and a line that says so. Every
+    process calls it, and the main process decides.
+
+    Args:
+        forward_and_backward: both passes on the batch of a step.
+        started: when the run began, by `time.monotonic`.
+
+    Raises:
+        ValueError: if there is no time for a single step.
+    """
+    arguments, minutes = run.arguments, run.arguments.optimization.max_minutes
+    costs = measure(run, forward_and_backward, micro_batches, REHEARSED_SHARE * 60 * minutes)
+    gone = time.monotonic() - started
+    steps = steps_that_fit((1 - RESERVE) * (60 * minutes - gone), costs, arguments)
+    steps, costs, gone = run.parallel.from_main((steps, costs, gone))
+    if steps < 1:
+        needed = (gone + costs.of(1, arguments)) / (1 - RESERVE) / 60
+        raise ValueError(
+            f"max_minutes ({minutes:g}) is too short for one step: start, evaluation and saving alone take about "
+            f"{needed:.2g} minutes here."
+        )
+    line = f"{minutes:g} minutes are enough for {steps:,} steps of {costs.step:.3g} s, with evaluation and saving."
+    return arguments.with_max_steps(steps), line
+
+
+def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batches: int, seconds: float) -> Costs:
+    """Times the parts of a run on what it will work on, steps for about so many seconds. The run is left as it was."""
+    accelerator, arguments = run.accelerator, run.arguments
+    with without_learning(run.optimizers):
+        for number in itertools.count(1 - UNTIMED_STEPS):
+            if number == 1:
+                began = time.monotonic()
+            forward_and_backward(0)
+            for optimizer in run.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            # The processes rehearse as many steps as the main process wants.
+            if number >= 1:
+                if accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()  # it may still have steps to do
+                passed = time.monotonic() - began
+                if run.parallel.from_main(passed >= seconds or number == MOST_STEPS):
+                    break
+    step = passed / number
+    # Of an evaluation, the first batches.
+    processes = accelerator.num_processes
+    batch_size = arguments.optimization.train_batch_size // micro_batches
+    share = max(1, batch_size // processes)
+    turns = max(len(run.held_out.groups(process, processes, share)) for process in range(processes))
+    asked = itertools.count(1)
+    began = time.monotonic()
+    evaluate(run.model, run.held_out, batch_size, accelerator, lambda: next(asked) > EVALUATED_BATCHES)
+    evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)
+    # Of what the model writes, the first tokens of the first prompt.
+    began, samples = time.monotonic(), 0.0
+    model = run.parallel.gather_full_model(run.model)
+    if model is not None:
+        prompts = run.corpus.make_prompts(run.held_out, arguments.monitoring.sample_prompts)
+        whole = run.config.max_position_embeddings
+        length = min(whole, len(prompts[0][1]) + SAMPLED_TOKENS)
+        write_samples(model, run.corpus, prompts[:1], length, arguments.run.seed)
+        samples = (time.monotonic() - began) * len(prompts) * max(1.0, whole / SAMPLED_TOKENS)
+    size = 4 * run.unwrapped_model.num_parameters()
+    folder = SECONDS_OF_A_FOLDER + size / WRITTEN_BYTES_PER_SECOND
+    # A checkpoint has the weights and two moments of each.
+    checkpoint = SECONDS_OF_A_FOLDER + 3 * size / WRITTEN_BYTES_PER_SECOND
+    return Costs(step, evaluation, checkpoint, folder, samples)
+
+
+@contextlib.contextmanager
+def without_learning(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Within it, steps take their time and leave the weights as they are; behind it, the optimizers are as new."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    yield
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    for optimizer in optimizers:
+        optimizer.state.clear()
