@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers.runs import losses, metrics, train_here
 from training_mini.checkpoints import CHECKSUMS, STATE, TrainerState, check_state, damage_of, read_state, sha256
-from training_mini.data.batches import RowMaker, TrainingBatches
+from training_mini.data.batches import Collator, TrainingBatches
 
 
 def test_a_state_of_before_methods_were_written_down_is_not_refused(tmp_path: Path) -> None:
@@ -33,9 +33,9 @@ def test_resumed_at_another_batch_size_nothing_is_left_out_or_read_twice(second:
     trainer, _ = train_here(tmp_path / "run", *resume)
     reads = [first.run.batches.starts(step) for step in range(10)]
     reads += [trainer.run.batches.starts(step) for step in range(10, 20)]
-    rows = RowMaker(64, 1)
+    collator = Collator(64, 1)
     count = 80 + 10 * second
-    unbroken = TrainingBatches(first.run.corpus.train, rows, batch_size=count, seed=42).starts(0)
+    unbroken = TrainingBatches(first.run.corpus.train, collator, batch_size=count, seed=42).starts(0)
     assert np.concatenate(reads).tolist() == unbroken.tolist()
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
     expected = [64 * (8 * min(n, 10) + second * max(0, n - 10)) for n in range(1, 21)]
