@@ -47,7 +47,6 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "grad_accum": ("gradient_accumulation_steps",),
     "grad_clip": ("max_grad_norm",),
     "heads": ("num_attention_heads",),
-    "hub_model_id": ("repository",),
     "init_from": ("model",),
     "init_std": ("initializer_range",),
     "iters": ("max_steps",),

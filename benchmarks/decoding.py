@@ -54,8 +54,8 @@ class Settings(PlaceSettings):
     size: str = option("small", "preset of MiniConfig whose shape both models take")
     batch_sizes: list[int] = option([1, 8, 64], "sequences at a time")
     prompts: list[int] = option([16, 1000], "tokens in a prompt")
-    tokens: int = option(200, "tokens to write after the prompt")
-    rounds: int = option(5, "how often each contender has its turn; the median counts")
+    tokens: int = option(200, "tokens to write after the prompt", at_least=2)
+    rounds: int = option(5, "how often each contender has its turn; the median counts", at_least=1)
     bf16: bool = option(False, "weights in bfloat16")
     compile: bool = option(True, "also measure compiled decoding (half a minute of compiling the first time)")
     runtimes: list[str] = option(list(RUNTIMES), "others that take part where they are installed")
@@ -65,9 +65,6 @@ class Settings(PlaceSettings):
         for name in ("batch_sizes", "prompts"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name} must be at least 1 each, got {getattr(self, name)}.")
-        for name in ("tokens", "rounds"):
-            if getattr(self, name) < 1 + (name == "tokens"):
-                raise ValueError(f"{name} must be at least {1 + (name == 'tokens')}, got {getattr(self, name)}.")
         if unknown := set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"runtimes are {', '.join(RUNTIMES)}, not {', '.join(sorted(unknown))}.")
         if self.device != "cpu" or self.bf16:  # the same weights, on the same processor

@@ -14,17 +14,18 @@ from typing import Any
 import torch
 import transformers
 from configuration_mini import MiniConfig
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
 from transformers import LlamaConfig
 
 
 @dataclass
-class OutputSettings:
+class OutputSettings(Settings):
     """Where the figures go."""
 
     output: str | None = option(None, "file to write the JSON to as well")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.output is not None and not Path(self.output).absolute().parent.is_dir():
             raise ValueError(f"There is no folder for the output {self.output!r}.")
 

@@ -52,15 +52,12 @@ class Settings(PlaceSettings):
 
     models: list[str] = option(list(PRESETS), "trained runs or checkpoint folders, and presets with random weights")
     dataset: str = option("python-stdlib", "what was trained on; its held-out part is predicted")
-    eval_tokens: int = option(65536, "held-out tokens to predict")
-    tokens: int = option(64, "tokens to write, one sequence, after a prompt of 16")
-    rounds: int = option(3, "how often each has its turn at writing; the median counts")
+    eval_tokens: int = option(65536, "held-out tokens to predict", at_least=1)
+    tokens: int = option(64, "tokens to write, one sequence, after a prompt of 16", at_least=2)
+    rounds: int = option(3, "how often each has its turn at writing; the median counts", at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("eval_tokens", 1), ("tokens", 2), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         for name in self.models:
             if name not in PRESETS:
                 find_checkpoint(name)

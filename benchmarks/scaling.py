@@ -42,16 +42,10 @@ BPE_ENTRIES = 8000
 class ScalingSettings(OutputSettings):
     """How much to measure with."""
 
-    megabytes: int = option(200, "text to encode as bytes, to read and to stream")
-    bpe_megabytes: int = option(20, f"text to encode as BPE with {BPE_ENTRIES:,} entries")
+    megabytes: int = option(200, "text to encode as bytes, to read and to stream", at_least=1)
+    bpe_megabytes: int = option(20, f"text to encode as BPE with {BPE_ENTRIES:,} entries", at_least=1)
     size: str = option("gpt2", "the model whose checkpoint is written")
-    rounds: int = option(3, "measure so many times and take the best")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("megabytes", "bpe_megabytes", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+    rounds: int = option(3, "measure so many times and take the best", at_least=1)
 
 
 def best_seconds(rounds: int, action: Callable[[Path], object]) -> float:

@@ -59,22 +59,21 @@ class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     size: str = option("small", "preset of MiniConfig whose shape all models take")
-    batch_size: int = option(8, "sequences in a batch")
-    context: int = option(256, "tokens in a sequence")
-    rounds: int = option(7, "how often each contender has its turn; the median counts")
-    steps: int = option(5, "training steps in a turn")
+    batch_size: int = option(8, "sequences in a batch", at_least=1)
+    context: int = option(256, "tokens in a sequence", at_least=1)
+    rounds: int = option(7, "how often each contender has its turn; the median counts", at_least=1)
+    steps: int = option(5, "training steps in a turn", at_least=1)
     modes: list[str] = option(list(MODES), "eager, compiled or both", choices=MODES)
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, whose model.py then takes part")
-    nanogpt_width: int | None = option(None, "width of nanoGPT; default: the preset's, with twice its parameters")
-    nanogpt_heads: int | None = option(None, "heads of nanoGPT; default: the preset's")
+    nanogpt_width: int | None = option(
+        None, "width of nanoGPT; default: the preset's, with twice its parameters", at_least=1
+    )
+    nanogpt_heads: int | None = option(None, "heads of nanoGPT; default: the preset's", at_least=1)
     bf16: bool = option(False, "autocast to bfloat16, for all models and matrix products")
     attn_implementation: str = option("sdpa", "attention of Mini and Llama, by its name in transformers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "context", "rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").is_file():
             raise ValueError(f"There is no model.py in {self.nanogpt!r}; nanogpt is the folder of a nanoGPT checkout.")
         self.modes = [mode for mode in MODES if mode in self.modes]

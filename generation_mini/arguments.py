@@ -1,33 +1,11 @@
 """The settings of generation: fields are the flags of `generate.py`."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-from entry_points_mini import ArgumentParser, option
+from entry_points_mini import ArgumentParser, Settings, option
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# What each number must be; a setting that is not given (`None`) is the model's own.
-RULES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "max_new_tokens": (lambda value: value >= 1, "at least 1"),
-    "min_new_tokens": (lambda value: value >= 0, "at least 0"),
-    "temperature": (lambda value: 0 <= value < math.inf, "at least 0 and finite"),
-    "top_k": (lambda value: value >= 0, "at least 0"),
-    "top_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
-    "min_p": (lambda value: 0 <= value <= 1, "in [0, 1]"),
-    "top_h": (lambda value: 0 < value <= 1, "in (0, 1]"),
-    "typical_p": (lambda value: 0 < value <= 1, "in (0, 1]"),
-    "epsilon_cutoff": (lambda value: 0 <= value < 1, "in [0, 1)"),
-    "eta_cutoff": (lambda value: 0 <= value < 1, "in [0, 1)"),
-    "repetition_penalty": (lambda value: 0 < value < math.inf, "above 0 and finite"),
-    "no_repeat_ngram_size": (lambda value: value >= 0, "at least 0"),
-    "num_beams": (lambda value: value >= 1, "at least 1"),
-    "num_return_sequences": (lambda value: value >= 1, "at least 1"),
-    "batch_size": (lambda value: value >= 1, "at least 1"),
-    "seed": (lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
-}
 # A value for one of these asks for sampling; the numbers turn each off, as greedy decoding needs it.
 SAMPLING: dict[str, float | None] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
@@ -38,32 +16,50 @@ SHAPING = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 
 
 @dataclass
-class GenerationArguments:
+class GenerationArguments(Settings):
     """What to write with, from where, and how."""
 
-    model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
-    prompt: str | None = option(None, "text to continue (default: standard input when it is a pipe, else nothing)")
-    max_new_tokens: int = option(200, "tokens to write at most", aliases=["--max_tokens"])
-    min_new_tokens: int = option(0, "tokens to write before the text may end")
-    temperature: float | None = option(None, "0 takes the likeliest token always (default: the model's)")
-    top_k: int | None = option(None, "sample among the k likeliest; 0 turns it off (default: the model's)")
-    top_p: float | None = option(None, "sample among the likeliest that hold this mass (default: the model's)")
-    min_p: float | None = option(None, "sample among those at least this share as likely as the likeliest")
-    top_h: float | None = option(None, "sample among the likeliest that hold this share of the entropy")
-    typical_p: float | None = option(None, "sample among the most typical that hold this mass")
-    epsilon_cutoff: float | None = option(None, "never sample what is less likely than this")
-    eta_cutoff: float | None = option(None, "the same, lower where the model is unsure")
-    repetition_penalty: float | None = option(None, "above 1 makes what is there already less likely")
-    no_repeat_ngram_size: int | None = option(None, "so many tokens in a row never come twice")
-    num_beams: int | None = option(None, "search for the likeliest text with so many beams, instead of sampling")
+    model: str | None = option(
+        None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)", common=True
+    )
+    prompt: str | None = option(
+        None, "text to continue (default: standard input when it is a pipe, else nothing)", common=True
+    )
+    max_new_tokens: int = option(200, "tokens to write at most", aliases=["--max_tokens"], at_least=1, common=True)
+    min_new_tokens: int = option(0, "tokens to write before the text may end", at_least=0)
+    temperature: float | None = option(
+        None, "0 takes the likeliest token always (default: the model's)", at_least=0, common=True
+    )
+    top_k: int | None = option(
+        None, "sample among the k likeliest; 0 turns it off (default: the model's)", at_least=0, common=True
+    )
+    top_p: float | None = option(
+        None, "sample among the likeliest that hold this mass (default: the model's)", above=0, at_most=1, common=True
+    )
+    min_p: float | None = option(
+        None, "sample among those at least this share as likely as the likeliest", at_least=0, at_most=1
+    )
+    top_h: float | None = option(
+        None, "sample among the likeliest that hold this share of the entropy", above=0, at_most=1
+    )
+    typical_p: float | None = option(None, "sample among the most typical that hold this mass", above=0, at_most=1)
+    epsilon_cutoff: float | None = option(None, "never sample what is less likely than this", at_least=0, below=1)
+    eta_cutoff: float | None = option(None, "the same, lower where the model is unsure", at_least=0, below=1)
+    repetition_penalty: float | None = option(None, "above 1 makes what is there already less likely", above=0)
+    no_repeat_ngram_size: int | None = option(None, "so many tokens in a row never come twice", at_least=0)
+    num_beams: int | None = option(
+        None, "search for the likeliest text with so many beams, instead of sampling", at_least=1
+    )
     stop: list[str] = option([], "end before any of these strings")
-    seed: int | None = option(None, "makes the same call write the same text")
-    num_return_sequences: int = option(1, "number of texts for a prompt")
-    stream: bool = option(False, "print each character as it is written")
-    interactive: bool = option(False, "a conversation; /help lists its commands")
+    seed: int | None = option(
+        None, "makes the same call write the same text", at_least=0, at_most=2**32 - 1, common=True
+    )
+    num_return_sequences: int = option(1, "number of texts for a prompt", at_least=1, common=True)
+    stream: bool = option(False, "print each character as it is written", common=True)
+    interactive: bool = option(False, "a conversation; /help lists its commands", common=True)
     batch_file: str | None = option(None, "prompts to continue: a line each, or .jsonl with the field 'prompt'")
     output: str | None = option(None, ".jsonl for the texts of --batch_file; the same call again goes on with it")
-    batch_size: int = option(32, "prompts of --batch_file at once")
+    batch_size: int = option(32, "prompts of --batch_file at once", at_least=1)
     stats: bool = option(False, "say how fast it was")
     compile: bool = option(
         False,
@@ -79,10 +75,7 @@ class GenerationArguments:
     trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
 
     def __post_init__(self) -> None:
-        for name, (is_right, what) in RULES.items():
-            value = getattr(self, name)
-            if value is not None and not is_right(value):
-                raise ValueError(f"{name} must be {what}, got {value}.")
+        super().__post_init__()
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
                 f"min_new_tokens ({self.min_new_tokens}) must not exceed max_new_tokens ({self.max_new_tokens})."
@@ -129,6 +122,8 @@ class GenerationArguments:
 
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_checkpoint` that come from flags."""
+        import torch  # not above, for no help text needs it
+
         return {
             "trust_remote_code": self.trust_remote_code,
             "dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
 from modeling_mini.loading.checkpoints import load_model
 from torch.nn import functional as F
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -36,19 +36,15 @@ STYLE = """
 
 
 @dataclass
-class DemoArguments:
+class DemoArguments(Settings):
     """Which model, and where the page is."""
 
     model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
-    port: int = option(7860, "port to listen at")
+    port: int = option(7860, "port to listen at", at_least=1, at_most=65535)
     share: bool = option(False, "also make a public link through Gradio's servers, for a few days")
     trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
-
-    def __post_init__(self) -> None:
-        if not 0 < self.port < 65536:
-            raise ValueError(f"port must be from 1 to 65535, got {self.port}.")
 
 
 @dataclass

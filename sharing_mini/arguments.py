@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from entry_points_mini import ArgumentParser, option
+from entry_points_mini import ArgumentParser, Settings, option
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -15,7 +15,7 @@ REFERENCE = re.compile(r"(?!refs/|[0-9a-f]{40}$)(?!.*(\.\.|//|\.lock$))[A-Za-z0-
 
 
 @dataclass
-class SharingArguments:
+class SharingArguments(Settings):
     """Where to, under what name, and how careful."""
 
     dry_run: bool = option(False, "show every file, its size and the card, and touch nothing")
@@ -34,6 +34,7 @@ class SharingArguments:
     no_verify: bool = option(False, "do not load the model in a clean process before the upload and from the Hub after")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.format not in (None, *FORMATS):
             raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {self.format!r}.")
         for name in ("revision", "tag"):

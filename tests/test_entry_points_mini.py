@@ -1,36 +1,47 @@
 """What all programs share: settings from a file, and how a program ends."""
 
+import importlib
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from entry_points_mini import OTHER_NAMES, ArgumentParser, Settings, one_sentence_errors, option
+from modeling_mini.export import FORMATS
+from training_mini.arguments import parse_arguments as parse_training
+
+PROGRAMS = (
+    "training_mini.arguments", "generation_mini.arguments", "generation_mini.demo", "sharing_mini.arguments",
+    "modeling_mini.analysis.__main__", "modeling_mini.export.__main__", "modeling_mini.export.quantized",
+    *(f"modeling_mini.export.{format}" for format in FORMATS),
+)  # fmt: skip
 
 
 @dataclass
-class Settings:
+class Example(Settings):
     steps: int = option(7, "how many")
     names: list[str] = option(["a", "b"], "which")
     folder: str | None = option(None, "where")
     fast: bool = option(False, "whether")
 
 
-def from_yaml(tmp_path: Path, text: str, *flags: str) -> Settings:
+def from_yaml(tmp_path: Path, text: str, *flags: str) -> Example:
     path = tmp_path / "settings.yaml"
     path.write_text(text, encoding="utf-8")
-    (settings,) = ArgumentParser(Settings, prog="p").parse(list(flags), path)
+    (settings,) = ArgumentParser(Example, prog="p").parse(list(flags), path)
     return settings
 
 
 def test_what_a_file_leaves_empty_is_at_its_default(tmp_path: Path) -> None:
-    assert from_yaml(tmp_path, "") == from_yaml(tmp_path, "steps:\nnames: []\nfolder: null\nfast:\n") == Settings()
+    assert from_yaml(tmp_path, "") == from_yaml(tmp_path, "steps:\nnames: []\nfolder: null\nfast:\n") == Example()
 
 
 def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     text = "steps: 3\nnames: [x, y]\nfolder: f\nfast: true\n"
-    assert from_yaml(tmp_path, text) == Settings(3, ["x", "y"], "f", True)
+    assert from_yaml(tmp_path, text) == Example(3, ["x", "y"], "f", True)
     flags = ("--steps", "4", "--names", "z", "--fast", "false")
-    assert from_yaml(tmp_path, text, *flags) == Settings(4, ["z"], "f", False)
+    assert from_yaml(tmp_path, text, *flags) == Example(4, ["z"], "f", False)
 
 
 @pytest.mark.parametrize(
@@ -63,3 +74,104 @@ def test_the_traceback_is_there_for_who_wants_it(monkeypatch: pytest.MonkeyPatch
 def test_faults_of_the_program_are_no_sentences() -> None:
     with pytest.raises(TypeError), one_sentence_errors():
         raise TypeError("a fault of ours")
+
+
+def groups() -> Iterator[type[Settings]]:
+    for name in PROGRAMS:
+        for value in vars(importlib.import_module(name)).values():
+            if isinstance(value, type) and issubclass(value, Settings) and value is not Settings:
+                yield value
+
+
+NUMBERS = [
+    (group, name, float in (hint, *typing.get_args(hint)))
+    for group in dict.fromkeys(groups())
+    for name, hint in typing.get_type_hints(group).items()
+    if {int, float} & {hint, *typing.get_args(hint)} and typing.get_origin(hint) is not list
+]
+
+
+def test_every_program_has_groups_and_none_is_a_dataclass_of_another_kind() -> None:
+    for name in PROGRAMS:
+        own = [
+            value for value in vars(importlib.import_module(name)).values() if getattr(value, "__module__", "") == name
+        ]
+        names = [value.__name__ for value in own if hasattr(value, "__dataclass_fields__")]
+        names = [name for name in names if name.endswith(("Arguments", "Options")) and name != "Arguments"]
+        assert names and all(issubclass(value, Settings) for value in own if value.__name__ in names)
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "is_float"), NUMBERS, ids=[f"{group.__name__}-{name}" for group, name, _ in NUMBERS]
+)
+def test_every_number_has_an_interval_and_nan_and_infinity_are_in_none(
+    group: type[Settings], name: str, is_float: bool, tmp_path: Path
+) -> None:
+    interval = group.__dataclass_fields__[name].metadata["interval"]
+    assert interval.at_least is not None or interval.above is not None
+    for number in ("nan", "inf", "-inf") if is_float else ():
+        sentence = rf"^{name} must be .*, got {number}\.$"
+        with pytest.raises(ValueError, match=sentence):
+            ArgumentParser(group, prog="p").parse([f"--{name}={number}"])
+        path = tmp_path / "settings.yaml"
+        path.write_text(f"{name}: {number.replace('inf', '.inf').replace('nan', '.nan')}\n")
+        with pytest.raises(ValueError, match=sentence):
+            ArgumentParser(group, prog="p").parse([], path)
+        with pytest.raises(ValueError, match=sentence):
+            group(**{name: float(number)})
+
+
+@pytest.mark.parametrize(
+    ("foreign", "right"),
+    [
+        ("--lr", "learning_rate"), ("--epochs", "max_steps"), ("--batch_size", "train_batch_size"),
+        ("--n_layer", "num_hidden_layers"), ("--steps", "max_steps"), ("--context", "max_position_embeddings"),
+        ("--block-size", "max_position_embeddings"), ("--num_train_epochs=3", "max_steps"),
+        ("--lerning_rate", "learning_rate"), ("--dropout", "residual_dropout"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs_are_answered_with_the_right_flag(foreign: str, right: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^There is no flag '{foreign.split('=')[0]}', did you mean '{right}'\?"
+    ) as error:
+        parse_training([foreign, "3"])
+    assert ("one epoch is" in str(error.value)) == ("epochs" in foreign)
+
+
+def test_every_answer_is_a_flag_of_some_program() -> None:
+    flags = {name for group in groups() for name in group.__dataclass_fields__}
+    for foreign, names in OTHER_NAMES.items():
+        assert set(names) <= flags, foreign
+        assert names[0] != foreign
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("everything", [False, True])
+def test_help(
+    columns: int, everything: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        parse_training(["--help", *(["all"] * everything)])
+    text = capsys.readouterr().out
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= columns and max(map(len, lines)) > columns - 12
+    flags = [line.split()[0] for line in lines if line.startswith("  --") or line.startswith("  -h")]
+    headings = [line for line in lines if line and not line.startswith(" ") and line.endswith(":")]
+    if everything:
+        assert headings == ["model:", "adapter:", "data:", "optimization:", "monitoring:", "run:", "other:"]
+        assert len(flags) > 80 and {"--rope_parameters", "--mlp_bias", "--keep_every"} <= set(flags)
+        assert "MODEL" not in text and "(default: false)" not in text.lower() and "None" not in text
+    else:
+        assert len(flags) == 10 + 2 and {"--dataset", "--size", "--learning_rate", "--max_steps"} <= set(flags)
+        assert "--help all shows" in text
+
+
+def test_a_flag_may_be_written_with_dashes_and_a_boolean_with_its_value() -> None:
+    (settings,) = ArgumentParser(Example, prog="p").parse(["--fast", "--steps", "3"])
+    assert settings.fast is True
+    for text, value in (("true", True), ("no", False)):
+        assert ArgumentParser(Example, prog="p").parse([f"--fast={text}"])[0].fast is value
+    with pytest.raises(ValueError, match="expected true or false, got 'maybe'"):
+        ArgumentParser(Example, prog="p").parse(["--fast=maybe"])
+    assert parse_training(["--max-steps", "30"]).optimization.max_steps == 30

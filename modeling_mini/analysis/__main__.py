@@ -1,7 +1,7 @@
 """`python -m modeling_mini.analysis cost | attention | activations`: measures of a model in the terminal and as PNG."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
-from configuration_mini import MiniConfig, nearest_name
-from entry_points_mini import ArgumentParser, one_sentence_errors, option
+from configuration_mini import MiniConfig
+from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, optional_settings
 from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
+from shape_mini import PRESETS, MiniShape, nearest_name
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -27,65 +28,76 @@ console = Console(highlight=False)
 
 
 @dataclass
-class CostArguments:
-    """What to count, and for which batch."""
+class CostArguments(optional_settings("ShapeSettings", MiniShape)):
+    """
+    What to count, and for which batch.
 
-    model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
-    preset: str | None = option(None, "a size of Mini instead of a model: tiny, small, medium, large, gpt2")
-    length: int | None = option(None, "tokens of each sequence (default: the context of the model)")
-    batch_size: int = option(8, "sequences at once")
-    device_memory: str | None = option(None, "also the largest batches that fit, for example in 24GiB")
-    measure: bool = option(False, "also run a step of each kind and show the measured peaks")
+    The fields of `MiniShape` are flags here as they are of the trainer, so that shapes can be compared before training.
+    """
+
+    model: str | None = option(
+        None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)", common=True
+    )
+    preset: str | None = option(
+        None,
+        f"a size of Mini instead of a model: {', '.join(PRESETS)} (default: tiny, where a flag gives a part of the "
+        "shape)",
+        aliases=["--size"],
+        common=True,
+    )
+    vocab_size: int | None = option(None, "entries of the vocabulary (default: the preset's)", at_least=1)
+    length: int | None = option(
+        None, "tokens of each sequence (default: the context of the model)", at_least=1, common=True
+    )
+    batch_size: int = option(8, "sequences at once", at_least=1, common=True)
+    device_memory: str | None = option(None, "also the largest batches that fit, for example in 24GiB", common=True)
+    measure: bool = option(False, "also run a step of each kind and show the measured peaks", common=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model is not None and self.preset is not None:
             raise ValueError("Give --model or --preset, not both.")
-        check_at_least(1, batch_size=self.batch_size, length=self.length)
+        if self.model is not None and self.shape:
+            raise ValueError(f"The model has a shape already: leave out {' and '.join(self.shape)}, or --model.")
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The fields of MiniConfig that were given."""
+        names = ("vocab_size", *(field.name for field in fields(MiniShape)))
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 @dataclass
-class AttentionArguments:
-    """Which model, on what text, and where the picture goes."""
-
-    model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
-    prompt: str | None = option(None, "text to draw the attention of")
-    text_file: str | None = option(None, "text file to average over, instead of a prompt")
-    length: int | None = option(None, "tokens of a window of the text file (default: the context of the model)")
-    windows: int = option(16, "windows of the text file, spread evenly")
-    output: str = option("attention.png", "the picture")
-
-    def __post_init__(self) -> None:
-        check_text(self.prompt, self.text_file, self.length, self.windows)
-        check_output(self.output)
-
-
-@dataclass
-class ActivationArguments:
-    """Which model, on what text, and where the picture goes."""
+class TextSettings(Settings):
+    """Which model, and on what text."""
 
     model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
     prompt: str | None = option(None, "text to read")
     text_file: str | None = option(None, "text file to read windows of, instead of a prompt")
-    length: int | None = option(None, "tokens of a window of the text file (default: the context of the model)")
-    windows: int = option(16, "windows of the text file, spread evenly")
-    output: str = option("activations.png", "the picture")
+    length: int | None = option(
+        None, "tokens of a window of the text file (default: the context of the model)", at_least=2
+    )
+    windows: int = option(16, "windows of the text file, spread evenly", at_least=1)
 
     def __post_init__(self) -> None:
-        check_text(self.prompt, self.text_file, self.length, self.windows)
+        super().__post_init__()
+        if (self.prompt is None) == (self.text_file is None):
+            raise ValueError("Give exactly one of --prompt and --text_file.")
         check_output(self.output)
 
 
-def check_at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
+@dataclass
+class AttentionArguments(TextSettings):
+    """Where the picture goes."""
+
+    output: str = option("attention.png", "the picture")
 
 
-def check_text(prompt: str | None, text_file: str | None, length: int | None, windows: int) -> None:
-    if (prompt is None) == (text_file is None):
-        raise ValueError("Give exactly one of --prompt and --text_file.")
-    check_at_least(2, length=length)
-    check_at_least(1, windows=windows)
+@dataclass
+class ActivationArguments(TextSettings):
+    """Where the picture goes."""
+
+    output: str = option("activations.png", "the picture")
 
 
 def check_output(output: str) -> None:
@@ -269,8 +281,10 @@ def show_activations(arguments: ActivationArguments) -> None:
 
 def find_config(arguments: CostArguments) -> tuple[PreTrainedConfig, str]:
     """The configuration, and a name for it."""
-    if arguments.preset is not None:
-        return MiniConfig.preset(arguments.preset), arguments.preset
+    if arguments.preset is not None or arguments.shape:
+        preset = arguments.preset or "tiny"
+        changes = [f"{name}={value}" for name, value in arguments.shape.items()]
+        return MiniConfig.preset(preset, **arguments.shape), " ".join([preset, *changes])
     name = find_checkpoint(arguments.model)
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False), name

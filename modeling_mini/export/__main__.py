@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from entry_points_mini import ArgumentParser, checkpoint_and_out, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option
 from transformers.utils import logging
 
 from . import FORMATS, export, module_of
@@ -12,7 +12,7 @@ PROGRAM = "python -m modeling_mini.export"
 
 
 @dataclass
-class ExportArguments:
+class ExportArguments(Settings):
     """What every format takes."""
 
     overwrite: bool = option(False, "replace OUT if there is something in it")

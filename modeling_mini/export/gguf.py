@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 import torch
 from configuration_mini import MiniConfig, nearest_name
-from entry_points_mini import option
+from entry_points_mini import Settings, option
 from files_mini import writing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,12 +37,13 @@ LARGEST_ROPE_FACTOR = 1e30  # stops a pair from turning: cos(position / 1e30) is
 
 
 @dataclass
-class Options:
+class Options(Settings):
     """What to write."""
 
     types: list[str] = option(["F32", "F16", "Q8_0"], "of the weights: F32, F16 or Q8_0, a file for each")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.types:
             raise ValueError(f"types must name at least one of {', '.join(TYPES)}.")
         for name in self.types:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from entry_points_mini import option
+from entry_points_mini import Settings, option
 from files_mini import writing
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -41,13 +41,14 @@ def bits_per_byte(document: dict, results: list) -> dict:
 
 
 @dataclass
-class Options:
+class Options(Settings):
     """What to measure on."""
 
     text_file: str | None = option(None, "UTF-8 text to measure on")
     task_name: str = option("mini_bits_per_byte", "name of the task")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.text_file is None:
             raise ValueError("Name the text to measure on by --text_file.")
         if not Path(self.text_file).is_file():

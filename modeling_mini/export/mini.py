@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configuration_mini import MiniConfig
+from entry_points_mini import Settings
 from files_mini import writing
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +20,7 @@ from .native import FIELDS_OF_MINI_ALONE, LARGEST_DIFFERENCE, SHARED_FIELDS, rel
 
 
 @dataclass
-class Options:
+class Options(Settings):
     """There is nothing to choose."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from configuration_mini import MiniConfig, unknown_norm
+from entry_points_mini import Settings
 from files_mini import writing
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -40,7 +41,7 @@ CHECKED_TOKENS, LARGEST_DIFFERENCE = 256, 1e-3
 
 
 @dataclass
-class Options:
+class Options(Settings):
     """There is nothing to choose."""
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from entry_points_mini import option
+from entry_points_mini import Settings, option
 from files_mini import writing
 from modeling_mini import MiniForCausalLM
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -46,7 +46,7 @@ CHECKED_TOKENS, LARGEST_DIFFERENCE = 128, 1e-3
 
 
 @dataclass
-class Options:
+class Options(Settings):
     """What to write beside the model as it is."""
 
     q8: bool = option(False, "also a copy with matrices of 8 bits, a quarter of the size: onnx/model_quantized.onnx")
@@ -56,6 +56,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         missing = [] if self.node_modules is None else [
             name for name in VENDORED if not Path(self.node_modules, name).is_file()
         ]  # fmt: skip

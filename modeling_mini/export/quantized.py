@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from entry_points_mini import ArgumentParser, checkpoint_and_out, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option
 from files_mini import destination, new_folder, read_text, writing
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -19,7 +19,7 @@ CARD_HEADING = "## Quantized"
 
 
 @dataclass
-class QuantizationArguments:
+class QuantizationArguments(Settings):
     """What to make of the checkpoint."""
 
     load_in_8bit: bool = option(False, "quantize to INT8")
@@ -34,6 +34,7 @@ class QuantizationArguments:
     trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.load_in_8bit and self.load_in_4bit:
             raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
 

@@ -1,21 +1,18 @@
 """Settings from flags, YAML files and earlier runs."""
 
-import dataclasses
 import errno
 import json
 import os
-import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from configuration_mini import MiniConfig
-from entry_points_mini import ArgumentParser, Settings, optional_settings
+from entry_points_mini import ArgumentParser, optional_settings
 from helpers.shapes import EVERY_FIELD
 from shape_mini import PRESETS, MiniShape, option
-from training_mini import arguments as settings
+from training_mini.arguments import SHAPE as SHAPE_FIELDS
 from training_mini.arguments import Arguments, default_run_name, parse_arguments
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -111,15 +108,7 @@ def test_model_settings_reach_the_configuration() -> None:
     assert config == expected
 
 
-SHAPE = {name: EVERY_FIELD[name] for name in settings.SHAPE}
-# Numbers of a group, and of the shape, that nothing may let through.
-GROUPS = [value for value in vars(settings).values() if isinstance(value, type) and issubclass(value, Settings)]
-FLOATS = [
-    (group, name)
-    for group in GROUPS
-    for name, hint in typing.get_type_hints(group).items()
-    if hint in (float, float | None, float | int | None)
-]
+SHAPE = {name: EVERY_FIELD[name] for name in SHAPE_FIELDS}
 
 
 @pytest.mark.parametrize("source", ["flags", "yaml"])
@@ -169,30 +158,6 @@ def test_rope_parameters_are_read_as_a_mapping() -> None:
             parse_arguments(["--rope_parameters", text])
     with pytest.raises(ValueError, match=r"rope_parameters: factor must be finite, got nan\.$"):
         parse_arguments(["--rope_parameters", "{rope_type: linear, rope_theta: 1e4, factor: .nan}"])
-
-
-@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
-@pytest.mark.parametrize(("group", "name"), FLOATS, ids=lambda value: value if isinstance(value, str) else "")
-def test_nan_and_infinity_are_refused_in_every_group(group: type, name: str, number: str, tmp_path: Path) -> None:
-    sentence = rf"^{name} must be [^.]*, got {number}\.$"
-    with pytest.raises(ValueError, match=sentence):
-        parse_arguments([f"--{name}={number}"])
-    (tmp_path / "a.yaml").write_text(f"{name}: {number.replace('inf', '.inf').replace('nan', '.nan')}\n")
-    with pytest.raises(ValueError, match=sentence):
-        parse_arguments(["--config", str(tmp_path / "a.yaml")])
-    with pytest.raises(ValueError, match=sentence):
-        group(**{name: float(number)})
-
-
-def test_every_number_has_its_interval() -> None:
-    """So that a new setting comes with the numbers that it may have."""
-    numbers = (int, float, int | None, float | None, float | int | None)
-    for group in GROUPS:
-        hints: dict[str, Any] = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            if hints[field.name] in numbers:
-                interval = field.metadata["interval"]
-                assert interval.at_least is not None or interval.above is not None, field.name
 
 
 @pytest.mark.parametrize(

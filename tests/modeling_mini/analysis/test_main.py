@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from configuration_mini import MiniConfig
 from modeling_mini.analysis import __main__ as program
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
@@ -57,6 +58,14 @@ def test_cost_counts_every_kind_of_model(working_folder: Path, capsys: pytest.Ca
     assert f"runs/tiny-python-stdlib/best: {count:,} parameters" in " ".join(capsys.readouterr().out.split())
     program.run(["cost", "--preset", "gpt2"])
     assert "gpt2: 123,5" in capsys.readouterr().out
+    program.run(["cost", "--size", "tiny", "--num_hidden_layers", "5", "--tie_word_embeddings", "false"])
+    output = " ".join(capsys.readouterr().out.split())
+    with torch.device("meta"):
+        config = MiniConfig.preset("tiny", num_hidden_layers=5, tie_word_embeddings=False)
+        count = AutoModelForCausalLM.from_config(config).num_parameters()
+    assert f"tiny num_hidden_layers=5 tie_word_embeddings=False: {count:,} parameters" in output
+    program.run(["cost", "--vocab_size", "2048"])
+    assert "tiny vocab_size=2048: " in capsys.readouterr().out
     LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2).save_pretrained("l")
     program.run(["cost", "--model", "l", "--length", "100"])
     output = capsys.readouterr().out
@@ -87,6 +96,11 @@ def test_attention_of_a_prompt_and_of_a_text(working_folder: Path, capsys: pytes
     [
         ("coast", "There is no command 'coast'; the commands are cost, attention, activations, did you mean 'cost'?"),
         ("cost --preset small --model x", "Give --model or --preset, not both."),
+        ("cost --hidden_size 64 --model x", "The model has a shape already: leave out hidden_size, or --model."),
+        (
+            "cost --preset tiny --num_attention_heads 3",
+            "hidden_size (128) must be divisible by num_attention_heads (3)",
+        ),
         ("cost --model missing", "There is no run or checkpoint folder 'missing'."),
         (
             "cost --model gpt2like",
