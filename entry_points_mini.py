@@ -3,11 +3,13 @@
 import argparse
 import contextlib
 import dataclasses
+import logging
 import os
 import sys
 import textwrap
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,7 +152,7 @@ class HelpAction(argparse.Action):
 
     def __call__(self, parser: "ArgumentParser", *arguments: Any) -> NoReturn:
         parser.print_help_of(everything=arguments[1] == "all")
-        sys.exit()
+        sys.exit(0)
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -358,6 +360,25 @@ def mapping(text: str) -> dict[str, Any]:
 KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "N"), float: (float, "X"), str: (str, "TEXT"), dict: (mapping, "MAPPING")
 }  # fmt: skip
+
+
+def quiet_libraries() -> None:
+    """
+    Turns off what libraries print beside the output of a program and nobody can act on. Every program calls it before
+    it loads a model; it loads transformers.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a bar for each file breaks into the live display
+    for name in (
+        "torch.distributed.checkpoint",
+        # Without AVX512-BF16 kernels of a further library it warns on import, and peft imports it.
+        "bitsandbytes.backends.cpu.ops",
+        "bitsandbytes.autograd._functions",  # in INT8, it says for every product that it computes in float16
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # The first step of a run may be skipped, and the schedule goes on all the same.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
 
 def checkpoint_and_out(argv: list[str], program: str) -> tuple[list[str], list[str]]:

@@ -16,10 +16,41 @@ RUNS_FOLDER = Path("runs")
 # In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
 CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
 
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+
 
 def cache_folder() -> Path:
     """Where encoded corpora and measurements are kept: MINI_CACHE, or ~/.cache/mini."""
     return Path(os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini")
+
+
+def find_checkpoint(model: str | None) -> str:
+    """
+    The checkpoint folder, adapter folder or Hub name that `--model` means.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if model is None:
+        configs = [
+            path for run in RUNS_FOLDER.glob("*") for name in CHECKPOINTS_OF_A_RUN
+            for config in (MODEL_CONFIG, ADAPTER_CONFIG) for path in run.glob(f"{name}/{config}")
+        ]  # fmt: skip
+        if not configs:
+            raise ValueError(f"There is no trained model under {RUNS_FOLDER}/: train one first, or name it by --model.")
+        newest_run = max(configs, key=lambda path: path.stat().st_mtime).parent.parent
+        return find_checkpoint(str(newest_run))
+    folder = Path(model)
+    if not folder.exists():
+        if model.count("/") == 1 and not model.startswith(".") and not folder.parent.is_dir():
+            return model
+        raise ValueError(f"There is no run or checkpoint folder {model!r}.")
+    for place in (folder, *(folder / name for name in CHECKPOINTS_OF_A_RUN)):
+        if (place / MODEL_CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
+            return model if place == folder else str(place)
+    if (folder / "trainer_state.json").is_file():
+        raise ValueError(f"{model!r} is a state to resume training from; name its run, or the folder best or final.")
+    raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
 
 
 def write_errors() -> tuple[type[BaseException], ...]:

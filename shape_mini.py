@@ -105,7 +105,7 @@ class Interval:
         if high is not None:
             words = f"at most {high}" if self.at_most is not None else f"below {high}"
         elif self.at_least is None:
-            words = "positive" if low == 0 else f"above {low}"
+            words = f"above {low}"
         else:
             words = f"at least {low}"
         return words if number in Interval() else f"{words} and finite"

@@ -9,15 +9,20 @@ import sys
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from typing import TYPE_CHECKING
+
 from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, one_sentence_errors
 from training_mini.arguments import Arguments, parse_arguments
-from training_mini.monitoring import format_seconds
-from training_mini.trainer import TrainingResult, train
+from training_mini.data.sources import find_files
+
+if TYPE_CHECKING:
+    from training_mini.trainer import TrainingResult
 
 
-def report(result: TrainingResult, arguments: Arguments) -> str:
+def report(result: "TrainingResult", arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on."""
+    from training_mini.monitoring import format_seconds
+
     run, folder = result.run, result.run.folder
     prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
     how = "--interactive" if run.corpus.is_chat else f'--prompt "{prompt}"'
@@ -50,6 +55,10 @@ def report(result: TrainingResult, arguments: Arguments) -> str:
 def main() -> None:
     with one_sentence_errors():
         arguments = parse_arguments(sys.argv[1:])
+        find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
+        import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+        from training_mini.trainer import train
+
         result = train(arguments)
         if result.run.accelerator.is_main_process:
             print(report(result, arguments))

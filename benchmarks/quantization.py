@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import psutil
 import torch
 from configuration_mini import PRESETS, MiniConfig
-from entry_points_mini import option
+from entry_points_mini import option, quiet_libraries
 from modeling_mini import fast_generation
 from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
 from rich import box
@@ -33,7 +33,6 @@ from torch.nn import functional as F
 from training_mini.arguments import DataArguments
 from training_mini.data.corpus import Corpus, load_corpus
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging
 
 from measuring import PlaceSettings, in_turns, machine, run_benchmark  # isort: skip
 
@@ -127,7 +126,7 @@ def measure_model(name: str, folder: str, settings: Settings) -> list[dict[str, 
 
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
-    logging.disable_progress_bar()
+    quiet_libraries()
     rows, left_out = [], []
     for name in settings.models:
         with tempfile.TemporaryDirectory() as folder:

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
-from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, quiet_libraries
 from modeling_mini.loading.checkpoints import load_model
 from torch.nn import functional as F
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging
 
 from .arguments import GenerationArguments
 from .text_generation import TextOfTokens, encode_prompt, write_on
@@ -222,7 +221,7 @@ def main() -> None:
             import gradio
         except ImportError:
             raise ValueError("The page needs Gradio: pip install gradio.") from None
-        logging.disable_progress_bar()
+        quiet_libraries()
         model, tokenizer = load_model(
             arguments.model, adapter=arguments.adapter, trust_remote_code=arguments.trust_remote_code
         )

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from entry_points_mini import quiet_libraries
 from modeling_mini.export import export
 from rich.console import Console
-from transformers.utils import logging
 
 from .arguments import SharingArguments, check_name
 from .card import PROMPT, gather, write_card
@@ -66,7 +66,7 @@ def push(
     check_name(repository)
     if arguments.token:
         check_token(arguments.token)
-    logging.disable_progress_bar()
+    quiet_libraries()
     with tempfile.TemporaryDirectory(prefix="mini-push-") as temporary:
         folder = Path(temporary)
         found = exported(source, arguments.format, folder) if arguments.format else find_source(source)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files_mini import CHECKPOINTS_OF_A_RUN, read_json, writing
+from files_mini import ADAPTER_CONFIG, CHECKPOINTS_OF_A_RUN, MODEL_CONFIG, find_checkpoint, read_json, writing
 from huggingface_hub import save_torch_state_dict
-from modeling_mini.loading.checkpoints import ADAPTER_CONFIG, MODEL_CONFIG, find_checkpoint
 from modeling_mini.remote_code import remote_code_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from files_mini import ADAPTER_CONFIG, MODEL_CONFIG
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, ModelCard
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -21,7 +22,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import RepoFile
-from modeling_mini.loading.checkpoints import ADAPTER_CONFIG, MODEL_CONFIG
 
 from .hub import Hub
 from .staging import LOADED, Staged

@@ -1,6 +1,8 @@
 """What all programs share: settings from a file, and how a program ends."""
 
 import importlib
+import subprocess
+import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,3 +177,32 @@ def test_a_flag_may_be_written_with_dashes_and_a_boolean_with_its_value() -> Non
     with pytest.raises(ValueError, match="expected true or false, got 'maybe'"):
         ArgumentParser(Example, prog="p").parse(["--fast=maybe"])
     assert parse_training(["--max-steps", "30"]).optimization.max_steps == 30
+
+
+LIGHT = [
+    ("train_accelerate.py", "--help", 0), ("train_accelerate.py", "--help all", 0),
+    ("train_accelerate.py", "--lr 1", 2),
+    ("train_accelerate.py", "--dataset missing.txt", 2), ("train_accelerate.py", "--model missing", 2),
+    ("train_accelerate.py", "--config missing.yaml", 2), ("train_accelerate.py", "--learning_rate nan", 2),
+    ("generate.py", "--help", 0), ("generate.py", "--temprature 1", 2), ("generate.py", "--model missing", 2),
+    ("generate.py", "--model modeling_mini --batch_file missing.txt --output a", 2),
+    ("push_to_hub.py", "--help", 0), ("push_to_hub.py", "missing user/name", 2), ("push_to_hub.py", "a b --dry", 2),
+]  # fmt: skip
+HEAVY = {"torch", "transformers", "datasets", "matplotlib", "accelerate", "peft", "numpy", "rich"}
+
+
+@pytest.mark.parametrize(("program", "arguments", "code"), LIGHT, ids=[f"{name} {rest}" for name, rest, _ in LIGHT])
+def test_help_and_mistakes_load_nothing_heavy(program: str, arguments: str, code: int, tmp_path: Path) -> None:
+    """Help took 4.7 seconds of processor time when every program loaded torch before it read its flags."""
+    root = Path(__file__).parent.parent
+    source = (
+        f"import runpy, sys\nsys.path.insert(0, {str(root)!r})\nsys.argv = {[program, *arguments.split()]!r}\n"
+        f"try:\n    runpy.run_path({str(root / program)!r}, run_name='__main__')\n"
+        f"finally:\n    print('LOADED', *sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert result.stdout.splitlines()[-1] == "LOADED"
+    assert code == 0 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1)

@@ -215,7 +215,7 @@ BAD_INPUT = [
     (["--tokenizer", "nonsense"], "--tokenizer 'nonsense' is neither byte nor char"),
     (["--learning_rat", "1"], "There is no flag '--learning_rat', did you mean 'learning_rate'?"),
     (["--learning_rate", "fast"], "invalid float value: 'fast'"),
-    (["--learning_rate", "-1"], "learning_rate must be positive"),
+    (["--learning_rate", "-1"], "learning_rate must be above 0"),
     (["--max_steps", "0"], "max_steps must be at least 1"),
     (["--max_steps", "2"], "warmup_steps (2) must be less than max_steps (2)"),
     (["--train_batch_size", "7", "--gradient_accumulation_steps", "2"], "train_batch_size (7) must be divisible by"),

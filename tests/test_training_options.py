@@ -233,7 +233,7 @@ def test_stream_is_resumed_bit_by_bit(tmp_path: Path) -> None:
         (["--ema_decay", "1"], "ema_decay must be in [0, 1)"),
         (["--lr_scheduler_type", "wsd", "--decay_ratio", "0.95"], "do not both fit into max_steps"),
         (["--keep_last", "0"], "keep_last must be at least 1"),
-        (["--peak_tflops", "-1"], "peak_tflops must be positive"),
+        (["--peak_tflops", "-1"], "peak_tflops must be above 0"),
         (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
     ],
 )

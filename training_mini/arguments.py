@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from entry_points_mini import ArgumentParser, Settings, option, optional_settings
-from files_mini import CHECKPOINTS_OF_A_RUN, RUNS_FOLDER, cache_folder, read_text, write_text
+from files_mini import (
+    ADAPTER_CONFIG,
+    CHECKPOINTS_OF_A_RUN,
+    MODEL_CONFIG,
+    RUNS_FOLDER,
+    cache_folder,
+    find_checkpoint,
+    read_text,
+    write_text,
+)
 from shape_mini import PRESETS, MiniShape, nearest_name
 
 from .optimizers import LEARNING_RATES, OPTIMIZERS
@@ -442,12 +451,11 @@ def find_base(name: str) -> str:
     Raises:
         ValueError: if there is none, or it is an adapter.
     """
-    # These load torch, which no help text needs.
-    from modeling_mini.loading.checkpoints import ADAPTER_CONFIG, MODEL_CONFIG, base_of_adapter, find_checkpoint
-
     checkpoint = find_checkpoint(name)
     folder = Path(checkpoint)
     if (folder / ADAPTER_CONFIG).is_file() and not (folder / MODEL_CONFIG).is_file():
+        from modeling_mini.loading.adapters import base_of_adapter  # loads torch
+
         raise ValueError(
             f"{checkpoint!r} is an adapter for {base_of_adapter(checkpoint)!r}: train it further by --resume, or "
             f"merge it by --resume --merge in its run and start from the folder merged."
@@ -498,7 +506,6 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if model.model is None:
         if adapter.lora_r:
             raise ValueError("An adapter belongs to a trained model: name it by --model, or leave out --lora_r.")
-        model.model_config()  # refuses a shape that cannot work before any data is read
         data.tokenizer = data.tokenizer or "byte"
     else:
         model.model = find_base(model.model)

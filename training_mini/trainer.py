@@ -1,16 +1,14 @@
 """The training loop: the step, and what is due between steps."""
 
 import contextlib
-import logging
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from entry_points_mini import quiet_libraries
 from torch.optim.lr_scheduler import LRScheduler
-from transformers.utils import logging as transformers_logging
 
 from .arguments import Arguments
 from .build import Run, build_run, compile_model, description_of, find_micro_batches
@@ -47,11 +45,7 @@ def train(arguments: Arguments) -> TrainingResult:
     Raises:
         ValueError: for input that cannot work, before anything that exists is changed.
     """
-    # It would break into the live display at every save: a bar for one file.
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    # The first step of a run may be skipped, and the schedule goes on all the same.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    quiet_libraries()
     return Trainer(arguments).train()
 
 

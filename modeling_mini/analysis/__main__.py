@@ -10,14 +10,13 @@ import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 from configuration_mini import MiniConfig
-from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, optional_settings
+from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, optional_settings, quiet_libraries
 from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.table import Table
 from shape_mini import PRESETS, MiniShape, nearest_name
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from .activations import draw_activations, gradient_norms, record_activations
 from .attention import draw_attention, summarize_attention
@@ -120,7 +119,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: for wrong input, in one sentence.
     """
-    logging.disable_progress_bar()
+    quiet_libraries()
     commands = {
         "cost": (CostArguments, show_cost, "Parameters, FLOPs and memory of a Llama-shaped model."),
         "attention": (AttentionArguments, show_attention, "Entropy and maps of every attention head."),

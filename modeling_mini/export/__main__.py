@@ -3,8 +3,7 @@
 import sys
 from dataclasses import dataclass
 
-from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option
-from transformers.utils import logging
+from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option, quiet_libraries
 
 from . import FORMATS, export, module_of
 
@@ -30,7 +29,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: for wrong input, in one sentence.
     """
-    logging.disable_progress_bar()
+    quiet_libraries()
     if not argv or argv[0] in ("-h", "--help"):
         lines = (f"  {format:8} {description}" for format, description in FORMATS.items())
         print(f"usage: {PROGRAM} FORMAT CHECKPOINT OUT ...\n\nA checkpoint in another format:\n", *lines, sep="\n")

@@ -5,10 +5,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option
+from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option, quiet_libraries
 from files_mini import destination, new_folder, read_text, writing
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..loading.checkpoints import find_checkpoint, load_checkpoint, load_model
 
@@ -114,7 +113,7 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: for wrong input, in one sentence.
     """
-    logging.disable_progress_bar()
+    quiet_libraries()
     places, flags = checkpoint_and_out(argv, PROGRAM)
     description = "A checkpoint folder with quantized weights."
     (arguments,) = ArgumentParser(QuantizationArguments, prog=PROGRAM, description=description).parse(flags)

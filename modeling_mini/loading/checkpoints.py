@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from configuration_mini import MiniConfig
-from files_mini import CHECKPOINTS_OF_A_RUN, RUNS_FOLDER, read_json
+from files_mini import MODEL_CONFIG, find_checkpoint, read_json
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,37 +23,6 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from ..integrations import check_quantized_layers
 from .adapters import base_of_adapter, with_adapter
 from .quantization import check_bitsandbytes, is_quantized, quantization_config
-
-MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-
-
-def find_checkpoint(model: str | None) -> str:
-    """
-    The checkpoint folder, adapter folder or Hub name that `--model` means.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if model is None:
-        configs = [
-            path for run in RUNS_FOLDER.glob("*") for name in CHECKPOINTS_OF_A_RUN
-            for config in (MODEL_CONFIG, ADAPTER_CONFIG) for path in run.glob(f"{name}/{config}")
-        ]  # fmt: skip
-        if not configs:
-            raise ValueError(f"There is no trained model under {RUNS_FOLDER}/: train one first, or name it by --model.")
-        newest_run = max(configs, key=lambda path: path.stat().st_mtime).parent.parent
-        return find_checkpoint(str(newest_run))
-    folder = Path(model)
-    if not folder.exists():
-        if model.count("/") == 1 and not model.startswith(".") and not folder.parent.is_dir():
-            return model
-        raise ValueError(f"There is no run or checkpoint folder {model!r}.")
-    for place in (folder, *(folder / name for name in CHECKPOINTS_OF_A_RUN)):
-        if (place / MODEL_CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():
-            return model if place == folder else str(place)
-    if (folder / "trainer_state.json").is_file():
-        raise ValueError(f"{model!r} is a state to resume training from; name its run, or the folder best or final.")
-    raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
 
 
 def load_model(

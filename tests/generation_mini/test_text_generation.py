@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_mini import __main__ as program
+from generation_mini import program
 from generation_mini.arguments import SAMPLING, GenerationArguments, parse_arguments
 from generation_mini.text_generation import CharacterStreamer, Continuation, TextOfTokens, generation_config, write_on
 from modeling_mini import MiniConfig, MiniForCausalLM

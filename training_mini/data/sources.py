@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from configuration_mini import nearest_name
+from shape_mini import nearest_name
 
 from ..arguments import DataArguments
 from . import formats

@@ -99,7 +99,7 @@ def test_attention_of_a_prompt_and_of_a_text(working_folder: Path, capsys: pytes
         ("cost --hidden_size 64 --model x", "The model has a shape already: leave out hidden_size, or --model."),
         (
             "cost --preset tiny --num_attention_heads 3",
-            "hidden_size (128) must be divisible by num_attention_heads (3)",
+            "MiniConfig: hidden_size (128) must be divisible by num_attention_heads (3)",
         ),
         ("cost --model missing", "There is no run or checkpoint folder 'missing'."),
         (

@@ -1,0 +1,101 @@
+"""What `generate.py` does once its flags are read: it loads a model and writes."""
+
+import sys
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from accelerate.utils import set_seed
+from entry_points_mini import quiet_libraries
+from modeling_mini.fast_generation import compiled_step_class
+from modeling_mini.loading.checkpoints import existing_device, load_assistant, load_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .arguments import GenerationArguments
+from .batch_file import BatchFile
+from .interactive import converse, print_notice, write_to_terminal
+from .text_generation import CharacterStreamer, Stopwatch, encode_prompt, unknown_characters, write_on
+
+
+def run(arguments: GenerationArguments) -> None:
+    """Loads the model and writes."""
+    quiet_libraries()
+    if arguments.compile:
+        check_compile(arguments)
+    batch_file = None
+    if arguments.batch_file is not None:
+        batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
+    model, tokenizer = load_model(arguments.model, adapter=arguments.adapter, **arguments.loading())
+    if arguments.compile:
+        if not hasattr(model, "compile_decoding"):
+            raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
+        model.compile_decoding()
+    if arguments.seed is not None:
+        set_seed(arguments.seed)
+    assistant = None
+    if arguments.assistant is not None:
+        assistant = load_assistant(arguments.assistant, model, tokenizer, arguments.trust_remote_code)
+        logging.set_verbosity_error()  # assisted decoding warns of how it calls generate itself
+    if batch_file is not None:
+        batch_file.write(model, tokenizer, print_notice)
+    elif arguments.interactive:
+        converse(model, tokenizer, arguments, assistant)
+    else:
+        write_once(model, tokenizer, arguments, assistant)
+
+
+def check_compile(arguments: GenerationArguments) -> None:
+    """
+    Refuses to compile a step that would then not be taken.
+
+    Raises:
+        ValueError: if there are more texts at once than the compiled step of the device has.
+    """
+    device = existing_device(arguments.device)
+    if arguments.texts_at_once > 1 and not compiled_step_class(device).takes_batches:
+        raise ValueError(
+            f"compile is for one text at a time on a {device.type}, and this is {arguments.texts_at_once}: give "
+            f"num_return_sequences 1, and batch_size 1 with --batch_file."
+        )
+
+
+def write_once(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: GenerationArguments,
+    assistant: PreTrainedModel | None,
+) -> None:
+    """Continues one prompt on standard output."""
+    prompt = arguments.prompt
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else read_standard_input()
+    prompt_ids = encode_prompt(tokenizer, prompt)
+    if unknown := unknown_characters(tokenizer, prompt, prompt_ids):
+        print_notice(f"The model does not know {unknown}, and reads <|unk|> instead.")
+    streamer = None
+    if arguments.stream:
+        write_to_terminal(prompt)
+        streamer = CharacterStreamer(tokenizer, write_to_terminal, arguments.stop)
+    stopwatch = Stopwatch() if arguments.stats else None
+    results = write_on(
+        model, tokenizer, [prompt_ids], arguments, print_notice, streamer=streamer, assistant_model=assistant,
+        stopping_criteria=[stopwatch] if stopwatch is not None else [],
+    )  # fmt: skip
+    statistics = stopwatch.summary(sum(len(result.ids) for result in results)) if stopwatch else None
+    if streamer is not None:
+        streamer.finish()
+        print()
+    else:
+        for number, result in enumerate(results, start=1):
+            if len(results) > 1:
+                print(f"--- {number} ---")
+            print(prompt + result.text)
+    if statistics:
+        print_notice(statistics)
+
+
+def read_standard_input() -> str:
+    """All of it, byte for byte: Python's text mode would make every end of line a newline."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Standard input is not valid UTF-8 at byte {error.start}.") from None
