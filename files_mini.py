@@ -8,7 +8,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def json_lines(values: Iterable[dict[str, Any]]) -> str:
+    """One line of JSON for each value."""
+    return "".join(f"{json.dumps(value, ensure_ascii=False)}\n" for value in values)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The values of a file of JSON lines, without one that a crash cut short; none where there is no file."""
+    values = []
+    # Not splitlines(): strings may hold other characters that it takes for the end of a line.
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            values.append(json.loads(line))
+    return values
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file as a whole."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file as a whole."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -102,8 +122,8 @@ def replace_folder(partial: Path, target: Path) -> None:
     """
     Puts a finished folder in the place of `target`.
 
-    A rename cannot replace a folder that is not empty, so the old one first steps aside as `.NAME.previous`;
-    `existing_folder` finds it there if the process dies between the two renames.
+    A rename cannot replace a folder that is not empty, so the old one first steps aside as `.NAME.previous`. It stays
+    there, complete, if the process dies between the two renames: `CHECKPOINTS_OF_A_RUN` names it too.
     """
     for file in [*partial.rglob("*"), partial]:
         descriptor = os.open(file, os.O_RDONLY)
@@ -111,21 +131,12 @@ def replace_folder(partial: Path, target: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    previous = previous_of(target)
+    previous = target.with_name(f".{target.name}.previous")
     if target.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.rename(target, previous)
     os.rename(partial, target)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def previous_of(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
-
-
-def existing_folder(target: Path) -> Path | None:
-    """`target`, or its predecessor if a crash came while it was being replaced, or `None`."""
-    return next((folder for folder in (target, previous_of(target)) if folder.is_dir()), None)
 
 
 def destination(out: str | Path, overwrite: bool, source: str | Path) -> Path:

@@ -12,9 +12,11 @@ import pytest
 from files_mini import (
     append_text,
     destination,
-    existing_folder,
+    find_checkpoint,
+    json_lines,
     new_folder,
     read_json,
+    read_json_lines,
     replace_folder,
     write_text,
     writing,
@@ -95,10 +97,23 @@ def test_whatever_cannot_be_written_is_one_sentence(error: BaseException, reason
     assert str(caught.value).startswith(f"{tmp_path}/a could not be written ({reason}")
 
 
-def test_folder_is_found_when_death_came_between_the_renames(tmp_path: Path) -> None:
-    make_folder(tmp_path / ".target.previous", "one")
-    assert existing_folder(tmp_path / "target") == tmp_path / ".target.previous"
-    assert existing_folder(tmp_path / "other") is None
+def test_a_checkpoint_is_found_when_death_came_between_the_renames(tmp_path: Path) -> None:
+    for name in ("last", ".best.previous"):
+        make_folder(tmp_path / name, "one")
+    (tmp_path / ".best.previous" / "config.json").write_text("{}")
+    assert find_checkpoint(str(tmp_path)) == str(tmp_path / ".best.previous")
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    """One that a crash cut short is left out, also in the middle of a character; other ends of lines are text."""
+    values = [{"step": 1, "text": "a\u2028b\x85c\rd\ne"}, {"step": 2, "text": "é"}]
+    write_text(tmp_path / "a.jsonl", json_lines(values))
+    append_text(tmp_path / "a.jsonl", json_lines([{"step": 3}]))
+    assert read_json_lines(tmp_path / "a.jsonl") == [*values, {"step": 3}]
+    whole = json_lines(values).encode()
+    (tmp_path / "a.jsonl").write_bytes(whole[: whole.index("é".encode()) + 1])
+    assert read_json_lines(tmp_path / "a.jsonl") == values[:1]
+    assert read_json_lines(tmp_path / "missing.jsonl") == []
 
 
 def test_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +191,7 @@ def test_kill_at_any_instant_leaves_a_complete_folder(tmp_path: Path) -> None:
         time.sleep(0.001 * attempt)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        folder = existing_folder(tmp_path / "target")
-        assert folder is not None
+        folder = next(tmp_path / name for name in ("target", ".target.previous") if (tmp_path / name).is_dir())
         assert (folder / "a").read_text() == (folder / "b").read_text()
         assert len((folder / "a").read_text()) >= 10000
         subprocess.run(["rm", "-rf", str(tmp_path / "partial")], check=True)

@@ -1,14 +1,13 @@
 """What a person sees of a run, and what is recorded of it."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from files_mini import append_text, write_text
+from files_mini import append_text, json_lines, read_json_lines, write_text
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -65,7 +64,7 @@ class Monitor:
         if not self.enabled:
             return
         kept = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
-        write_text(self.metrics_path, "".join(f"{json.dumps(line)}\n" for line in kept))
+        write_text(self.metrics_path, json_lines(kept))
         if console.is_terminal:
             columns = (
                 MofNCompleteColumn(),
@@ -101,7 +100,7 @@ class Monitor:
         if not self.enabled:
             return
         with self.warning_of_errors(f"the metrics of step {step}"):
-            append_text(self.metrics_path, json.dumps({"step": step, **metrics}) + "\n")
+            append_text(self.metrics_path, json_lines([{"step": step, **metrics}]))
         self.accelerator.log(metrics, step=step)
 
     def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
@@ -110,7 +109,7 @@ class Monitor:
         lines = [line for line in read_json_lines(path) if line["step"] < step]
         lines += [{"step": step, **sample} for sample in samples]
         with self.warning_of_errors(f"the samples of step {step}"):
-            write_text(path, "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+            write_text(path, json_lines(lines))
 
     @contextlib.contextmanager
     def warning_of_errors(self, what: str) -> Iterator[None]:
@@ -166,21 +165,9 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
     return read_json_lines(folder / "metrics.jsonl")
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, without one that was cut short; none where there is no file."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            lines.append(json.loads(line))
-    return lines
-
-
 def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None:
     """Draws `curves.png`: bits per byte of training and validation beside the compressors, and the learning rate."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from modeling_mini.analysis.figures import figure_file  # loads matplotlib
 
     metrics = read_metrics(folder)
     train = [(m["step"], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
@@ -188,29 +175,24 @@ def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None
     rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
     if not train:
         return
-    figure, (curve, rate) = pyplot.subplots(
-        2, 1, figsize=(8, 5.5), sharex=True, height_ratios=(4, 1), layout="constrained"
-    )
-    curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
-    if validation:
-        curve.plot(*zip(*validation, strict=True), color="#08519c", marker="o", markersize=4, label="validation")
-        step, bits = validation[-1]
-        curve.annotate(f"{bits:.3f}", (step, bits), xytext=(0, -14), textcoords="offset points", ha="right")
-    for (name, bits), style in zip(compressors.items(), ("--", ":"), strict=False):
-        curve.axhline(bits, color="#737373", linestyle=style, linewidth=1, label=f"{name} -9: {bits:.3f}")
-    shown = [bits for _, bits in [*train, *validation]] + list(compressors.values())
-    # The first steps fall from 8 bits; let them leave the picture, so that the rest can be read.
-    ceiling = sorted(bits for _, bits in train)[int(0.95 * (len(train) - 1))] * 1.05
-    curve.set_ylim(min(shown) * 0.95, max(ceiling, max(compressors.values(), default=0) * 1.05))
-    curve.set_ylabel("bits per byte")
-    curve.set_title(title, loc="left")
-    curve.legend(frameon=False)
-    curve.grid(alpha=0.3)
-    rate.plot(*zip(*rates, strict=True), color="#525252", linewidth=1.2)
-    rate.set_ylabel("learning rate")
-    rate.set_xlabel("step")
-    rate.grid(alpha=0.3)
-    partial = folder / ".curves.partial.png"
-    figure.savefig(partial, dpi=120)
-    pyplot.close(figure)
-    partial.replace(folder / "curves.png")
+    with figure_file(folder / "curves.png", figsize=(8, 5.5)) as figure:
+        curve, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+        curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
+        if validation:
+            curve.plot(*zip(*validation, strict=True), color="#08519c", marker="o", markersize=4, label="validation")
+            step, bits = validation[-1]
+            curve.annotate(f"{bits:.3f}", (step, bits), xytext=(0, -14), textcoords="offset points", ha="right")
+        for (name, bits), style in zip(compressors.items(), ("--", ":"), strict=False):
+            curve.axhline(bits, color="#737373", linestyle=style, linewidth=1, label=f"{name} -9: {bits:.3f}")
+        shown = [bits for _, bits in [*train, *validation]] + list(compressors.values())
+        # The first steps fall from 8 bits; let them leave the picture, so that the rest can be read.
+        ceiling = sorted(bits for _, bits in train)[int(0.95 * (len(train) - 1))] * 1.05
+        curve.set_ylim(min(shown) * 0.95, max(ceiling, max(compressors.values(), default=0) * 1.05))
+        curve.set_ylabel("bits per byte")
+        curve.set_title(title, loc="left")
+        curve.legend(frameon=False)
+        curve.grid(alpha=0.3)
+        rate.plot(*zip(*rates, strict=True), color="#525252", linewidth=1.2)
+        rate.set_ylabel("learning rate")
+        rate.set_xlabel("step")
+        rate.grid(alpha=0.3)

@@ -1,9 +1,12 @@
 """What is recorded and shown."""
 
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from files_mini import append_text, json_lines
 from PIL import Image
 from rich.console import Console
 from training_mini import monitoring
@@ -89,3 +92,17 @@ def test_progress_bar_is_silent_without_a_terminal(
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3661, "1:01:01")])
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_curves_leave_the_drawing_of_others_alone(tmp_path: Path) -> None:
+    """A notebook that trains has figures and a backend of its own."""
+    append_text(tmp_path / "metrics.jsonl", json_lines([{"step": 1, **METRICS}, {"step": 2, **METRICS}]))
+    draw_curves(tmp_path, "run", {"xz": 2.0})
+    code = (
+        "import sys; from pathlib import Path; from training_mini.monitoring import draw_curves; "
+        f"draw_curves(Path({str(tmp_path)!r}), 'run', {{}}); print('matplotlib.pyplot' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout == "False\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curves.png", "metrics.jsonl"]
