@@ -1,39 +1,77 @@
-"""The order of the house: imports go down the floors, and what is installed is what is there."""
+"""The order of the house: the floors and folders, imports that go down and never in a circle, and what is installed."""
 
+import ast
 import configparser
+import graphlib
 import re
 from pathlib import Path
 
 import pytest
-from sharing_mini.space import imports_of
 
 ROOT = Path(__file__).parent.parent
-FLOORS = [
-    ("configuration_mini", 1),
-    ("shape_mini", 1),
-    ("tokenization", 1),
-    ("entry_points_mini", 1),
-    ("files_mini", 1),
-    ("modeling_mini/analysis", 3),
-    ("modeling_mini/export", 3),
-    ("modeling_mini", 2),
-    ("training_mini", 4),
-    ("generation_mini", 4),
-    ("sharing_mini", 4),
-    ("train_accelerate", 5),
-    ("generate", 5),
-    ("push_to_hub", 5),
-]
+# Each module of the root, package, and folder of a package that stands on a floor of its own.
+FLOORS = {
+    "shape_mini": 1, "configuration_mini": 1, "tokenization": 1, "files_mini": 1, "entry_points_mini": 1,
+    "cards_mini": 1,
+    "modeling_mini": 2,
+    "modeling_mini/analysis": 3, "modeling_mini/export": 3,
+    "training_mini": 4, "generation_mini": 4, "sharing_mini": 4,
+    "train_accelerate": 5, "generate": 5, "push_to_hub": 5,
+}  # fmt: skip
+# The folders of each package that hold modules.
+FOLDERS = {
+    "tokenization": set(),
+    "modeling_mini": {"loading", "analysis", "export"},
+    "training_mini": {"data"},
+    "generation_mini": set(),
+    "sharing_mini": set(),
+}
+# A newcomer reads each of these in one sitting.
+MOST_LINES = {"modeling_mini/modeling_mini.py": 500}
 SOURCES = sorted(
     path.relative_to(ROOT)
     for path in [*ROOT.glob("*.py"), *ROOT.glob("*_mini/**/*.py"), *ROOT.glob("tokenization/**/*.py")]
 )
+TESTS = sorted(path.relative_to(ROOT) for path in ROOT.glob("tests/**/*.py"))
+MODULES = {".".join(path.with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
 
 
 def floor_of(name: str) -> int | None:
     """The floor of a path or dotted module of Mini; `None` for anything else."""
     name = name.replace(".", "/").removesuffix("/py")
-    return next((floor for start, floor in FLOORS if name == start or name.startswith(f"{start}/")), None)
+    start = max((start for start in FLOORS if name == start or name.startswith(f"{start}/")), key=len, default=None)
+    return None if start is None else FLOORS[start]
+
+
+class Imports(ast.NodeVisitor):
+    """
+    All that a file imports, also inside functions and by relative names: for each import, the names that it may mean,
+    the likeliest first. What is imported for type hints alone is in `for_hints`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.names: list[list[str]] = []
+        self.for_hints: list[list[str]] = []
+        self.visit(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+
+    def visit_If(self, node: ast.If) -> None:
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            known, self.names = self.names, []
+            self.generic_visit(node)
+            self.for_hints += self.names
+            self.names = known
+        else:
+            self.generic_visit(node)
+
+    def visit_Import(self, node: ast.Import) -> None:
+        self.names += [[alias.name] for alias in node.names]
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        base = node.module or ""
+        if node.level:
+            base = ".".join([*self.path.parts[: len(self.path.parts) - node.level], *([base] if base else [])])
+        self.names += [[f"{base}.{alias.name}", base] for alias in node.names]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)
@@ -41,13 +79,56 @@ def test_imports_go_down(path: Path) -> None:
     floor = floor_of(str(path))
     assert floor is not None, f"{path} has no floor"
     package = path.parts[0].removesuffix(".py")
-    for name in imports_of(path):
+    imports = Imports(path)
+    for name, *_ in imports.names + imports.for_hints:
         other = floor_of(name)
         if other is None:
             continue
         assert other <= floor, f"{path} (floor {floor}) imports {name} (floor {other})"
         if other == floor and name.split(".")[0] != package:
             assert floor == 1, f"{path} imports {name}, which stands on the same floor"
+
+
+def test_no_import_runs_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        found = (next((name for name in names if name in MODULES), module) for names in Imports(path).names)
+        graph[module] = {name for name in found if name != module}
+    assert any(graph.values())
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError shows the circle
+
+
+def test_a_circle_would_be_found() -> None:
+    with pytest.raises(graphlib.CycleError, match="in a cycle"):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"c"}, "c": {"a"}}).prepare()
+    imports = Imports(Path("training_mini/optimizers.py"))  # the settings know the optimizers, which name them in hints
+    assert ["training_mini.arguments.OptimizationArguments", "training_mini.arguments"] in imports.for_hints
+
+
+def test_the_layout() -> None:
+    folders = {package: set() for package in FOLDERS}
+    for path in SOURCES:
+        if len(path.parts) > 1:
+            folders[path.parts[0]] |= {"/".join(path.parts[1:-1])} - {""}
+    assert folders == FOLDERS
+    for path, lines in MOST_LINES.items():
+        assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= lines, path
+    for path in SOURCES:
+        assert path.with_suffix("").parts[0] in {name.split("/")[0] for name in FLOORS}, f"{path} has no floor"
+
+
+def test_tests_mirror_the_tree_and_share_through_helpers_alone() -> None:
+    mirrored = {path.parent for path in SOURCES} | {Path("benchmarks"), Path("docs")}
+    own = {"helpers", "conformance", "data"}
+    tests = {path.stem for path in TESTS if path.name.startswith("test_") and "support" not in path.parts}
+    for path in TESTS:
+        folder = path.parent.relative_to("tests")
+        assert folder in mirrored or folder.parts[0] in own, f"{path} mirrors no folder"
+        for names in Imports(path).names:
+            # Of transformers' own suites, which the tests of conformance run, some have such names too.
+            if not names[0].startswith("transformers"):
+                imported = {name.rsplit(".", 1)[-1] for name in names}
+                assert not imported & tests, f"{path} imports another test file"
 
 
 def test_what_is_importable_ends_in_mini_or_is_fixed() -> None:
