@@ -55,7 +55,8 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
 def main() -> None:
     with one_sentence_errors():
         arguments = parse_arguments(sys.argv[1:])
-        find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
+        if not arguments.run.resume:  # there, what changed in the settings is said first
+            find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
         import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
         from training_mini.trainer import train
 
