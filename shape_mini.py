@@ -177,7 +177,7 @@ class MiniShape:
         None, "width of one head, an even number; hidden_size / num_attention_heads where it is not given", at_least=2
     )
     hidden_act: str = option("silu", "activation inside the SwiGLU layer, by its name in transformers")
-    max_position_embeddings: int = option(256, "context length in tokens", at_least=1, common=True)
+    max_position_embeddings: int = option(256, "context length in tokens", at_least=1)
     initializer_range: float = option(
         0.02, "standard deviation of the initial weight matrices", above=0, at_most=1
     )  # see MiniPreTrainedModel._init_weights
