@@ -19,7 +19,7 @@ from .modeling_mini import (
 )
 from .peft_defaults import register_peft_defaults
 
-# AutoModel is registered in modeling_mini.py, which needs it also where this package is not installed.
+# AutoModel is registered in modeling_mini.py, where it is needed even if this package is not installed.
 AutoConfig.register(MiniConfig.model_type, MiniConfig, exist_ok=True)
 AutoModelForCausalLM.register(MiniConfig, MiniForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(MiniConfig, MiniForSequenceClassification, exist_ok=True)

@@ -1,8 +1,8 @@
 """
-How a Mini model is saved and loaded, and checks where bitsandbytes and peft would give a wrong model without an error.
+Saving and loading of Mini models, with checks where bitsandbytes or peft would give a wrong model without an error.
 
-A copy of this file travels with each checkpoint, so the checks hold wherever a folder is loaded. It does not import
-peft and bitsandbytes at the top: transformers would then refuse to load a folder where they are not installed.
+A copy of this file is in each checkpoint folder, so the checks run wherever a folder is loaded. It does not import peft
+and bitsandbytes at the top: transformers would then refuse to load a folder where they are not installed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .remote_code import AUTO_MAP, MODEL_MODULE, write_remote_code
 
 # bitsandbytes stores 4-bit weights in blocks of 64 along a row, and its CPU kernel takes 32 rows at once. With other
-# shapes a model loads, and fails when it is first called, or is read back wrong (docs/LOG.md).
+# shapes a model loads, and then fails in its first call, or is saved wrongly (docs/LOG.md).
 BLOCK_COLUMNS, BLOCK_ROWS = 64, 32
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 # Arguments of `save_pretrained` that are for `push_to_hub`.
@@ -32,7 +32,7 @@ INDEX = re.compile(r"model\.safetensors\.index(?P<variant>\.[\w-]+)?\.json")
 
 
 class CheckpointMixin:
-    """Saving and loading of every Mini model; goes before `PreTrainedModel` among the bases of a class."""
+    """Saving and loading of every Mini model. It must come before `PreTrainedModel` among the bases of a class."""
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -46,9 +46,9 @@ class CheckpointMixin:
         **kwargs: Any,
     ) -> None:
         """
-        Saves as every transformers model does, adds the code, so that the folder loads with `trust_remote_code=True`
-        where Mini is not installed, and removes weights that an earlier save left there. A class defined elsewhere (a
-        block swapped in an experiment) is left to transformers' own `register_for_auto_class`.
+        Saves like every transformers model, and adds the code, so that the folder loads with `trust_remote_code=True`
+        where Mini is not installed. Weights that an earlier save left in the folder are removed. For a class that is
+        defined elsewhere (in an experiment), use transformers' own `register_for_auto_class`.
         """
         if getattr(self, "is_quantized", False):
             # By default transformers undoes what loading did, which it cannot do for quantized weights.
@@ -71,20 +71,20 @@ class CheckpointMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> "CheckpointMixin":
-        """Loads as every transformers model does, and refuses to quantize what bitsandbytes would get wrong."""
+        """Loads like every transformers model, and refuses to quantize layers that bitsandbytes computes wrongly."""
         loaded = super().from_pretrained(*args, **kwargs)
         check_quantized_layers(loaded[0] if isinstance(loaded, tuple) else loaded, kwargs.get("quantization_config"))
         return loaded
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Loads as every transformers model does, and DoRA too; refuses what does not fit: see `load_whole_adapter`."""
+        """Loads like every transformers model, with the differences that `load_whole_adapter` names."""
         return load_whole_adapter(self, super().load_adapter, *args, **kwargs)
 
 
 def remove_older_weights(folder: Path) -> None:
     """
-    Leaves the weights that `save_pretrained` has just written. transformers removes the shards of an earlier save, but
-    not a single file from before shards, which it would then load, nor an index whose shards are gone.
+    Removes weights of an earlier save, and keeps those that `save_pretrained` has just written. transformers removes
+    old shards. But it leaves an old single file, which it would then load in place of the new shards, and an old index.
     """
     names = [path.name for path in folder.iterdir()]
     sharded = {match["variant"] or "" for match in map(SHARD.fullmatch, names) if match}
@@ -100,14 +100,14 @@ def remove_older_weights(folder: Path) -> None:
 
 def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> None:
     """
-    Holds what `from_pretrained` quantized against what bitsandbytes gets right, and what it found in the folder against
-    what was asked for.
+    Checks that bitsandbytes computes the layers correctly that `from_pretrained` has quantized, and that a folder that
+    was quantized before has the kind that was asked for.
 
     Args:
         asked_for: the `quantization_config` of the call, if it had one.
 
     Raises:
-        ValueError: naming the layers that would be wrong, and how to leave them out; or both kinds of quantization.
+        ValueError: naming the wrong layers and how to leave them out, or the two kinds of quantization.
     """
     if not getattr(model, "is_quantized", False):
         return
@@ -125,7 +125,7 @@ def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> Non
             f"{name} is the embedding too, which cannot be quantized: a list of your own in llm_int8_skip_modules has "
             f"to name {name!r}."
         )
-    shapes: dict[tuple[str, int, int], str] = {}  # one layer of each name and shape speaks for its like
+    shapes: dict[tuple[str, int, int], str] = {}  # one example for each name and shape
     for name, module in quantized.items():
         rows, columns = module.out_features, module.in_features
         if kinds[name] == "Linear4bit" and (rows % BLOCK_ROWS or columns % BLOCK_COLUMNS):
@@ -140,15 +140,15 @@ def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> Non
 
 
 def kind_of_quantization(config: Any) -> str | None:
-    """INT8 or INT4, by the configuration of bitsandbytes; `None` without one, or for another method."""
+    """`"INT8"` or `"INT4"` for a configuration of bitsandbytes, and `None` for everything else."""
     kinds = {"INT8": "load_in_8bit", "INT4": "load_in_4bit"}
     return next((kind for kind, field in kinds.items() if getattr(config, field, False)), None)
 
 
 def check_dora(model: PreTrainedModel, peft_config: Any) -> None:
     """
-    On a CPU, peft makes the weight of an INT8 layer anew in each forward pass of DoRA, without its scales; the second
-    pass fails.
+    Refuses DoRA over INT8 on a CPU. In each forward pass, peft makes the weight of such a layer again without its
+    scales, so the second pass fails.
 
     Raises:
         ValueError: for DoRA on a CPU over a model in INT8.
@@ -170,10 +170,13 @@ def load_whole_adapter(
     **kwargs: Any,
 ) -> Any:
     """
-    transformers' `load_adapter` with three differences. The magnitudes of DoRA (Liu et al. 2024,
-    https://arxiv.org/abs/2402.09353) are loaded, where it warns and leaves them as the base has them. Embedding and
-    head that were tied still are, where it unties them if the adapter brings one of the two for added tokens. An
-    adapter that does not fit, or is there in part, is refused and taken out again.
+    transformers' `load_adapter` with three differences:
+
+    - The magnitudes of DoRA (Liu et al. 2024, https://arxiv.org/abs/2402.09353) are loaded. transformers warns, and
+      keeps those of the base.
+    - Embedding and head that were tied stay tied. transformers unties them if the adapter has one of the two, for
+      tokens that were added.
+    - An adapter that does not fit, or is not complete, is refused and removed again.
 
     Args:
         load_adapter: transformers' own method, bound to the model. The other arguments are its own.
@@ -194,7 +197,7 @@ def load_whole_adapter(
         if getattr(peft_config, "use_dora", False):
             if adapter_state_dict is None:
                 adapter_state_dict = peft.load_peft_weights(peft_model_id, device="cpu", **place)
-            # Files leave out the ending that transformers looks for.
+            # transformers expects an ending that is not in the file.
             adapter_state_dict = {
                 f"{key}.weight" if key.endswith("lora_magnitude_vector") else key: value
                 for key, value in adapter_state_dict.items()
@@ -205,7 +208,7 @@ def load_whole_adapter(
         tie_again(model, ends_before)
         weights = dict(model.named_parameters(remove_duplicate=False))
         loaded = {id(weight) for key, weight in weights.items() if key not in info.missing_keys}
-        # What is tied to another weight is missing only by its second name; and other adapters are not in this file.
+        # Not missing: the second name of a tied weight, and the weights of other adapters.
         missing = {
             key
             for key in info.missing_keys
@@ -219,7 +222,7 @@ def load_whole_adapter(
     except (RuntimeError, ValueError, KeyError, IndexError) as error:
         detail = " ".join(str(error).split())[:300]
     if detail is not None:
-        with contextlib.suppress(Exception):  # weights that cannot be read are what `detail` names already
+        with contextlib.suppress(Exception):  # if the weights cannot be read, `detail` says so already
             given = adapter_state_dict or peft.load_peft_weights(peft_model_id, device="cpu", **place)
             detail = misfit_of_vocabulary(model, vocabulary_of_adapter(model, given, peft_config)) or detail
         if added := sorted(set(getattr(model, "peft_config", {})) - names_before):
@@ -232,7 +235,7 @@ def load_whole_adapter(
 
 
 def base_layers_of_ends(model: PreTrainedModel) -> list[torch.nn.Module]:
-    """Embedding and head, if the model has one, without what peft has put around them."""
+    """The embedding and, if there is one, the head, without peft's wrappers."""
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     return [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
 
@@ -242,7 +245,7 @@ def weights_of_ends(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 def tie_again(model: PreTrainedModel, before: list[torch.nn.Parameter]) -> None:
-    """Where embedding and head were one weight `before`, and one of the two was replaced: that one is for both."""
+    """If embedding and head were one weight `before`, and one of the two was replaced: uses the new weight for both."""
     ends = base_layers_of_ends(model)
     if len(before) < 2 or before[0] is not before[1]:
         return
@@ -256,27 +259,27 @@ def refuse_part_of_adapter(
     model: PreTrainedModel, state_dict: dict[str, torch.Tensor], prefix: str, *unused: Any
 ) -> None:
     """
-    A hook of torch before a state is loaded. peft loads the weights of an adapter by `load_state_dict(strict=False)`:
-    of one that was made for a model of more or fewer layers it leaves out the rest, with a warning at most.
+    A hook that torch calls before it loads a state dict. peft loads an adapter by `load_state_dict(strict=False)`. If
+    the adapter was made for more or fewer layers, peft loads only a part of it, with at most a warning.
 
     Raises:
-        ValueError: if an adapter would be loaded in part.
+        ValueError: if an adapter would be loaded only in part.
     """
     layers = [name for name, part in model.named_modules() if hasattr(part, "base_layer") or is_beside(part)]
     if not layers:
         return
     weights = model.state_dict(keep_vars=True)
-    keys_of_kind: dict[str, list[str]] = {}  # by what follows the name of the layer, such as lora_A.default.weight
+    keys_of_kind: dict[str, list[str]] = {}  # by the end of the name after the layer, such as lora_A.default.weight
     for key in weights:
         layer = next((name for name in layers if key.startswith(f"{name}.")), None)
         kind = key.removeprefix(f"{layer}.")
         if layer is not None and not kind.startswith(("base_layer.", "original_module.")):
             keys_of_kind.setdefault(kind, []).append(key)
     given = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-    loaded = {id(weights[key]) for key in given if key in weights}  # also by the other name of a tied weight
+    loaded = {id(weights[key]) for key in given if key in weights}  # a tied weight may be given by its other name
     kinds = [kind for kind in keys_of_kind if any(key.endswith(f".{kind}") for key in given)]
     if not kinds:
-        return  # another adapter's, or weights of the model
+        return  # the weights of the model, or of another adapter
     tensors = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     if reason := misfit_of_vocabulary(model, vocabulary_of_adapter(model, tensors)):
         raise ValueError(f"The adapter does not fit {model.name_or_path!r}: {reason}")
@@ -291,8 +294,8 @@ def refuse_part_of_adapter(
 
 def copies_of(keys: Iterable[str]) -> set[str]:
     """
-    The names under which peft writes weights of an adapter a second time: without the name of the adapter. It does so
-    for the embedding and the head of a model that was resized (`save_embedding_layers`), and reads only the first.
+    The names under which peft writes some weights a second time: without the name of the adapter. It does so for the
+    embedding and the head of a model that was resized (`save_embedding_layers`), and reads only the first copy.
     """
     parts = [key.split(".") for key in keys]
     return {".".join(key[:i] + key[i + 1 :]) for key in parts for i in range(len(key))}

@@ -1,11 +1,11 @@
 """
-The Mini language model: a decoder-only transformer, in one file, with the blocks in the order in which data meets them.
+The Mini language model: a decoder-only transformer in one file. The classes are in the order of the forward pass.
 
     input_ids (batch, length)
       -> embedding -> [ norm -> attention -> + -> norm -> SwiGLU -> + ] x num_hidden_layers -> norm -> head
       -> logits (batch, length, vocab_size)
 
-Names follow Llama, so that adapters, parallelism plans, exporters and people find every part where they expect it.
+Names are Llama's, so that adapters, parallelism plans, exporters and people find every part where they expect it.
 """
 
 import math
@@ -38,13 +38,13 @@ from transformers.utils.output_capturing import capture_outputs
 from .fast_generation import FastGenerationMixin, forwards_of
 from .integrations import CheckpointMixin
 
-# What `norm_type` names. Whatever computes a Mini in another way has a list of the norms that it knows, and refuses
-# all others: decoding.py (generate then takes transformers' loop), export/ and analysis/cost.py.
+# The norms that `norm_type` can name. Other code that computes or estimates a Mini has a list of the norms that it
+# knows and refuses all others: decoding.py (generate then takes transformers' loop), export/ and analysis/cost.py.
 NORM_CLASSES: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
 
 
 def make_norm(config: MiniConfig, size: int) -> nn.Module:
-    """The normalisation over the last dimension that `config.norm_type` names."""
+    """The norm that `config.norm_type` names, over a last dimension of `size`."""
     if config.norm_type not in NORM_CLASSES:
         raise unknown_norm("The model", config.norm_type)
     return NORM_CLASSES[config.norm_type](size, eps=config.norm_eps)
@@ -54,13 +54,13 @@ class MiniRotaryEmbedding(nn.Module):
     """
     Cosines and sines of the rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
 
-    Feature pair i of a head turns by `position * rope_theta ** (-2i / head_dim)` radians, so the product of a query and
-    a key depends on their distance alone. The other RoPE types of transformers rescale these frequencies.
+    The feature pair i of a head is rotated by `position * rope_theta ** (-2i / head_dim)` radians. So the product of a
+    query and a key depends only on their distance. The other RoPE types of transformers rescale these frequencies.
     """
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
-        # The attribute names are those that `dynamic_rope_update` and `PreTrainedModel._init_weights` look for.
+        # `dynamic_rope_update` and `PreTrainedModel._init_weights` look for these attribute names.
         self.config = config
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
@@ -78,7 +78,7 @@ class MiniRotaryEmbedding(nn.Module):
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MiniRotaryEmbedding":
-        """`model.to(torch.bfloat16)` leaves the frequencies in float32: rounded, they would be off by whole turns."""
+        """Keeps the frequencies in float32 when the model becomes bfloat16: rounded, angles would be off by whole turns."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -89,8 +89,10 @@ class MiniRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`position_ids` (batch, length) to cosine and sine, each (batch, length, rotary_dim), in float32 throughout:
-        bfloat16 cannot tell neighbouring positions apart beyond 256."""
+        """
+        `position_ids` (batch, length) to cosine and sine, each (batch, length, rotary_dim). They are computed in
+        float32, because in bfloat16 neighbouring positions beyond 256 are the same number.
+        """
         angles = position_ids[..., None].float() * self.inv_freq.float()
         angles = torch.cat((angles, angles), dim=-1)
         cos = angles.cos() * self.attention_scaling
@@ -100,11 +102,11 @@ class MiniRotaryEmbedding(nn.Module):
 
 def apply_rotary_embedding(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """
-    Turns the feature pairs (i, i + rotary_dim / 2) of queries or keys.
+    Rotates the feature pairs (i, i + rotary_dim / 2) of queries or keys.
 
     Args:
         states: (batch, heads, length, head_dim).
-        cos, sin: (batch, length, rotary_dim); where rotary_dim is less than head_dim, the other features stay.
+        cos, sin: (batch, length, rotary_dim). If rotary_dim is less than head_dim, the other features do not change.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotary_dim = cos.shape[-1]
@@ -125,23 +127,23 @@ def eager_attention_forward(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Attention written out: the reference for the faster kernels, and the one that can return its weights.
+    Attention in plain operations. It is the reference for the faster kernels, and the only one that returns weights.
 
     Args:
         query: (batch, heads, query_length, head_dim).
         key, value: (batch, key_value_heads, key_length, head_dim).
-        attention_mask: added to the scores, broadcast over heads; `None` attends everywhere.
+        attention_mask: added to the scores, broadcast over heads. With `None`, every query sees every key.
 
     Returns:
         The output (batch, query_length, heads, head_dim) and the weights (batch, heads, query_length, key_length).
     """
     key = key.repeat_interleave(module.num_key_value_groups, dim=1)
     value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
+    scores = query @ key.transpose(2, 3) * scaling  # (batch, heads, query_length, key_length)
     if attention_mask is not None:
         scores = scores + attention_mask
-    # At least float32, for sums of many bfloat16 terms; not less than the scores, or a float64 mask becomes -inf and a
-    # row of padding NaN.
+    # At least float32, because the softmax adds many terms. And at least the type of the scores: the smallest float64,
+    # which a mask uses, would become -inf in float32, and a row that is all padding would become NaN.
     softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
@@ -150,9 +152,9 @@ def eager_attention_forward(
 
 class MiniAttention(nn.Module):
     """
-    Causal self-attention with as many key/value heads as the config says (MHA, GQA or MQA; Ainslie et al. 2023,
-    https://arxiv.org/abs/2305.13245), and optional normalisation of queries and keys per head (Dehghani et al. 2023,
-    https://arxiv.org/abs/2302.05442).
+    Causal self-attention. The number of key/value heads decides whether it is MHA, GQA or MQA (Ainslie et al. 2023,
+    https://arxiv.org/abs/2305.13245). With `qk_norm`, the queries and keys of each head are normalised (Dehghani et al.
+    2023, https://arxiv.org/abs/2302.05442).
     """
 
     def __init__(self, config: MiniConfig, layer_idx: int) -> None:
@@ -183,7 +185,7 @@ class MiniAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
+        input_shape = hidden_states.shape[:-1]  # (batch, length)
         head_shape = (*input_shape, -1, self.head_dim)
         # (batch, length, heads * head_dim) to (batch, heads, length, head_dim)
         query = self.q_norm(self.q_proj(hidden_states).view(head_shape)).transpose(1, 2)
@@ -212,7 +214,7 @@ class MiniAttention(nn.Module):
 
 
 class MiniMLP(nn.Module):
-    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): one projection gates another."""
+    """SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): the gate decides how much of `up_proj` passes."""
 
     def __init__(self, config: MiniConfig) -> None:
         super().__init__()
@@ -227,7 +229,10 @@ class MiniMLP(nn.Module):
 
 
 class MiniDecoderLayer(GradientCheckpointingLayer):
-    """One pre-norm block: each half reads a normalised copy of the residual stream and adds to the stream itself."""
+    """
+    One pre-norm block. Attention and MLP each read a normalised copy of the residual stream, and add to the stream.
+    `hidden_states` are (batch, length, hidden_size).
+    """
 
     def __init__(self, config: MiniConfig, layer_idx: int) -> None:
         super().__init__()
@@ -258,7 +263,7 @@ class MiniDecoderLayer(GradientCheckpointingLayer):
 
 
 class MiniPreTrainedModel(CheckpointMixin, PreTrainedModel):
-    """What every Mini model shares: its initial weights, and what it supports. Loading and saving: integrations.py."""
+    """The base of every Mini model: initial weights, and what transformers may do with it. Saving: integrations.py."""
 
     config: MiniConfig
     config_class = MiniConfig
@@ -276,17 +281,18 @@ class MiniPreTrainedModel(CheckpointMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """
-        Matrices are normal with standard deviation `initializer_range`, biases 0, norms 1, with two corrections that
-        the modules carry as `init_scale`:
+        Matrices are normal with standard deviation `initializer_range`, biases are 0, and norms are 1. Some modules
+        have an attribute `init_scale`, by which the standard deviation is multiplied:
 
-        - The two projections that write to the residual stream are divided by sqrt(2 * layers), as in GPT-2: the
-          stream is a sum of 2 * layers such outputs, and starts at the same size at any depth.
-        - Embedding and head are multiplied by sqrt(64 / hidden_size). The logits of a normalised state then have
-          standard deviation sqrt(64) * initializer_range = 0.16 at any width, which keeps the first loss within 2 % of
-          ln(vocab_size), on random tokens and on text. With sqrt(256 / hidden_size) a narrow tied model begins by
-          predicting the token that it has just read, and starts at 102.4 %.
+        - The two projections that write to the residual stream have 1 / sqrt(2 * layers), as in GPT-2. The stream is a
+          sum of 2 * layers such outputs, so it starts at the same size for any number of layers.
+        - Embedding and head have sqrt(64 / hidden_size). The logits of a normalised state then have standard deviation
+          sqrt(64) * initializer_range = 0.16 at any width, which keeps the first loss within 2 % of ln(vocab_size), on
+          random tokens and on text. With sqrt(256 / hidden_size) a narrow tied model first predicts the token that it
+          has just read, and starts at 102.4 %.
         """
-        # On the modules themselves: transformers passes no container of a custom class to this method.
+        # The scale is on the linear layer itself, because transformers does not pass MiniAttention or MiniMLP to this
+        # method.
         if isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range * getattr(module, "init_scale", 1.0))
             if getattr(module, "bias", None) is not None:
@@ -326,9 +332,9 @@ class MiniModel(MiniPreTrainedModel):
         Args:
             input_ids: (batch, length); or `inputs_embeds` (batch, length, hidden_size), exactly one of them.
             attention_mask: (batch, past + length), 1 for tokens and 0 for padding; or a prepared 4D mask.
-            position_ids: (batch, length); counts from the length of the cache when absent. Positions that start again
-                at 0 within a row mark packed documents, which then do not see each other. That needs a call with
-                neither `attention_mask` nor `past_key_values`.
+            position_ids: (batch, length). By default they count on from the length of the cache. Where positions start
+                again at 0 within a sequence, a new document begins, and documents do not see each other. That needs a
+                call with neither `attention_mask` nor `past_key_values`.
             past_key_values: the cache that this call reads and extends.
 
         Raises:
@@ -338,8 +344,9 @@ class MiniModel(MiniPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        # Before a cache and default positions are made, from what the caller gave: transformers looks for packed
-        # documents only where there is no cache, and when compiling it builds their mask for any positions it is given.
+        # The mask is made before the cache and the default positions. transformers looks for packed documents only
+        # where there is no cache; and when it compiles, it makes a mask for packed documents whenever it gets
+        # positions.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -356,7 +363,7 @@ class MiniModel(MiniPreTrainedModel):
 
         hidden_states = self.embedding_dropout(inputs_embeds)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
-        # A slice, because drafting with an early exit (`assistant_early_exit`) lowers the number while it drafts.
+        # A slice, because drafting with an early exit (`assistant_early_exit`) lowers `num_hidden_layers` meanwhile.
         for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
@@ -371,7 +378,7 @@ class MiniModel(MiniPreTrainedModel):
 
 
 class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin):
-    """The language model: `MiniModel` and a head over the vocabulary, with `generate()`."""
+    """The language model: `MiniModel` and a head that gives a logit for each token of the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -401,9 +408,9 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (batch, length), the same tokens as `input_ids`: the shift happens inside, and -100 is ignored.
-                With `shift_labels` among the keyword arguments, those targets are used as they stand.
-            logits_to_keep: compute only the last so many logits; 0 computes all.
+            labels: (batch, length), the same tokens as `input_ids`. They are shifted here, and -100 is ignored. If
+                `shift_labels` is given too, those targets are used without a shift.
+            logits_to_keep: the number of last positions whose logits are computed; 0 computes all.
 
         Returns:
             `loss`: mean cross-entropy in nats per token, or the sum over `num_items_in_batch` where that is given;
@@ -431,7 +438,7 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
         )
 
 
-# The blocks that decoding.py computes in its own way.
+# The classes whose computation decoding.py repeats in one function.
 MiniForCausalLM.plain_modules = forwards_of(
     MiniForCausalLM, MiniModel, MiniDecoderLayer, MiniAttention, MiniMLP, MiniRotaryEmbedding
 )
@@ -449,19 +456,19 @@ class MiniForTokenClassification(GenericForTokenClassification, MiniPreTrainedMo
     """
     `MiniModel` and a linear layer over every token: logits (batch, length, `config.num_labels`).
 
-    A token sees only those before it. `labels` (batch, length) are class indices; -100 is ignored.
+    A token sees only the tokens before it. `labels` (batch, length) are class indices; -100 is ignored.
     """
 
 
 class MiniForQuestionAnswering(GenericForQuestionAnswering, MiniPreTrainedModel):
     """
     `MiniModel` and a linear layer that scores every token as the start and as the end of the answer: start and end
-    logits, each (batch, length). The question has to come first: a token sees only those before it.
+    logits, each (batch, length). The question must come first, because a token sees only the tokens before it.
     """
 
 
-# The three heads above build their body through AutoModel. Registered here, not in the package's `__init__`, because
-# the copy of this file that a checkpoint carries has no package around it.
+# The three heads above make their `MiniModel` through AutoModel. It is registered here and not in the package's
+# `__init__`, because the copy of this file in a checkpoint folder is not in a package.
 AutoModel.register(MiniConfig, MiniModel, exist_ok=True)
 
 __all__ = [

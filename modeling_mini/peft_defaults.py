@@ -1,9 +1,9 @@
 """
-What peft adapts of a Mini model when its user names no modules.
+The modules of a Mini model that peft adapts by default.
 
-peft has a table of default modules by model type for each of its methods, and no function to add to them. Importing it
-takes a second (it imports bitsandbytes), so the tables are filled when somebody else imports it, or at once if that has
-happened.
+For each of its methods peft has a table of default modules by model type, and no function to add to it. To import peft
+takes a second, because it imports bitsandbytes. So this module does not import it: it fills the tables when somebody
+else imports peft, or at once if that has happened already.
 """
 
 import importlib.abc
@@ -19,14 +19,14 @@ TABLE_PREFIX = "TRANSFORMERS_MODELS_TO_"
 
 
 def fill_tables(constants: ModuleType) -> None:
-    """Gives Mini the defaults that Llama has, whose modules have the same names."""
+    """Gives Mini the defaults of Llama, because the modules have the same names."""
     for name, table in vars(constants).items():
         if name.startswith(TABLE_PREFIX) and "llama" in table:
             table.setdefault(MiniConfig.model_type, table["llama"])
 
 
 class FillingLoader(importlib.abc.Loader):
-    """Loads the module of the tables as its own loader does, and fills them."""
+    """Loads the module of the tables with its own loader, and then fills the tables."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self.loader = loader
@@ -40,7 +40,7 @@ class FillingLoader(importlib.abc.Loader):
 
 
 class TableFinder(importlib.abc.MetaPathFinder):
-    """Finds the one module where the other finders do, and lets it be loaded by a `FillingLoader`."""
+    """Finds only the module of the tables, in the usual way, and has it loaded by a `FillingLoader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,7 +54,7 @@ class TableFinder(importlib.abc.MetaPathFinder):
 
 
 def register_peft_defaults() -> None:
-    """Makes `get_peft_model(model, LoraConfig())`, and the same of other methods, work for Mini."""
+    """Makes `get_peft_model(model, LoraConfig())` work for Mini without a list of modules; other methods too."""
     if TABLES in sys.modules:
         fill_tables(sys.modules[TABLES])
     elif not any(isinstance(finder, TableFinder) for finder in sys.meta_path):

@@ -1,10 +1,10 @@
 """
-The code that a checkpoint folder carries.
+The copy of the model's code in a checkpoint folder.
 
-A folder that names its classes in `auto_map` loads anywhere with `trust_remote_code=True`, if the files beside the
-weights import only installed libraries and each other. In the repository the configuration lies one folder above the
-model; in a checkpoint all files lie side by side, so imports of the files of `ROOT_FILES` are made relative.
-This file travels with them: a model loaded from a checkpoint saves its code in the same way again.
+A folder that names its classes in `auto_map` loads anywhere with `trust_remote_code=True`, if the code in it imports
+only installed libraries and the other files of the folder. In the repository the configuration is one folder above the
+model. In a checkpoint all files are in one folder, so imports of `ROOT_FILES` are made relative. This file is copied
+too, so a model that was loaded from a checkpoint can save its code again.
 """
 
 import inspect
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from configuration_mini import MiniConfig
 
-# What lies one folder up in the repository.
+# Files that are one folder up in the repository.
 ROOT_FILES = ("configuration_mini.py", "shape_mini.py")
 AUTO_MAP = {
     "AutoConfig": "configuration_mini.MiniConfig",
@@ -24,17 +24,17 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_mini.MiniForTokenClassification",
     "AutoModelForQuestionAnswering": "modeling_mini.MiniForQuestionAnswering",
 }
-# The files beside this one that travel: modeling_mini.py, and all that it imports.
+# Files of this folder that are copied: modeling_mini.py, and all that it imports.
 TRAVELLING = (
     *("modeling_mini.py", "fast_generation.py", "decoding.py", "compiled_decoding.py", "graph_decoding.py"),
     *("integrations.py", "remote_code.py"),
 )
-# The module of Mini's own classes: in the repository, or in the folder that this copy was loaded from.
+# The name of the module with Mini's own classes: that of the repository, or that of a copy, if this file is one.
 MODEL_MODULE = f"{__package__}.modeling_mini"
 
 
 def remote_code_files() -> dict[str, str]:
-    """The files of the flat copy, name to content."""
+    """The files of the copy: name to content."""
     sources = [
         *(Path(inspect.getfile(MiniConfig)).with_name(name) for name in ROOT_FILES),
         *(Path(__file__).parent / name for name in TRAVELLING),
@@ -44,6 +44,6 @@ def remote_code_files() -> dict[str, str]:
 
 
 def write_remote_code(folder: str | os.PathLike) -> None:
-    """Writes the flat copy into a checkpoint folder, over whatever older copy is there."""
+    """Writes the copy into a checkpoint folder, over an older one if there is one."""
     for name, content in remote_code_files().items():
         Path(folder, name).write_text(content, encoding="utf-8")

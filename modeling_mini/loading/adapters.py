@@ -1,4 +1,4 @@
-"""An adapter in a model, for writing: complete, of this base and no other, and merged where that changes nothing."""
+"""Puts an adapter into a model to generate with: checks that it is complete and fits, and merges it where possible."""
 
 import warnings
 from pathlib import Path
@@ -17,7 +17,7 @@ def base_of_adapter(adapter: str) -> str:
     The model that an adapter says it was trained on.
 
     Raises:
-        ValueError: if there is no adapter that peft knows, or it does not say.
+        ValueError: if there is no adapter, if peft does not know its type, or if it names no model.
     """
     from peft import PeftConfig, PeftType
 
@@ -38,9 +38,9 @@ def with_adapter(
     model: PreTrainedModel, adapter: str, merge_quantized: bool = False, vocabulary: int = 0
 ) -> PreTrainedModel:
     """
-    A model with an adapter in it: merged into the weights, which costs nothing while writing, or beside them (as a
-    `PeftModel`) where merging is not possible or would give another model. Where the adapter was trained with more
-    tokens than the model has, the model is resized.
+    A model with an adapter in it. The adapter is merged into the weights, so that generating is as fast as without it.
+    It stays beside them (as a `PeftModel`) where merging is not possible or would give another model. If the adapter
+    was trained with more tokens than the model has, the model is resized.
 
     Args:
         merge_quantized: merge into quantized weights too, which rounds what the adapter has learned.
@@ -56,7 +56,7 @@ def with_adapter(
     if is_another_model(model, base):
         raise ValueError(f"{misfit}: the two models have other weights.")
     try:
-        with warnings.catch_warnings():  # of names of yesterday, and of keys, which are looked at below
+        with warnings.catch_warnings():  # about deprecated names, and about keys, which are checked below
             warnings.simplefilter("ignore")
             config, weights = PeftConfig.from_pretrained(adapter), load_peft_weights(adapter, device="cpu")
             check_dora(model, config)
@@ -67,7 +67,7 @@ def with_adapter(
             if reason := misfit_of_vocabulary(model, of_weights):
                 raise ValueError(reason)
             adapted = PeftModel.from_pretrained(model, adapter)
-            # The file may hold embedding and head too: see `vocabulary_of_adapter`.
+            # The file may also contain embedding and head: see `vocabulary_of_adapter`.
             least, most = (
                 set(get_peft_model_state_dict(adapted, save_embedding_layers=each)) for each in (False, True)
             )
@@ -90,14 +90,14 @@ def with_adapter(
         return adapted.eval()
     with warnings.catch_warnings():
         if merge_quantized:
-            warnings.simplefilter("ignore")  # that merging into quantized weights rounds: it was asked for
+            warnings.simplefilter("ignore")  # about the rounding, which was asked for
         return adapted.merge_and_unload().eval()
 
 
 def adapts_tied_embedding(model: PreTrainedModel) -> bool:
     """
-    Whether an adapter changes only the embedding or only the head, in a model where both are one weight: merged, it
-    would change both.
+    Whether an adapter changes only the embedding or only the head of a model in which both are one weight. Merging
+    would then change both.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -108,7 +108,7 @@ def adapts_tied_embedding(model: PreTrainedModel) -> bool:
 
 
 def resize(model: PreTrainedModel, vocabulary: int) -> None:
-    """Makes room for more tokens. Their weights are NaN, so that it shows if an adapter has none for them."""
+    """Adds tokens. Their weights are NaN, so that a later check shows if the adapter has none for them."""
     before = len(model.get_input_embeddings().weight)
     model.resize_token_embeddings(vocabulary, mean_resizing=False)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def resize(model: PreTrainedModel, vocabulary: int) -> None:
 
 
 def has_all_tokens(model: PreTrainedModel, before: int, vocabulary: int) -> bool:
-    """Whether the tokens from `before` on, which `resize` has added, have weights in embedding and head."""
+    """Whether the tokens that `resize` has added (from `before` on) got weights in embedding and head."""
     with torch.no_grad():
         states = model.get_input_embeddings()(torch.arange(before, vocabulary, device=model.device))
         scores = model.get_output_embeddings()(torch.zeros_like(states[:1]))
@@ -126,8 +126,8 @@ def has_all_tokens(model: PreTrainedModel, before: int, vocabulary: int) -> bool
 
 def is_another_model(model: PreTrainedModel, base: str) -> bool:
     """
-    Whether a base that is there to look at has another embedding than the model. A copy, a quantized copy, and a model
-    to which tokens were added have the same.
+    Whether the base of an adapter has another embedding than the model. It is `False` if the base is not on this disk.
+    A copy, a quantized copy, and a model to which tokens were added have the same embedding.
     """
     embedding = model.get_input_embeddings().weight
     name = next((name for name, weight in model.named_parameters() if weight is embedding), None)

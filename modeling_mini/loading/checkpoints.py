@@ -1,4 +1,4 @@
-"""From what a user calls a model to a model and its tokenizer."""
+"""Finds and loads the model and the tokenizer that a user names."""
 
 import contextlib
 import logging
@@ -29,14 +29,15 @@ def load_model(
     model: str | None, adapter: str | None = None, merge_quantized: bool = False, **loading: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    What `--model` and `--adapter` mean, ready to write. A folder of an adapter brings the name of its base with it.
+    The model and tokenizer of `--model` and `--adapter`, ready to generate. If `--model` is the folder of an adapter,
+    the base that it names is loaded.
 
     Args:
         merge_quantized: see `with_adapter`.
         loading: passed to `load_checkpoint`.
 
     Raises:
-        ValueError: if something is missing, damaged, or does not belong together.
+        ValueError: if something is missing or damaged, or if the adapter does not belong to the model.
     """
     checkpoint = find_checkpoint(model) if model is not None or adapter is None else None
     if checkpoint is not None and not (Path(checkpoint) / MODEL_CONFIG).is_file() and Path(checkpoint).is_dir():
@@ -58,14 +59,14 @@ def load_model(
         base, tokenizer = load_checkpoint(checkpoint, **loading)
     if adapter is None:
         return base, tokenizer
-    try:  # one that was taught to chat ends its turns
+    try:  # an adapter that was trained on chats has settings that end a turn
         base.generation_config = GenerationConfig.from_pretrained(adapter)
-    except OSError:  # most have none; but where it lies there, it is damaged
+    except OSError:  # most adapters have no such file; if there is one, it is damaged
         if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():
             raise
     vocabulary = 0
     if not Path(adapter).is_dir() or (Path(adapter) / "tokenizer.json").is_file():
-        with contextlib.suppress(OSError):  # on the Hub, many adapters have none
+        with contextlib.suppress(OSError):  # many adapters on the Hub have no tokenizer
             own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
             if len(own) > len(tokenizer):  # tokens were added before it was trained
                 tokenizer, vocabulary = own, len(own)
@@ -83,12 +84,12 @@ def load_checkpoint(
     The model in evaluation mode, and the tokenizer.
 
     Args:
-        dtype: of the weights; "auto" as they were saved.
-        device: a GPU if there is one, when absent.
+        dtype: the type of the weights; with "auto" that in which they were saved.
+        device: by default a GPU if there is one.
         quantization: "8bit" or "4bit", see `quantization_config`.
 
     Raises:
-        ValueError: if a file is missing or damaged, naming it, or the device is not there.
+        ValueError: if a file is missing or damaged (the error names it), or if there is no such device.
     """
     place = existing_device(device)
     folder = Path(name_or_path)
@@ -99,10 +100,10 @@ def load_checkpoint(
             raise ValueError(f"{name_or_path!r} has no tokenizer: tokenizer.json is missing.")
         for name in (MODEL_CONFIG, GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                read_json(folder / name)  # of one that is cut short, transformers says less, or nothing
+                read_json(folder / name)  # if it is cut short, transformers' error says less, or there is none
     options: dict[str, Any] = {}
     logger = logging.getLogger("transformers.modeling_utils")
-    was_disabled, logger.disabled = logger.disabled, True  # it draws a table of what `check_complete` looks at
+    was_disabled, logger.disabled = logger.disabled, True  # it prints a table of what `check_complete` checks
     try:
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
@@ -110,7 +111,7 @@ def load_checkpoint(
             options["quantization_config"] = quantization_config(quantization, config, place)
         if quantization is not None or is_quantized(config):
             check_bitsandbytes(place)
-            options["device_map"] = {"": place}  # quantized weights are made where they stay
+            options["device_map"] = {"": place}  # quantized weights cannot be moved later
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, ignore_mismatched_sizes=True,
             output_loading_info=True, **options,
@@ -122,14 +123,14 @@ def load_checkpoint(
     finally:
         logger.disabled = was_disabled
     check_complete(name_or_path, config, found)
-    check_quantized_layers(model)  # Mini has done so; another model has not
+    check_quantized_layers(model)  # for models other than Mini, which does this itself
     return (model if options else model.to(place)).eval(), tokenizer
 
 
 def check_complete(name_or_path: str, config: PreTrainedConfig, found: dict[str, Any]) -> None:
     """
-    Raises ValueError if weights are missing, left over or of another shape: `from_pretrained` makes random ones up for
-    those, or leaves layers out, and warns. Other models than Mini come with weights that belong to nothing.
+    Raises ValueError if weights are missing, left over or of another shape. `from_pretrained` would only warn, and use
+    random weights or leave layers out. In models other than Mini, left-over weights are usual and allowed.
     """
     for kind, words in (("missing", "not there"), ("unexpected", "left over"), ("mismatched", "of another shape")):
         names = found[f"{kind}_keys"]
@@ -147,13 +148,13 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
 
     Raises:
         ValueError: if its files are damaged.
-        OSError: if there are none.
+        OSError: if there are no files.
     """
     try:
         return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # of the tokenizers library, which raises nothing narrower
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"The tokenizer in {name_or_path!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
@@ -161,7 +162,7 @@ def load_assistant(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """
-    A model that drafts for another one.
+    A smaller model that drafts tokens for another one (assisted decoding).
 
     Raises:
         ValueError: if it has another vocabulary.
@@ -174,7 +175,7 @@ def load_assistant(
 
 def existing_device(name: str | None) -> torch.device:
     """
-    The device of that name; without a name, a GPU if there is one.
+    The device of that name. Without a name it is a GPU, or the CPU if there is no GPU.
 
     Raises:
         ValueError: if there is no such device.

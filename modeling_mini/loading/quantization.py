@@ -6,12 +6,12 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 def quantization_config(kind: str, config: PreTrainedConfig, device: torch.device | None = None) -> BitsAndBytesConfig:
     """
-    How to quantize a model that is not quantized yet. Shapes that bitsandbytes gets wrong show when it is loaded: see
-    `integrations.check_quantized_layers`.
+    How to quantize a model that is not quantized yet. Shapes that bitsandbytes computes wrongly are refused when the
+    model is loaded: see `integrations.check_quantized_layers`.
 
     Args:
         kind: "8bit" (LLM.int8) or "4bit" (nf4 with double quantization).
-        device: where the model will be; a GPU if there is one, when absent.
+        device: where the model will be; by default a GPU if there is one.
 
     Raises:
         ValueError: if the checkpoint is quantized already, or bitsandbytes is missing or does not support the device.
@@ -32,13 +32,13 @@ def quantization_config(kind: str, config: PreTrainedConfig, device: torch.devic
 
 
 def is_quantized(config: PreTrainedConfig) -> bool:
-    """Whether the weights of a checkpoint are."""
+    """Whether the weights of a checkpoint are quantized."""
     return getattr(config, "quantization_config", None) is not None
 
 
 def check_bitsandbytes(device: torch.device) -> None:
     """
-    Whether quantized weights can be used there.
+    Checks that quantized weights can be used on this device.
 
     Raises:
         ValueError: if bitsandbytes is missing, or does not support the device.
