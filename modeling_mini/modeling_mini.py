@@ -78,7 +78,7 @@ class MiniRotaryEmbedding(nn.Module):
         return config.rope_parameters["rope_theta"] ** -exponents, 1.0
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "MiniRotaryEmbedding":
-        """Keeps the frequencies in float32 when the model becomes bfloat16: rounded, angles would be off by whole turns."""
+        """`model.to(torch.bfloat16)` leaves the frequencies in float32: rounded, they would be off by whole turns."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
