@@ -1,8 +1,9 @@
 """
-States to resume from: `checkpoints/step_N`, written beside, flushed, renamed, and checked when they are read.
+Checkpoints to resume from: `checkpoints/step_N`. Each is written beside its place, flushed and renamed, and compared
+with its checksums before it is read.
 
-Weights and optimizer are saved by torch.distributed.checkpoint, each process its own part, so that a state fits any
-number of processes, sharded or not.
+torch.distributed.checkpoint saves the weights and the optimizer. Each process writes its own part, and any number of
+processes can load the whole, sharded or not.
 """
 
 import contextlib
@@ -49,10 +50,10 @@ class TrainerState:
     numbers are functions of the step.
 
     Attributes:
-        corpus: what decides the token ids, so that a run is never resumed on other data.
-        architecture: the shape of the model, for the same reason.
-        methods: what decides which tensors there are besides the weights, for the same reason.
-        order: what decides the order of the data besides the batch size, so that none is left out or read twice.
+        corpus: what decides the token ids. On resume it must be the same, and so must the next three.
+        architecture: the shape of the model.
+        methods: what decides which other tensors there are: the optimizer, the moving average, the adapter.
+        order: what decides the order of the data, besides the batch size.
         step: optimizer steps done.
         sequences: sequences that they read; `None` in a checkpoint of before this was counted.
         best_loss: the lowest validation loss so far, in nats per token.
@@ -60,7 +61,7 @@ class TrainerState:
         evaluated_step: where the last evaluation was.
         evaluations_since_best: how many evaluations since then were no better.
         skipped_steps: steps whose gradients were not finite.
-        skipped_since: the step at which the row of such steps that goes on now began, or `None`.
+        skipped_since: the first of the skipped steps that the run is in the middle of, or `None`.
         tracker_id: the name under which trackers know the run.
         stream: the position in the stream of a dataset.
     """
@@ -102,16 +103,16 @@ class Weights:
                 dcp.save(self._tensors(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
-        """Loads all but the settings of the optimizers, which are those of this leg of the run."""
+        """Loads the tensors, but not the settings of the optimizers: those are the ones of the present command."""
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.load_state(str(folder))
             return
         tensors = self._tensors()
         with may_be_alone():
-            # Without the settings, which another version of Mini may have others of.
+            # Without the settings: another version of Mini may have had others.
             state = {"state": tensors["optimizer"]["state"]}
             dcp.load({**tensors, "optimizer": state}, checkpoint_id=folder)
-        if self.is_adapted:  # its tensors are the parameters themselves
+        if self.is_adapted:  # the tensors are the parameters themselves, and have been loaded in place
             set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
         else:
             set_state_dict(
@@ -123,7 +124,7 @@ class Weights:
 
     def _tensors(self) -> dict[str, Any]:
         if self.is_adapted:
-            # What does not learn is in the checkpoint that the run started from.
+            # Weights that are not trained are in the checkpoint that the run started from.
             unwrapped = self.parallel.accelerator.unwrap_model(self.model)
             model = {name: p.detach() for name, p in unwrapped.named_parameters() if p.requires_grad}
             optimizer = get_optimizer_state_dict(self.model, self.optimizers)
@@ -137,7 +138,7 @@ class Weights:
 
 @contextlib.contextmanager
 def may_be_alone() -> Iterator[None]:
-    """Without torch's warning, at each save, that there is one process."""
+    """Hides the warning of torch, at each save, that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -145,11 +146,11 @@ def may_be_alone() -> Iterator[None]:
 
 def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_last: int, keep_every: int) -> None:
     """
-    Writes `checkpoints/step_N`, and removes all older ones but the newest `keep_last` and those whose step `keep_every`
-    divides. Every process calls it; they need one file system.
+    Writes `checkpoints/step_N`. Then removes older checkpoints, except the newest `keep_last` and those whose step is a
+    multiple of `keep_every`. Every process calls it, and all must see one file system.
 
     Raises:
-        OSError: on every process, if any could not write its part; the older states are still there.
+        OSError: on every process, if one of them could not write its part. The older checkpoints are still there.
     """
     parallel = weights.parallel
     is_main = parallel.accelerator.is_main_process
@@ -180,7 +181,7 @@ def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_las
             replace_folder(partial, target)
             for old in states_of(run_folder)[:-keep_last]:
                 if not keep_every or step_of(old) % keep_every:
-                    # Renamed first: what has its name is complete, also if this process dies while it removes.
+                    # Renamed first: a folder called step_N is complete, even if this process is killed here.
                     shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
 
     for action in (begin, write, add_checksums, finish):
@@ -202,7 +203,7 @@ def sha256(path: Path) -> str:
 
 
 def states_of(run_folder: Path) -> list[Path]:
-    """The states of a run, oldest first. A folder gets its name only when it is complete."""
+    """The checkpoints of a run, oldest first. A folder gets its name only when it is complete."""
     folders = [path for path in run_folder.glob("checkpoints/step_*") if re.fullmatch(r"step_\d+", path.name)]
     return sorted(folders, key=step_of)
 
@@ -237,7 +238,7 @@ def check_is_finite(run_folder: Path, state: TrainerState, parallel: Parallel, m
 
 
 def damage_of(folder: Path) -> str:
-    """What is wrong with a state, or an empty string."""
+    """What is wrong with a checkpoint, or an empty string."""
     try:
         sums = read_json(folder / CHECKSUMS)
         for name, expected in sums.items():
@@ -257,7 +258,7 @@ def read_state(folder: Path) -> TrainerState:
 
 def find_state(run_folder: Path) -> tuple[Path, list[str]]:
     """
-    The newest state that is whole, and a sentence for each newer one that is not; those are set aside as
+    The newest checkpoint that is whole, and a sentence for each newer one that is not. Those are set aside as
     `step_N.damaged`.
 
     Raises:
@@ -312,7 +313,7 @@ def check_state(
 
 
 def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs, for people."""
+    """What differs, as part of a sentence."""
     return ", ".join(
         f"{name} (was {before.get(name)}, now {value})" for name, value in now.items() if before.get(name) != value
     )

@@ -1,9 +1,8 @@
 """
 One run on several processes: how the model is sharded or replicated over them, and how they agree.
 
-What `accelerate launch` was told is read from its environment. Sharding is PyTorch's own `fully_shard` on every kind of
-device: accelerate's FSDP2 is silently DDP on a CPU, and a path that only large machines take is a path that no test
-sees.
+What `accelerate launch` was told is read from its environment. Models are sharded by PyTorch's own `fully_shard` on
+every kind of device. accelerate's FSDP2 is silently DDP on a CPU, so that no test on a CPU would see it.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ class Parallel:
                 f"load_in_{arguments.adapter.quantization} does not work with FSDP2 here; rounded weights are small, "
                 f"so DDP will do."
             )
-        # Else accelerate would shard as well, on a GPU.
+        # Otherwise accelerate would shard the model too, on a GPU.
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         self.accelerator = make_accelerator(arguments)
         check_processes(self.accelerator)
@@ -75,7 +74,7 @@ class Parallel:
         return "FSDP2" if self.is_sharded else "DeepSpeed" if self.is_deepspeed else "DDP"
 
     def parallelize(self, model: PreTrainedModel) -> nn.Module:
-        """The model on its device, and wrapped or sharded as the launch said; DeepSpeed does it with the optimizer."""
+        """Moves the model to its device, and wraps or shards it as the launch asks; for DeepSpeed, `prepare` does."""
         accelerator = self.accelerator
         if self.is_deepspeed:
             return model
@@ -94,7 +93,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
-        """Backward passes whose gradients stay on their process, to be reduced with those of a later one."""
+        """Within it, backward passes add to the gradients of their own process. The next pass outside averages them."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(False)
             try:
@@ -102,13 +101,13 @@ class Parallel:
             finally:
                 model.set_requires_gradient_sync(True)
         elif self.is_deepspeed:
-            yield  # it counts the parts itself
+            yield  # DeepSpeed counts the micro-batches itself
         else:
             with self.accelerator.no_sync(model):
                 yield
 
     def clip_gradients(self, model: nn.Module, max_norm: float) -> float:
-        """Clips the gradients of the whole model to `max_norm`; gives the norm that they had, on every process."""
+        """Clips the gradients of the whole model to `max_norm`; returns their norm before that, on every process."""
         if self.is_deepspeed:
             return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm) or 0.0)
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -116,8 +115,8 @@ class Parallel:
 
     def gather_full_model(self, model: nn.Module) -> PreTrainedModel | None:
         """
-        The model in one piece on the main process, `None` on the others. Every process calls it: a sharded model is
-        gathered into the memory of the main process's host.
+        Returns the whole model on the main process and `None` on the others. Every process must call it: a sharded
+        model is gathered into the memory of the machine of the main process.
         """
         unwrapped = self.accelerator.unwrap_model(model)
         if self.is_deepspeed:
@@ -223,7 +222,7 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
 
 
 def check_deepspeed(optimization: OptimizationArguments) -> None:
-    """Raises `ValueError` for settings that need the optimizer step, which DeepSpeed keeps to itself."""
+    """Raises `ValueError` for settings that need the step of the optimizer, which DeepSpeed does by itself."""
     if not OPTIMIZERS[optimization.optimizer].is_single:
         raise ValueError(
             f"--optimizer {optimization.optimizer} does not work with DeepSpeed; give --optimizer adamw, or shard by "

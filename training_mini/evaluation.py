@@ -66,13 +66,13 @@ class HeldOut(Protocol):
     bytes: int
 
     def groups(self, process: int, num_processes: int, share: int) -> list[Any]:
-        """The turns of one of the processes, `share` sequences at a time: what `make` takes."""
+        """What one process evaluates: groups of at most `share` sequences, each for one call of `make`."""
 
     def make(self, group: Any) -> Batch:
-        """The batch of a turn."""
+        """The batch of a group."""
 
     def windows(self, count: int) -> torch.Tensor:
-        """The first inputs, `(count, length)` at most."""
+        """The inputs of the first windows, at most `count` of them, `(windows, length)`."""
 
 
 class HeldOutText:
@@ -89,7 +89,7 @@ class HeldOutText:
         self.bytes = max(1, int(bytes_per_token[ids].sum()))
 
     def groups(self, process: int, num_processes: int, share: int) -> list[tuple[list[int], int]]:
-        """Where the windows of each turn start, and how long they are."""
+        """Where the windows of each group start, and how long they are."""
         length = self.collator.context_length
         starts = range(process * length, len(self.ids), num_processes * length)
         full = [start for start in starts if start + length <= len(self.ids)]
@@ -115,10 +115,10 @@ def evaluate(
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """
-    Predicts every token that is held out once, shared out over all processes.
+    Predicts every held-out token once. The processes share the work.
 
-    Nats and bytes are summed, never averaged over batches, so the figure is the same for any batch size and any number
-    of processes.
+    Nats and bytes are summed and never averaged over batches. So the figure is the same for any batch size and any
+    number of processes.
 
     Args:
         batch_size: sequences at a time, over all processes.
@@ -127,8 +127,8 @@ def evaluate(
     processes = accelerator.num_processes
     share = max(1, batch_size // processes)
     groups = held_out.groups(accelerator.process_index, processes, share)
-    # All processes take as many turns, some with nothing to add in the last: they ask `should_stop`, and a sharded
-    # model gathers its weights, together.
+    # All processes take the same number of turns, because they ask `should_stop` together, and a sharded model gathers
+    # its weights together. In the last turn, some have nothing to add.
     turns = max(len(held_out.groups(process, processes, share)) for process in range(processes))
     idle = held_out.groups(0, processes, share)[0]
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)

@@ -1,4 +1,4 @@
-"""Whether a run was launched as its user meant: launches that would silently be others are refused."""
+"""Is a run launched as its user meant? A launch that would silently do something else is refused."""
 
 import contextlib
 import os
@@ -16,8 +16,8 @@ ON_CPUS = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes
 
 def check_launch() -> None:
     """
-    Raises `ValueError` for a launch that would silently be another: `accelerate launch --cpu --num_processes 2` starts
-    one process, and DeepSpeed on a CPU trains every process on its own.
+    Raises `ValueError` for a launch that silently does something else: `accelerate launch --cpu --num_processes 2`
+    starts one process, and with DeepSpeed on a CPU every process trains alone.
     """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and not torch.cuda.is_available():
         raise ValueError("DeepSpeed needs a GPU: on CPUs accelerate would train without it and not say so.")
@@ -35,7 +35,7 @@ def asked_processes(launcher: psutil.Process | None) -> int:
         command = " ".join(launcher.cmdline()) if launcher is not None else ""
     except psutil.Error:
         return 1
-    # What stands behind the training script are its own flags.
+    # What follows the name of the training script are the flags of the script.
     command = command.split("train_accelerate")[0]
     if not re.search(r"accelerate(\S*)? launch|accelerate\S*launch", command):
         return 1
@@ -51,7 +51,7 @@ def asked_processes(launcher: psutil.Process | None) -> int:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises `ValueError` if processes that were started together would train apart."""
+    """Raises `ValueError` if processes that were started together would each train alone."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != accelerator.num_processes:
         raise ValueError(

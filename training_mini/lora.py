@@ -1,5 +1,6 @@
 """
-Training a few weights beside those of a model: LoRA through peft, over weights in full or rounded to 4 or 8 bits.
+LoRA through peft: a few new weights are trained beside those of a model. The weights of the model stay as they are, in
+full precision or quantized to 8 or 4 bits.
 
 peft is imported within functions: it takes a second, and most runs do not need it.
 """
@@ -23,7 +24,7 @@ MIB = 2**20
 
 def adapt(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedModel:
     """
-    A peft model around `model`, of which only the adapter learns.
+    Wraps `model` in a peft model in which only the adapter is trained.
 
     Raises:
         ValueError: for layers that do not exist or that the adapter does not suit.
@@ -41,11 +42,11 @@ def adapt(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedMode
         modules_to_save=arguments.lora_modules_to_save or None,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,
-        # An embedding that is trained in full stays the head's; peft would make two of them.
+        # An embedding that is trained in full stays tied to the head; peft would copy it.
         ensure_weight_tying=bool(tied_among(model, arguments.lora_modules_to_save)),
     )
     leave_unpacked(model)
-    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft asks by a name of yesterday
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft reads a deprecated name
         return get_peft_model(model, config)
 
 
@@ -117,8 +118,8 @@ def tied_among(model: PreTrainedModel, targets: list[str]) -> str | None:
 
 def leave_unpacked(model: PreTrainedModel) -> None:
     """
-    Where a CPU has AVX512-BF16, bitsandbytes packs 4-bit weights anew at the first forward pass in evaluation mode, and
-    no gradient passes through packed ones, silently: the first evaluation of a run would end its learning.
+    On a CPU with AVX512-BF16, bitsandbytes packs 4-bit weights at the first forward pass in evaluation mode. No
+    gradient passes through packed weights, and nothing says so: after its first evaluation a run would learn nothing.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -126,7 +127,7 @@ def leave_unpacked(model: PreTrainedModel) -> None:
 
 
 def blank_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same shape, with the same adapter or none, whose weights are still to be loaded."""
+    """A model of the same shape, with the same adapter or none. Its weights are still to be loaded."""
     copy = AutoModelForCausalLM.from_config(model.config)
     if is_adapted(model):
         from peft import get_peft_model

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what is recorded of it."""
+"""What the user sees of a run while it trains, and what is recorded of it."""
 
 import contextlib
 import time
@@ -28,7 +28,7 @@ warnings_console = Console(stderr=True)
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int | None, unit: str, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, and silence elsewhere; gives the function that advances it."""
+    """A progress bar on a terminal, and nothing elsewhere. Yields the function that advances it."""
     if not (show and console.is_terminal):
         yield lambda amount: None
         return
@@ -113,7 +113,7 @@ class Monitor:
 
     @contextlib.contextmanager
     def warning_of_errors(self, what: str) -> Iterator[None]:
-        """A warning for what could not be written: a full disk stops a run, or not, where its weights are written."""
+        """Warns if something could not be written. Only weights that cannot be written may stop a run."""
         try:
             yield
         except OSError as error:
@@ -161,7 +161,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`; one that a crash cut short is left out."""
+    """The lines of `metrics.jsonl`, without one that a crash cut short."""
     return read_json_lines(folder / "metrics.jsonl")
 
 
@@ -185,7 +185,7 @@ def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None
         for (name, bits), style in zip(compressors.items(), ("--", ":"), strict=False):
             curve.axhline(bits, color="#737373", linestyle=style, linewidth=1, label=f"{name} -9: {bits:.3f}")
         shown = [bits for _, bits in [*train, *validation]] + list(compressors.values())
-        # The first steps fall from 8 bits; let them leave the picture, so that the rest can be read.
+        # The first steps begin near 8 bits. They may leave the picture, so that the rest can be read.
         ceiling = sorted(bits for _, bits in train)[int(0.95 * (len(train) - 1))] * 1.05
         curve.set_ylim(min(shown) * 0.95, max(ceiling, max(compressors.values(), default=0) * 1.05))
         curve.set_ylabel("bits per byte")

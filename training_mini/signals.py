@@ -11,7 +11,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 class StopRequest:
     """
-    Within its context, a signal lets the step in hand end. A second Ctrl-C is immediate.
+    Within its context, a signal stops the run after the current step. A second Ctrl-C stops it at once.
 
     Attributes:
         signal: the signal on which all processes have agreed, or `None`.
