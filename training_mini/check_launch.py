@@ -1,8 +1,8 @@
 """
 Does a launch configuration work on this machine? `python -m training_mini.check_launch configs/accelerate/fsdp2.yaml`
 
-Trains a small model on one process and by the configuration, goes on with the second run from its checkpoint, and
-compares the losses. What cannot be tested on a machine without several GPUs is tested by this on one that has them.
+It trains a small model on one process, and again as the configuration says. It resumes the second run from its
+checkpoint, and compares the losses. Use it where there are several GPUs: the tests have none.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .monitoring import read_metrics
 
 PROGRAM = Path(__file__).parent.parent / "train_accelerate.py"
 STEPS = 20
-# Float32 on both sides: bfloat16 would round differently in each layout.
+# Both runs in float32, because bfloat16 would round differently on another number of processes.
 RUN = f"""--dataset sample --size tiny --max_position_embeddings 128 --train_batch_size 64 --warmup_steps 5
 --max_steps {STEPS} --eval_steps {STEPS // 2} --save_steps {STEPS // 2} --logging_steps 1 --bf16 false
 --lr_scheduler_type constant""".split()

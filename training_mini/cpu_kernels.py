@@ -1,8 +1,8 @@
 """
 Faster float32 matrix products for training on AMD processors.
 
-There, torch's products go to MKL, which reaches about half of what oneDNN, in the same torch, does. Torch has no switch
-for it, so the linear layers of a model that trains on such a CPU call oneDNN themselves.
+On these, torch computes matrix products with MKL, which is about half as fast as oneDNN in the same torch. Torch has no
+switch for this. So when a model trains on such a CPU, its linear layers call oneDNN themselves.
 """
 
 import functools
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 
-@torch.library.custom_op("mini::linear_product", mutates_args=())  # so that torch.compile takes it as it is
+@torch.library.custom_op("mini::linear_product", mutates_args=())  # torch.compile does not look inside
 def linear_product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`inputs` (..., k) times the transpose of `weight` (n, k), plus `bias` (n,): oneDNN's, without a gradient."""
+    """`inputs` (..., k) times the transpose of `weight` (n, k), plus `bias` (n,), by oneDNN and without a gradient."""
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
@@ -25,7 +25,7 @@ def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class OneDnnLinear(torch.autograd.Function):
-    """`nn.functional.linear` with oneDNN in both directions."""
+    """`nn.functional.linear` with oneDNN in the forward and the backward pass."""
 
     @staticmethod
     def forward(
@@ -52,7 +52,7 @@ def linear_forward(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def use_onednn(model: nn.Module) -> None:
-    """Lets the linear layers of a model multiply by oneDNN. Its weights and what is saved of it stay as they are."""
+    """Makes the linear layers of a model use oneDNN. Weights and checkpoints do not change."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = functools.partial(linear_forward, module)
@@ -60,8 +60,8 @@ def use_onednn(model: nn.Module) -> None:
 
 def onednn_is_faster() -> bool:
     """
-    Whether this CPU is AMD's and this torch has the operation. By the vendor and not by a measurement: a run that is
-    resumed on the same machine takes the same way, bit by bit.
+    Whether this CPU is from AMD and this torch has the operation. The vendor decides and not a measurement, so that a
+    run that is resumed on the same machine computes the same, bit by bit.
     """
     cpu_info = Path("/proc/cpuinfo")
     is_amd = platform.system() == "Linux" and cpu_info.is_file() and "AuthenticAMD" in cpu_info.read_text()

@@ -1,9 +1,9 @@
 """
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): the step of a matrix is its momentum with every
-singular value set to about 1.
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): a matrix is moved by its momentum, after every
+singular value of the momentum was set to about 1.
 
-torch.optim.Muon does it in bfloat16, one matrix after the other. Here matrices of one shape are one batched product, in
-float32 where that is faster (a CPU), with polynomials that need fewer products.
+torch.optim.Muon computes this in bfloat16, for one matrix after the other. Here all matrices of one shape are computed
+together, in float32 where that is faster (on a CPU), with polynomials that need fewer products.
 """
 
 from collections import defaultdict
@@ -14,8 +14,9 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): a, b and c of a x + b x^3 + c x^5 for each
-# iteration. Each polynomial brings the interval that its predecessors left of [0.001, 1] as near to 1 as a polynomial
-# of degree 5 can, with the paper's cushion of 0.024; the last repeats. A test computes them again.
+# iteration. The singular values begin in [0.001, 1]. Each polynomial moves the interval in which they then are as near
+# to 1 as a polynomial of degree 5 can, with the paper's cushion of 0.024. The last one is repeated. A test computes the
+# numbers again.
 COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
@@ -26,19 +27,19 @@ COEFFICIENTS = (
     (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
     (1.875, -1.25, 0.375),
 )
-SAFETY = 1.01  # singular values that rounding lifts above 1 would leave the interval and grow
+SAFETY = 1.01  # a singular value that rounding moves above 1 would leave the interval and grow
 
 
 def polynomials(iterations: int) -> list[tuple[float, float, float]]:
-    """The coefficients of each iteration. All but the last take an argument that is smaller by `SAFETY`."""
+    """The coefficients of each iteration. In all but the last, the argument is divided by `SAFETY`."""
     taken = [COEFFICIENTS[min(i, len(COEFFICIENTS) - 1)] for i in range(iterations)]
     return [(a / SAFETY, b / SAFETY**3, c / SAFETY**5) for a, b, c in taken[:-1]] + taken[-1:]
 
 
 def orthogonalize(matrices: torch.Tensor, iterations: int) -> torch.Tensor:
     """
-    About U V^T for each matrix U S V^T: singular values above a thousandth of the matrix's norm come to lie within
-    1 % of 1 after 6 iterations, and near it after fewer.
+    Approximately U V^T for each matrix U S V^T. After 6 iterations, singular values that were above a thousandth of the
+    matrix's norm are within 1 % of 1. Fewer iterations are less exact.
 
     Args:
         matrices: (count, rows, columns); float32, or bfloat16 for speed on a GPU.
@@ -47,7 +48,7 @@ def orthogonalize(matrices: torch.Tensor, iterations: int) -> torch.Tensor:
         (count, rows, columns), of the same dtype.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.mT if is_tall else matrices  # the square of the shorter side is the cheaper one
+    x = matrices.mT if is_tall else matrices  # the product over the longer side is the smaller matrix
     x = x / (SAFETY * x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in polynomials(iterations):
         square = x @ x.mT
@@ -59,22 +60,21 @@ class Muon(torch.optim.Optimizer):
     """
     Muon with Nesterov momentum and decoupled weight decay.
 
-    The step is scaled by sqrt(max(1, rows / columns)): a change of the weights then changes what the layer gives by as
-    much at any width, so that one learning rate serves narrow and wide models (Yang et al. 2023,
-    https://arxiv.org/abs/2310.17813).
+    The step is scaled by sqrt(max(1, rows / columns)). A step then changes the output of a layer equally at any width,
+    so one learning rate is right for narrow and wide models (Yang et al. 2023, https://arxiv.org/abs/2310.17813).
 
-    Matrices that are sharded (FSDP2) are gathered, because their singular values are those of the whole; every process
-    then computes the same and keeps its own part. The state, `momentum_buffer`, stays sharded.
+    Matrices that are sharded (FSDP2) are gathered, because singular values belong to the whole matrix. Every process
+    computes the same step and keeps its own part. The state, `momentum_buffer`, stays sharded.
 
     Args:
         params: matrices, or groups of them.
-        lr: the spectral norm of a step, for a matrix that is no taller than wide.
+        lr: the spectral norm of a step, for a matrix with no more rows than columns.
         momentum: the share of the old momentum that each step keeps.
         weight_decay: the share of the weights that a step with learning rate 1 would remove.
-        iterations: polynomials in `orthogonalize`.
+        iterations: the number of polynomials in `orthogonalize`.
 
     Raises:
-        ValueError: for a parameter that is no matrix.
+        ValueError: for a parameter that is not a matrix.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _updates(self, parameters: list[torch.Tensor], momentum: float) -> list[torch.Tensor]:
-        """The gradients after momentum, as whole matrices."""
+        """The gradients with momentum, as whole matrices."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -125,14 +125,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(matrices: list[torch.Tensor], iterations: int) -> list[torch.Tensor]:
-    """`orthogonalize` for matrices of any shapes, as float32: those of one shape, or its transpose, in one product."""
+    """`orthogonalize` for matrices of any shapes, to float32. Those of one shape, or its transpose, go together."""
     results: list[torch.Tensor] = [torch.empty(0)] * len(matrices)
     of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, matrix in enumerate(matrices):
         of_shape[tuple(sorted(matrix.shape))].append(number)
     for numbers in of_shape.values():
         wide = [m.mT if (m := matrices[number]).shape[0] > m.shape[1] else m for number in numbers]
-        # A GPU multiplies bfloat16 several times as fast as float32, and directions need no more digits.
+        # A GPU multiplies bfloat16 several times as fast as float32, and a direction does not need more digits.
         dtype = torch.bfloat16 if wide[0].device.type == "cuda" else torch.float32
         stacked = orthogonalize(torch.stack(wide).to(dtype), iterations).float()
         for number, matrix in zip(numbers, stacked, strict=True):
@@ -145,12 +145,12 @@ def scale(shape: torch.Size) -> float:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds: the same memory."""
+    """The part of a tensor that is on this process, without a copy."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The whole of which each process has the part that it has of `like`."""
+    """The whole tensor, of which each process has a part; it is sharded like `like`."""
     if not isinstance(like, DTensor):
         return part
     layout = {"shape": like.shape, "stride": like.stride()}
@@ -158,7 +158,7 @@ def gathered(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def shared_out(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`whole`, which every process has, sharded as `like` is."""
+    """`whole`, which every process has, sharded like `like`."""
     if not isinstance(like, DTensor):
         return whole
     return distribute_tensor(whole.contiguous(), like.device_mesh, like.placements, src_data_rank=None)

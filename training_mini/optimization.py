@@ -1,4 +1,4 @@
-"""How the weights move: optimizers, schedules, a moving average, and what keeps a model from being too sure."""
+"""What moves the weights and how: optimizers, schedules, the moving average, dropout, and additions to the loss."""
 
 import contextlib
 import functools
@@ -18,8 +18,9 @@ from .optimizers import LEARNING_RATES, OPTIMIZERS, ParameterGroups
 
 def make_optimizers(model: PreTrainedModel, arguments: OptimizationArguments) -> list[torch.optim.Optimizer]:
     """
-    The optimizers that `arguments.optimizer` names, each kind of parameter with its own learning rate. Only matrices
-    decay: a norm or bias that is pulled to zero changes what the layer computes, not how complex it is.
+    The optimizers that `arguments.optimizer` names. Each kind of parameter has a learning rate of its own. Only
+    matrices have weight decay: a norm or a bias that shrinks changes what a layer computes, and does not make it
+    simpler.
     """
     groups: ParameterGroups = {}
     for kind, parameters in parameters_by_kind(model).items():
@@ -30,7 +31,7 @@ def make_optimizers(model: PreTrainedModel, arguments: OptimizationArguments) ->
 
 
 def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
-    """The parameters that learn, by the kinds of `LEARNING_RATES`, without kinds that have none."""
+    """The parameters that learn, by the kinds of `LEARNING_RATES`; kinds without parameters are left out."""
     kind_of = {id(model.get_output_embeddings().weight): "head"}
     kind_of[id(model.get_input_embeddings().weight)] = "embedding"  # also where it is tied to the head
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in LEARNING_RATES}
@@ -44,15 +45,15 @@ def parameters_by_kind(model: PreTrainedModel) -> dict[str, list[nn.Parameter]]:
 def make_schedulers(
     optimizers: list[torch.optim.Optimizer], arguments: OptimizationArguments, step: int
 ) -> list[LambdaLR]:
-    """Schedules that stand after `step` steps; the rate is a function of the step, so there is nothing to save."""
+    """The schedules after `step` steps. The rate is a function of the step, so a checkpoint has no state of them."""
     share = functools.partial(share_of_peak, arguments=arguments)
     return [LambdaLR(optimizer, share, last_epoch=step - 1) for optimizer in optimizers]
 
 
 def share_of_peak(step: int, arguments: OptimizationArguments) -> float:
     """
-    The learning rate of a step as a share of its peak: what transformers' schedules of these names give. They are not
-    imported, because their module imports peft and bitsandbytes, which takes as long as torch itself.
+    The learning rate of a step as a share of its peak, equal to transformers' schedules of the same names. Those are
+    not imported: their module imports peft and bitsandbytes, which takes as long as to import torch.
     """
     name, warmup, total = arguments.lr_scheduler_type, arguments.warmup_steps, arguments.max_steps
     if step < warmup:
@@ -66,7 +67,7 @@ def share_of_peak(step: int, arguments: OptimizationArguments) -> float:
         share = max(0.0, 1.0 - decayed / max(1, arguments.decay_steps))
     else:
         share = 1.0
-    # As in transformers: only wsd warms up from its floor.
+    # As in transformers, only the warmup of wsd begins at the floor; the others begin at 0.
     if name == "wsd" or (name == "cosine" and step >= warmup):
         share = share * (1.0 - arguments.min_lr_rate) + arguments.min_lr_rate
     return share
@@ -74,11 +75,13 @@ def share_of_peak(step: int, arguments: OptimizationArguments) -> float:
 
 class WeightAverage:
     """
-    The exponential moving average of the trainable parameters (Polyak and Juditsky 1992), sharded where they are.
+    The exponential moving average (EMA) of the trainable parameters (Polyak and Juditsky 1992). It is sharded like
+    them.
 
     Args:
-        decay: the share of the old average that each step keeps. For the first steps it is (1 + n) / (10 + n) if that
-            is less, so that the random start is forgotten.
+        decay: the share of the old average that each step keeps. In step n it is at most (1 + n) / (10 + n), so that
+        the
+            random weights of the start are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -95,7 +98,7 @@ class WeightAverage:
     @contextlib.contextmanager
     @torch.no_grad()
     def in_place(self) -> Iterator[None]:
-        """The model with the average as its weights."""
+        """Within the context, the weights of the model are the average."""
         own = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.copy_into_model(self.averages)
         try:
@@ -128,15 +131,15 @@ def regularized_loss(
     logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Sums over all tokens, in float32: the loss to minimise, and the plain cross-entropy to report.
+    The loss to minimise and the plain cross-entropy to report, both as sums over all tokens in float32.
 
-    With Z the sum of exponentials over the vocabulary, the first is the cross-entropy with a target of which
-    `label_smoothing` is spread evenly over the vocabulary (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567), plus
-    `z_loss` (log Z)^2, which holds the logits near zero (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311).
+    The first is a cross-entropy in which the share `label_smoothing` of the target is spread evenly over the vocabulary
+    (Szegedy et al. 2016, https://arxiv.org/abs/1512.00567), plus `z_loss` (log Z)^2. Z is the sum of the exponentials
+    of the logits, and this term keeps the logits near zero (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311).
 
     Args:
         logits: (batch, length, vocabulary).
-        targets: (batch, length); -100 counts nothing.
+        targets: (batch, length); -100 is left out.
     """
     counts = targets != NOT_LEARNED
     logits, targets = logits[counts].float(), targets[counts]
@@ -154,7 +157,7 @@ def dropout_at(step: int, arguments: OptimizationArguments) -> float | None:
     """The dropout of the step after `step` steps: `dropout_start` at the first, `dropout_end` at the last."""
     if arguments.dropout_start is None or arguments.dropout_end is None:
         return None
-    # The first step is rehearsed before max_steps is known.
+    # With --max_minutes, the first step is tried out before max_steps is known.
     share = min(1.0, step / max(1, arguments.max_steps - 1)) if step else 0.0
     if arguments.dropout_annealing == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
@@ -162,7 +165,7 @@ def dropout_at(step: int, arguments: OptimizationArguments) -> float | None:
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:
-    """Sets every dropout of a model in the manner of transformers: modules, and the attribute of attention."""
+    """Sets every dropout of a transformers model: the modules, and the attribute `attention_dropout`."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = probability

@@ -2,7 +2,7 @@
 The optimizers that `--optimizer` knows. To add one, add an entry to `OPTIMIZERS`: the flag, its defaults, the groups of
 parameters and the word in the model card come from there.
 
-torch is imported within functions: the flags need this file, and their help should not wait for torch.
+torch is imported inside the functions, because the command line needs this file and `--help` should not wait for torch.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from .arguments import OptimizationArguments
 
-# The kinds of parameters, and the setting that holds the peak learning rate of each. `matrices` are those of the
-# blocks; an embedding that is tied to the head is the embedding.
+# The kinds of parameters, and the setting with the peak learning rate of each. `matrices` are the matrices of the
+# blocks. An embedding that is also the head counts as `embedding`.
 LEARNING_RATES = {
     "matrices": "learning_rate",
     "embedding": "embedding_learning_rate",
@@ -32,12 +32,12 @@ ParameterGroups = dict[str, dict[str, Any]]
 class Optimizer:
     """
     Attributes:
-        display_name: what cards and reports call it.
-        make: the optimizers for parameter groups by kind; each group has `params`, `lr`, `initial_lr` and
+        display_name: its name in cards and reports.
+        make: makes the optimizers from parameter groups by kind. Each group has `params`, `lr`, `initial_lr` and
             `weight_decay`.
-        defaults: values of settings of OptimizationArguments that are not given.
-        rates: the learning rate of a kind as a multiple of `learning_rate`, where it is not given; 1 if missing here.
-        is_single: whether `make` gives one optimizer, which DeepSpeed needs.
+        defaults: the values of settings of OptimizationArguments that the user did not give.
+        rates: for each kind, the default of its learning rate as a multiple of `learning_rate`; 1 for other kinds.
+        is_single: whether `make` returns one optimizer, as DeepSpeed needs.
     """
 
     display_name: str
@@ -53,7 +53,7 @@ def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list
 
     if not groups:
         return []
-    # Groups that differ in nothing are one: fewer kernels, and the states of older runs have the same groups.
+    # Equal groups are merged. That needs fewer kernels, and states of older runs have the same groups.
     merged: dict[tuple[float, float], dict[str, Any]] = {}
     for group in groups.values():
         key = group["lr"], group["weight_decay"]
@@ -65,13 +65,13 @@ def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list
             lr=settings.learning_rate,
             betas=(settings.adam_beta1, settings.adam_beta2),
             eps=settings.adam_epsilon,
-            fused=True,  # one kernel for all parameters; a small model spends most of an unfused step on dispatch
+            fused=True,  # one kernel for all parameters; otherwise a small model spends most of the step on calls
         )
     ]
 
 
 def make_muon(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, and AdamW for the rest: rows of the embedding and the head are tokens."""
+    """Muon for the matrices of the blocks, AdamW for the rest: a row of the embedding or the head is one token."""
     from .muon import Muon
 
     rest = dict(groups)

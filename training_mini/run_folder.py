@@ -1,4 +1,4 @@
-"""The folder of a run: one process trains into it at a time, and nobody's other work is lost in it."""
+"""The folder of a run. Only one run at a time trains into it, and other files are never overwritten."""
 
 import contextlib
 import errno
@@ -13,17 +13,17 @@ from .arguments import Arguments
 from .distributed import Parallel
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what file systems answer that have no locks
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the errors of file systems that have no locks
 
 
 class RunFolder:
     """
-    A folder that this run alone writes into, until `release`. The main process holds a lock on a file in it, which
-    the kernel takes back however that process ends, so that a run that was killed is in nobody's way.
+    A folder into which only this run writes, until `release`. The main process locks a file in it. However the process
+    ends, the kernel releases the lock, so a killed run does not block the next one.
 
     Attributes:
-        path: where it is.
-        problem: a sentence for the user if the file system has no locks, else empty.
+        path: the folder.
+        problem: a sentence for the user if the file system has no locks; otherwise empty.
 
     Raises:
         ValueError: if a run, or anything else, is there already, or another process trains into it.
@@ -33,13 +33,13 @@ class RunFolder:
         self.path, self.problem = arguments.output_dir, ""
         self._lock = FileLock(self.path / LOCK, on_acquired=write_holder)
         check_contents(self.path, arguments)
-        parallel.accelerator.wait_for_everyone()  # nobody makes the folder before all have looked
+        parallel.accelerator.wait_for_everyone()  # no process makes the folder before all have checked it
         self.path.mkdir(parents=True, exist_ok=True)
         error: Exception | None = None
         if parallel.accelerator.is_main_process:
             try:
                 self._acquire()
-                check_contents(self.path, arguments)  # once more: a run may have come and gone since
+                check_contents(self.path, arguments)  # again: another run may have begun and ended since
             except (OSError, ValueError) as caught:
                 error = caught
                 self.release()
@@ -62,9 +62,10 @@ class RunFolder:
             )
 
     def release(self) -> None:
-        """Lets others train into the folder; one that is still empty is removed."""
+        """Lets other runs use the folder. A folder that is still empty is removed."""
         if self._lock.is_locked:
-            # Removed while it is held: filelock sees that a file which it waited for is gone, and tries anew.
+            # The file is removed before the lock is released. Another filelock that waits for it notices, and tries
+            # again.
             (self.path / LOCK).unlink(missing_ok=True)
             self._lock.release()
         with contextlib.suppress(OSError):
@@ -77,12 +78,12 @@ class RunFolder:
 
 
 def contents(folder: Path) -> list[Path]:
-    """What is in a folder besides the lock."""
+    """The files and folders in a folder, without the lock."""
     return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
 
 
 def check_contents(folder: Path, arguments: Arguments) -> None:
-    """Raises `ValueError` if this run would write into another, or into what is no run."""
+    """Raises `ValueError` if this run would write into another run, or into a folder that is not a run."""
     if not contents(folder) or arguments.run.resume:
         return
     if not (folder / "config.yaml").is_file():
@@ -95,13 +96,13 @@ def check_contents(folder: Path, arguments: Arguments) -> None:
 
 
 def write_holder(descriptor: int) -> None:
-    """Writes into the file of a lock who holds it."""
+    """Writes this process and machine into the file of the lock."""
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def holder_of(folder: Path) -> str:
-    """Who trains into a folder, as the beginning of a sentence."""
+    """The process that trains into a folder, as the beginning of a sentence."""
     with contextlib.suppress(OSError):
         if holder := (folder / LOCK).read_text(encoding="utf-8"):
             return holder[0].upper() + holder[1:]

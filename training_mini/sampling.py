@@ -1,4 +1,4 @@
-"""What a model in training writes."""
+"""The samples that a model writes during training."""
 
 import torch
 from accelerate.utils import set_seed
@@ -10,11 +10,11 @@ from .data.corpus import Corpus
 def write_samples(
     model: PreTrainedModel, corpus: Corpus, prompts: list[tuple[str, list[int]]], max_length: int, seed: int
 ) -> list[dict[str, str]]:
-    """What the model makes of each prompt, up to `max_length` tokens with the prompt. The model is left as it was."""
+    """A sample for each prompt, of at most `max_length` tokens with the prompt. The model does not change."""
     samples = []
     was_training = model.training
     model.eval()
-    # Prompts have other shapes than batches, and would be compiled one by one.
+    # A compiled model would compile again for the shape of each prompt.
     with torch.compiler.set_stance("force_eager"):
         for prompt, prompt_ids in prompts:
             set_seed(seed)
@@ -25,7 +25,7 @@ def write_samples(
                 max_length=max_length,
                 min_new_tokens=corpus.min_new_tokens(max_length - ids.shape[1]),
             )
-            # The form of a conversation is in its special tokens.
+            # In a conversation, special tokens show who speaks.
             text = corpus.tokenizer.decode(output[0], skip_special_tokens=not corpus.is_chat)
             samples.append({"prompt": prompt, "text": text})
     model.train(was_training)

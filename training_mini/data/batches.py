@@ -1,10 +1,10 @@
 """
 The order of the data: a pure function of (seed, step).
 
-The training ids are cut into windows of one context length. An epoch visits every window once, in an order that a
-keyed permutation gives directly: finding the batch of step N costs the same for any N, nothing grows with the corpus,
-and a resumed run needs no replay. Each epoch cuts at another offset, so the window borders move. How many processes
-share a batch decides only which of its sequences each of them computes.
+The training ids are cut into windows of one context. An epoch visits every window once. A keyed permutation gives the
+window at any position of that order. So to find the batch of step N takes the same time for any N and any size of the
+corpus, and a resumed run does not have to repeat anything. Each epoch cuts at another offset, so the borders of windows
+change. The number of processes decides only which sequences of a batch each of them computes.
 """
 
 from abc import ABC, abstractmethod
@@ -17,12 +17,12 @@ import torch
 
 from .shards import ShardedIds
 
-NOT_LEARNED = -100  # the target that every loss of torch and transformers leaves out
+NOT_LEARNED = -100  # the target that the losses of torch and transformers ignore
 _FEISTEL_ROUNDS = 4
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """The finalizer of SplitMix64 (Steele et al. 2014): 64-bit integers to well-mixed 64-bit integers."""
+    """The finalizer of SplitMix64 (Steele et al. 2014): maps 64-bit integers to others that look random."""
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,11 +40,11 @@ def key_of(*numbers: int) -> np.uint64:
 
 def permute(positions: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
     """
-    The images of `positions` under a permutation of range(size) that `key` selects.
+    Where `positions` go in a permutation of range(size) that `key` selects.
 
-    A balanced Feistel network (Luby and Rackoff 1988) permutes the next power of four; positions that land outside
-    range(size) are sent through again until they land inside (cycle walking, Black and Rogaway 2002), less than four
-    times on average.
+    A balanced Feistel network (Luby and Rackoff 1988) permutes the range up to the next power of four. A result outside
+    range(size) is permuted again until it is inside (cycle walking, Black and Rogaway 2002), on average less than four
+    times.
     """
     half_bits = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = np.uint64(2 ** int(half_bits) - 1)
@@ -65,9 +65,9 @@ def permute(positions: np.ndarray, size: int, key: np.uint64) -> np.ndarray:
 class Batch:
     """
     Attributes:
-        inputs: what the model takes: `input_ids`, and `position_ids` where documents in a sequence are kept apart;
-            each `(sequences, length)`.
-        targets: the token that follows each input, -100 where it does not count, `(sequences, length)`.
+        inputs: the arguments of the model: `input_ids`, and `position_ids` if documents in a sequence do not see each
+            other; each `(sequences, length)`.
+        targets: the token that follows each input, or -100 where nothing is learned, `(sequences, length)`.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -84,12 +84,12 @@ class Collator:
     How windows of token ids become the sequences of a batch.
 
     Attributes:
-        context_length: tokens of a sequence.
-        bos_token_id: the first input of every sequence. A window begins as a prompt does, so each of its tokens is
-            predicted, and the model learns to read what follows `<|bos|>`.
-        separator_id: if given, documents in a sequence are kept apart: after this id (eos) a document begins with bos
-            and with position 0. From positions that begin again, every attention of transformers knows where a
-            document ends.
+        context_length: the tokens of a sequence.
+        bos_token_id: the first input of every sequence. So a window begins like a prompt, and its first token is
+            predicted too.
+        separator_id: if given (eos), documents in a sequence do not see each other. After this id a document begins
+            with bos and with position 0. Where positions begin again at 0, every attention of transformers sees the end
+            of a document.
     """
 
     context_length: int
@@ -118,11 +118,11 @@ class Batches(ABC):
     """
     The global batches of a run, one for each step.
 
-    The sequences have numbers that go on from epoch to epoch. While the batch size stays the same, those of a step
-    follow from the step alone; after a resume at another one, from the sequences that were read before it.
+    Sequences are numbered from 0, through all epochs. With one batch size, the numbers in a step follow from the step.
+    After a resume with another batch size, they follow from how many sequences were read before it.
 
     Args:
-        batch_size: sequences of a global batch.
+        batch_size: the sequences in a global batch.
     """
 
     def __init__(self, batch_size: int) -> None:
@@ -130,11 +130,11 @@ class Batches(ABC):
         self._first_step = self._first_sequence = 0
 
     def start_at(self, step: int, sequences: int) -> None:
-        """Says that `sequences` were read by the first `step` steps."""
+        """Continues after `step` steps, which have read `sequences`."""
         self._first_step, self._first_sequence = step, sequences
 
     def sequences_read(self, step: int) -> int:
-        """How many sequences are read when `step` steps are done."""
+        """How many sequences the first `step` steps read."""
         return self._first_sequence + (step - self._first_step) * self.batch_size
 
     def sequences_of(self, step: int) -> np.ndarray:
@@ -143,28 +143,28 @@ class Batches(ABC):
 
     @abstractmethod
     def epoch_of(self, step: int) -> float:
-        """Epochs completed when `step` steps are done."""
+        """How many epochs the first `step` steps are, with fractions."""
 
     @abstractmethod
     def learned_tokens(self, step: int) -> int:
-        """The tokens of a global batch that the loss is a mean over."""
+        """How many tokens of a global batch are learned; the loss is the mean over them."""
 
     @abstractmethod
     def micro_batches(
         self, step: int, process_index: int = 0, num_processes: int = 1, count: int = 1
     ) -> Iterator[Batch]:
-        """The share of one process in the batch of a step, in `count` micro-batches."""
+        """The part of the batch of a step that one process reads, in `count` micro-batches."""
 
     def notes(self) -> str:
-        """What is to be known of data that could not be taken as it is; nothing if all could."""
+        """Sentences about data that could not be used completely; empty if all of it is used."""
         return ""
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """What a resumed run has to know at `step`: nothing, where the batch of a step is a function of the step."""
+        """What a checkpoint at `step` must contain about the data: nothing, if batches are a function of the step."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have nothing to load)
-        """Goes to the position of a state."""
+        """Continues at the position of a state."""
 
 
 class TrainingBatches(Batches):
@@ -192,7 +192,7 @@ class TrainingBatches(Batches):
         self.context_length = context_length
         super().__init__(batch_size)
         self.seed = seed
-        # One window fewer than would fit leaves room to shift the cuts by up to a context.
+        # One window fewer than there are, so that the cuts can be shifted by up to a context.
         self.windows_per_epoch = max(1, len(ids) // context_length - 1)
 
     def epoch_of(self, step: int) -> float:

@@ -1,9 +1,9 @@
 """
-Examples to learn from: conversations, and prompts with their completions, as ids and a mask of those to be learned.
+Turns conversations, and prompts with completions, into token ids and a mask of the ids that are learned.
 
-A record with `messages` is a conversation, in the form of the tokenizer's chat template. One with `prompt` and
-`completion` is plain text, in which the completion ends with `<|eos|>`; or, where both are lists of messages, a
-conversation again. These are the forms of TRL.
+A record with `messages` is a conversation, and is encoded by the tokenizer's chat template. A record with `prompt` and
+`completion` is plain text, and the completion ends with `<|eos|>`; but if both are lists of messages, it is a
+conversation too. TRL uses the same forms.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ SPLITS = ("train", "validation")
 class Examples:
     """
     Attributes:
-        ids: of all examples, one after the other, `(tokens,)`.
-        assistant_mask: 1 for each id that the model is to write, and 0 for each that it is given, `(tokens,)`.
-        ends: where each example ends, `(examples,)`.
+        ids: the ids of all examples, one after the other, `(tokens,)`.
+        assistant_mask: 1 for each id that the model should write, and 0 for each id that it is given, `(tokens,)`.
+        ends: the end of each example in `ids`, `(examples,)`.
     """
 
     ids: ShardedIds
@@ -40,14 +40,14 @@ class Examples:
         return len(self.ends)
 
     def span(self, number: int, longest: int | None = None) -> slice:
-        """Where an example lies; of a longer one, its first `longest` ids."""
+        """The place of an example in `ids`; if it is longer than `longest`, that of its first `longest` ids."""
         start = int(self.ends[number - 1]) if number else 0
         end = int(self.ends[number])
         return slice(start, end if longest is None else min(end, start + longest))
 
 
 def kind_of(source: DocumentSource, text_column: str | None) -> str | None:
-    """What the records of a source teach, by the first of them; `None` for text, and where a column was asked for."""
+    """The kind of the first record of a source; `None` for text, and if the user asked for one column."""
     if source.records is None or text_column is not None:
         return None
     first = next(iter(source.records()), None)
@@ -56,10 +56,10 @@ def kind_of(source: DocumentSource, text_column: str | None) -> str | None:
 
 def check_messages(name: str, messages: Any) -> list[dict[str, str]]:
     """
-    The messages with their role and text alone.
+    The messages with only their roles and texts.
 
     Raises:
-        ValueError: if they are not a list of messages with a role and text, or one calls tools, which no text shows.
+        ValueError: if it is not a list of messages with a role and a text, or if a message calls tools.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"{name} must have a list of messages, got {type(messages).__name__} {str(messages)[:60]!r}.")
@@ -80,13 +80,13 @@ def encode_example(
     tokenizer: PreTrainedTokenizerBase, beginning: list[int], record: Record
 ) -> tuple[list[int], list[bool]]:
     """
-    The ids of a record, and for each whether the model is to write it.
+    The ids of a record, and for each id whether the model should write it.
 
     Args:
-        beginning: what the tokenizer puts before a plain text.
+        beginning: the ids that the tokenizer puts before a plain text.
 
     Raises:
-        ValueError: naming the record, if it is not of the form that it should have.
+        ValueError: if the record has another form. The error names it.
     """
     name, columns = record
     try:
@@ -108,14 +108,14 @@ def encode_example(
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids without special tokens: what looks like one stays text."""
+    """The ids of a text, without special tokens. Text that looks like a special token stays text."""
     if isinstance(tokenizer, MiniTokenizer):
         return tokenizer.encode_corpus(text.encode("utf-8", "replace")).tolist()
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
 def character_tokenizer(source: DocumentSource) -> CharTokenizer:
-    """The tokenizer of all characters in the examples."""
+    """A character tokenizer with all characters of the examples."""
 
     def texts() -> Iterator[str]:
         for name, columns in source.records():
@@ -138,11 +138,11 @@ def write_examples(
     advance: Callable[[int], object],
 ) -> dict[str, Any]:
     """
-    Encodes all examples into `folder`, and gives what is to be known of them. An example goes to validation whenever
-    that brings the share held out nearer to the ratio. Calls `advance` with the number of examples that are done.
+    Encodes all examples into files in `folder`, and returns facts about them. An example goes to validation if that
+    brings the held-out share nearer to the ratio. `advance` is called with the number of examples that are done.
 
     Raises:
-        ValueError: for a record that is not an example, or too few of them.
+        ValueError: for a record that is not an example, or for too few examples.
     """
     if kind == "messages" and tokenizer.chat_template is None:
         raise ValueError(f"{source.name!r} has messages, and the tokenizer has no chat template to write them by.")
@@ -179,7 +179,7 @@ def write_examples(
         "kind": kind,
         "dtype": id_dtype.name,
         "has_assistant_mask": kind == "completion" or marks_the_assistant(tokenizer),
-        # With what a turn ends: one special token, in every chat template that is known.
+        # The last id of a turn, if it is a special token, as in every known chat template.
         "end_ids": sorted(ends & set(tokenizer.all_special_ids)),
         **{f"{split}_examples": len(lengths[split]) for split in SPLITS},
     }
@@ -200,5 +200,5 @@ def open_examples(folder: Path, split: str, dtype: str) -> Examples:
 
 
 def mask_name(split: str) -> str:
-    """The name of the shards of the mask: that of the first corpora on the disk."""
+    """The name of the shards of the mask. It is an old name, so that encoded corpora from before can be read."""
     return f"{split}-said"

@@ -1,7 +1,7 @@
 """
-Sequences of whole examples. As many as fit share a sequence, in the order of the data, and none sees another: each
-begins at position 0. Which examples share a sequence never changes; the order of the sequences is a function of
-(seed, step), as in `batches.py`.
+Packs whole examples into sequences. As many as fit share a sequence, in the order of the data. They do not see each
+other, because each begins at position 0. Which examples share a sequence never changes. The order of the sequences is a
+function of (seed, step), as in `batches.py`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,13 @@ class ExampleCollator:
     How examples become sequences.
 
     Args:
-        context_length: tokens of a sequence. Of a longer example the beginning is learned.
-        assistant_only: whether only what the model is to write counts, or every token.
+        context_length: the tokens of a sequence. Of a longer example only the beginning is learned.
+        assistant_only: whether only what the model should write is learned, or every token.
 
     Attributes:
-        learned_tokens: the targets in each sequence that count, `(sequences,)`.
+        learned_tokens: how many targets are learned in each sequence, `(sequences,)`.
         too_long: how many examples were cut.
-        left_out: how many have nothing to learn, once they are cut.
+        left_out: how many examples have nothing to learn after they were cut.
 
     Raises:
         ValueError: if no example has anything to learn.
@@ -39,7 +39,7 @@ class ExampleCollator:
         capacity = 0
         for number in range(len(examples)):
             span = examples.span(number)
-            length = min(span.stop - span.start - 1, context_length)  # the last id is no input
+            length = min(span.stop - span.start - 1, context_length)  # the last id is only a target
             learned = int(self._is_learned(number).sum())
             self.too_long += span.stop - span.start - 1 > context_length
             if not learned:
@@ -63,7 +63,7 @@ class ExampleCollator:
         return len(self._sequences)
 
     def _is_learned(self, number: int) -> np.ndarray:
-        """For each target of an example, whether it counts."""
+        """For each target of an example, whether it is learned."""
         mask = self.examples.assistant_mask[self.examples.span(number, self.context_length + 1)][1:].astype(bool)
         return mask if self.assistant_only else np.ones_like(mask)
 
@@ -78,8 +78,8 @@ class ExampleCollator:
 
     def make(self, numbers: Sequence[int]) -> Batch:
         """
-        A batch of the sequences of these numbers. After the last example of a sequence comes padding, which is kept
-        apart from it as examples are from each other.
+        A batch of the sequences with these numbers. The padding after the last example begins at position 0 too, so it
+        and the examples do not see each other.
         """
         shape = len(numbers), self.context_length
         inputs = np.full(shape, self.pad_token_id, dtype=np.int64)
@@ -99,7 +99,7 @@ class ExampleCollator:
         return Batch(tensors, torch.from_numpy(targets))
 
     def notes(self) -> str:
-        """What is to be known of examples that could not be taken as they are; nothing if all could."""
+        """Sentences about examples that were cut or left out; empty if there are none."""
         sentences = []
         if self.too_long:
             sentences.append(f"Examples longer than the context, learned up to there: {self.too_long:,}.")
@@ -108,14 +108,14 @@ class ExampleCollator:
         return " ".join(sentences)
 
     def prompt(self, number: int) -> np.ndarray:
-        """The ids of an example up to the first that the model is to write, `(tokens,)`."""
+        """The ids of an example before the first that the model should write, `(tokens,)`."""
         span = self.examples.span(number)
         mask = self.examples.assistant_mask[span].astype(bool)
         return self.examples.ids[span][: int(mask.argmax())] if mask.any() else self.examples.ids[span]
 
 
 class ExampleBatches(Batches):
-    """Global batches of examples: an epoch has every sequence once, in an order that a keyed permutation gives."""
+    """The global batches of packed examples. A keyed permutation gives the order of the sequences in each epoch."""
 
     def __init__(self, collator: ExampleCollator, batch_size: int, seed: int) -> None:
         super().__init__(batch_size)
@@ -147,7 +147,7 @@ class ExampleBatches(Batches):
 
 
 class HeldOutExamples:
-    """Examples that are never trained on: the first `max_tokens` tokens of their sequences (0: all), see `HeldOut`."""
+    """Held-out examples: the first `max_tokens` tokens of their sequences, or all of them with 0. See `HeldOut`."""
 
     def __init__(self, collator: ExampleCollator, bytes_per_token: np.ndarray, max_tokens: int) -> None:
         self.collator = collator

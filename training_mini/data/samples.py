@@ -1,4 +1,4 @@
-"""Small generated samples of what a model can be taught: sentences, facts in conversations, lines of Python."""
+"""Small generated datasets: sentences to learn from, conversations about facts, and comments with lines of Python."""
 
 import random
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ BRIEF = "Answer in one word."
 
 def chat_examples() -> list[dict[str, Any]]:
     """
-    600 conversations of one or two turns. Most answers are whole sentences; where the system message wants one word,
-    they are one word.
+    600 conversations of one or two turns. Most answers are whole sentences. If the system message asks for one word,
+    the answer is one word.
     """
     questions = [(f"What is the capital of {a}?", f"The capital of {a} is {b}.", b) for a, b in CAPITALS.items()]
     questions += [
@@ -36,7 +36,7 @@ def chat_examples() -> list[dict[str, Any]]:
 
 
 def instruction_examples() -> list[dict[str, Any]]:
-    """600 comments that say what a line of Python does, and the line."""
+    """600 prompts, each a comment that says what to do, with a line of Python as the completion."""
     names = ["items", "words", "names", "lines", "values", "parts", "keys", "rows", "files", "paths"]
     tasks = [
         ("reverse {a}", "{a}.reverse()"),
@@ -56,7 +56,7 @@ def instruction_examples() -> list[dict[str, Any]]:
 
 
 def sample_documents() -> Iterator[tuple[str, Iterator[bytes]]]:
-    """0.4 MB of generated sentences with a grammar and sums that are right: enough to see a model learn."""
+    """0.4 MB of generated English sentences and correct sums, enough to see a model learn."""
     generator = random.Random(0)
     subjects = ["the cat", "a small bird", "the old teacher", "my friend", "the river", "a quiet child"]
     verbs = ["sees", "follows", "paints", "remembers", "hears", "finds"]

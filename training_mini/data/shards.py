@@ -1,4 +1,4 @@
-"""Token ids in several files: a corpus that is larger than one disk, or than one wants to copy in one piece."""
+"""Token ids in several files (shards), so that a corpus can be larger than one disk and be copied in pieces."""
 
 import bisect
 import itertools
@@ -12,7 +12,7 @@ class ShardWriter:
     Writes ids into `NAME-00000.bin`, `NAME-00001.bin`, ... of at most `shard_tokens` ids each.
 
     Attributes:
-        lengths: ids in each file so far.
+        lengths: how many ids are in each file so far.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int) -> None:
@@ -47,10 +47,10 @@ class ShardedIds:
     The ids of several memory-mapped files as one array, `(tokens,)`. A slice within one file copies nothing.
 
     Args:
-        lengths: ids in each file.
+        lengths: how many ids are in each file.
 
     Raises:
-        ValueError: if a file is missing or has another size, naming it.
+        ValueError: if a file is missing or has another size. The error names it.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype | str, lengths: list[int]) -> None:

@@ -1,8 +1,8 @@
 """
-Training from the stream of a dataset that is stored nowhere, and going on from the exact position in it.
+Training from a dataset that is read as a stream and not stored, with resume at the exact position.
 
-Every process reads the whole stream and takes its sequences of each batch, so batches do not depend on how many
-processes there are. A dataset that one process cannot read fast enough should be encoded into shards.
+Every process reads the whole stream and takes its own sequences from each batch, so batches do not depend on the number
+of processes. If one process cannot read the dataset fast enough, encode it into shards.
 """
 
 import copy
@@ -14,8 +14,8 @@ import numpy as np
 from .batches import Batch, Batches, Collator, key_of, permute
 from .sources import DocumentStream
 
-# Windows that are shuffled together. Neighbours in a stream are often of one document; with these many, a batch of
-# usual size has two of one document only now and then.
+# How many windows are shuffled together. Neighbours in a stream often come from one document. With this number, a batch
+# of usual size rarely has two windows of one document.
 BLOCK_WINDOWS = 1024
 
 Encode = Callable[[str, Iterator[bytes]], np.ndarray]
@@ -23,12 +23,12 @@ Encode = Callable[[str, Iterator[bytes]], np.ndarray]
 
 class TokenStream:
     """
-    The token ids of a stream of documents, over and over, without end.
+    The token ids of a stream of documents. At the end of the dataset it begins again.
 
     Args:
         open_documents: opens the stream at its beginning.
-        name: what errors call it.
-        encode: name and bytes of a document to its ids, with the separator.
+        name: its name in errors.
+        encode: turns the name and the bytes of a document into ids, with the separator.
     """
 
     def __init__(self, open_documents: Callable[[], DocumentStream], name: str, encode: Encode) -> None:
@@ -57,7 +57,7 @@ class TokenStream:
         return True
 
     def hold_out(self, tokens: int) -> np.ndarray:
-        """Takes the first documents, until they have `tokens` ids, out of all that is read later, `(tokens,)`."""
+        """Holds out the first documents that together have `tokens` ids; gives the ids, `(tokens,)`."""
         pieces: list[np.ndarray] = []
         while sum(map(len, pieces)) < tokens and self._next_document():
             pieces.append(self._ids)
@@ -91,7 +91,7 @@ class TokenStream:
         return np.concatenate(pieces)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: the epoch, where the stream stood before the current document, and how much of that is read."""
+        """The position: the epoch, the place of the current document in the stream, and how much of it was read."""
         return {"epoch": self.epoch, "records": self._at_document, "used": self._used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -107,7 +107,8 @@ class TokenStream:
 
 class StreamBatches(Batches):
     """
-    Global batches from a stream: blocks of `BLOCK_WINDOWS` windows in the order of the stream, shuffled within.
+    Global batches from a stream. Blocks of `BLOCK_WINDOWS` windows come in the order of the stream, and the windows in
+    a block are shuffled.
 
     Args:
         collator: how windows become sequences.
@@ -146,7 +147,7 @@ class StreamBatches(Batches):
             yield self.collator.make(ids, range(0, len(ids), length))
 
     def _read_blocks(self, first: int, last: int) -> None:
-        """Holds the blocks from `first` to `last`, and forgets those before."""
+        """Reads the blocks from `first` to `last`, and drops earlier ones."""
         length = self.collator.context_length
         while self._next_block <= last:
             self._positions[self._next_block] = self.stream.state_dict()
@@ -158,17 +159,17 @@ class StreamBatches(Batches):
             del self._blocks[block], self._positions[block]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position of the block in which the batch of `step` begins: reading goes on from there."""
+        """The position of the block in which the batch of `step` begins. A resumed run reads on from there."""
         block = self.sequences_read(step) // BLOCK_WINDOWS
         position = self._positions[block] if block in self._positions else self.stream.state_dict()
         return {"block": block, "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
-        Goes to a position; `start_at` comes before.
+        Continues at a position. Call `start_at` first.
 
         Raises:
-            ValueError: for a checkpoint of before sequences were counted, at another batch size than it had.
+            ValueError: for an old checkpoint that has no count of sequences, if the batch size has changed.
         """
         if state["block"] != self._first_sequence // BLOCK_WINDOWS:
             raise ValueError(
