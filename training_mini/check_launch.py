@@ -12,8 +12,7 @@ import tempfile
 from pathlib import Path
 
 from entry_points_mini import one_sentence_errors
-
-from .monitoring import read_metrics
+from files_mini import read_json_lines
 
 PROGRAM = Path(__file__).parent.parent / "train_accelerate.py"
 STEPS = 20
@@ -60,7 +59,7 @@ def run(command: list[str]) -> str:
 
 
 def losses(folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+    return [line["loss"] for line in read_json_lines(folder / "metrics.jsonl") if "loss" in line]
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ def show_cost(arguments: CostArguments) -> None:
     cost = ModelCost(config)
     length = length_within(arguments.length, config)
 
-    parameters = Table("part", title=f"{name}: {cost.num_parameters:,} parameters", title_justify="left")
+    console.print(f"{name}: {cost.num_parameters:,} parameters", soft_wrap=True, markup=False)
+    parameters = Table("part")
     parameters.add_column("parameters", justify="right")
     parameters.add_column("share", justify="right")
     for part, count in cost.parameters.items():
