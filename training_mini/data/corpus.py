@@ -6,16 +6,12 @@ settings that matter, so a second run starts at once, and a changed file is a di
 depend on the size of the corpus.
 """
 
-import codecs
-import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,6 @@ from files_mini import read_json, replace_folder, write_text
 from tokenization import (
     CHAT_TEMPLATE,
     ByteTokenizer,
-    CharTokenizer,
     MiniTokenizer,
     encode_messages,
     load_tokenizer,
@@ -38,15 +33,14 @@ from ..evaluation import HeldOut, HeldOutText
 from ..monitoring import progress_bar
 from .batches import Batches, Collator, TrainingBatches
 from .conversations import Examples, character_tokenizer, kind_of, open_examples, write_examples
-from .formats import PIECE_SIZE, decoded, guess_of_encoding, with_end
+from .documents import encode_pieces, write_documents
 from .packing import ExampleBatches, ExampleCollator, HeldOutExamples
-from .shards import ShardedIds, ShardWriter, shard_name
-from .sources import DocumentSource, find_stream, number_of_files, open_source, printable
+from .shards import ShardedIds
+from .sources import DocumentSource, find_stream, number_of_files, open_source
 from .streaming import StreamBatches, TokenStream
 
 FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
-SHARD_TOKENS = 2**29  # 1 GiB of 16-bit ids
 HELD_OUT_PROMPTS = 2  # examples that a model answers where no prompt was given
 
 
@@ -246,10 +240,7 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
             partial = folder.with_name(f"{folder.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
             partial.mkdir()
-            if kind is None:
-                encode_corpus(source, tokenizer, arguments, settings, partial, show_progress)
-            else:
-                encode_examples(source, kind, tokenizer, arguments, settings, partial, show_progress)
+            encode_corpus(source, kind, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
     corpus = open_corpus(source.name, folder)
     return dataclasses.replace(corpus, notes=notes_of(source, read_json(folder / FACTS)))
@@ -397,168 +388,22 @@ def content_digest(source: DocumentSource, cache: Path, show_progress: bool) -> 
 
 def encode_corpus(
     source: DocumentSource,
+    kind: str | None,
     tokenizer: PreTrainedTokenizerBase | None,
     arguments: DataArguments,
     settings: dict[str, Any],
     folder: Path,
     show_progress: bool,
 ) -> None:
-    """
-    Writes the shards of `train` and of `validation` (always one), `corpus.json` and the tokenizer into `folder`.
-
-    A document goes to validation whenever that brings the share held out nearer to the ratio. Where whole documents
-    cannot make the ratio (there is one, or a few long ones), the rest is taken from the end of the training ids, by
-    position.
-    """
-    passes = 2 if tokenizer is None else 1
-    total = source.total_bytes and source.total_bytes * passes
-    with progress_bar(f"Encoding {source.name}", total, "bytes", show_progress) as advance:
-
-        def documents() -> Iterator[tuple[str, Iterator[bytes]]]:
-            for name, pieces in source.read():
-                yield name, (advance(len(piece)) or piece for piece in pieces)
-
-        if tokenizer is None:
-            texts = (text for name, pieces in documents() for text in decoded(name, pieces, "utf-8", arguments.errors))
-            tokenizer = CharTokenizer.from_text(texts)
-        id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        separator = np.array([tokenizer.eos_token_id], dtype=id_dtype)
-        read_bytes = {"train": 0, "validation": 0}
-        number_of_documents = 0
-        not_utf8: list[tuple[str, str]] = []  # document, and a guess at its encoding
-        writers = {
-            "train": ShardWriter(folder, "train", id_dtype, SHARD_TOKENS),
-            "validation": ShardWriter(folder, "validation", id_dtype, sys.maxsize),
-        }
-        with contextlib.closing(writers["train"]), contextlib.closing(writers["validation"]):
-            for name, pieces in documents():
-                first = next(pieces, b"")
-                if not first:
-                    continue
-                # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
-                held_out = read_bytes["validation"] + len(first) / 2
-                is_due = held_out <= arguments.validation_ratio * (sum(read_bytes.values()) + len(first))
-                split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
-                all_pieces = counted(first, pieces, read_bytes, split)
-                if isinstance(tokenizer, ByteTokenizer):  # the others refuse or replace what is not UTF-8
-                    all_pieces = noticing(name, all_pieces, not_utf8)
-                for ids in encode_pieces(tokenizer, name, all_pieces, arguments.errors):
-                    writers[split].write(ids)
-                writers[split].write(separator)
-                number_of_documents += 1
-        if not number_of_documents:
-            raise ValueError(f"There is no text in {source.name!r}.")
-    tokens = {split: sum(writer.lengths) for split, writer in writers.items()}
-    by_position = move_tail(
-        folder, writers["train"].lengths, tokens["validation"], arguments.validation_ratio, id_dtype
-    )
-    tokens = {"train": tokens["train"] - by_position, "validation": tokens["validation"] + by_position}
-    if not tokens["train"] or not tokens["validation"]:
-        total = sum(tokens.values())
-        raise ValueError(f"{source.name!r} has {total} tokens, too few to train on some and hold some out.")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    facts = {
-        "dataset": source.name,
-        "documents": number_of_documents,
-        "train_tokens": tokens["train"],
-        "train_shards": writers["train"].lengths,
-        "validation_tokens": tokens["validation"],
-        "validation_tokens_by_position": by_position,
-        "dtype": id_dtype.name,
-        "text_bytes": sum(read_bytes.values()),
-        "settings": settings,
-    }
-    if source.found is not None:
-        facts["recoded_files"] = sum(not file.own_encoding.startswith("utf-8") for file in source.found.files)
-    if not_utf8:
-        facts["not_utf8"] = {"documents": len(not_utf8), "first": not_utf8[0][0], "guess": not_utf8[0][1]}
-    write_text(folder / FACTS, json.dumps(facts, indent=2) + "\n")
-
-
-def encode_examples(
-    source: DocumentSource,
-    kind: str,
-    tokenizer: PreTrainedTokenizerBase | None,
-    arguments: DataArguments,
-    settings: dict[str, Any],
-    folder: Path,
-    show_progress: bool,
-) -> None:
-    """As `encode_corpus`, for records that are examples to learn from."""
-    tokenizer = tokenizer or character_tokenizer(source)
-    with progress_bar(f"Encoding {source.name}", None, "examples", show_progress) as advance:
-        facts = write_examples(source, kind, tokenizer, arguments.validation_ratio, folder, advance)
+    """Writes the ids of documents, or of examples of a kind, the tokenizer, and `corpus.json` into `folder`."""
+    if kind is None:
+        tokenizer, facts = write_documents(source, tokenizer, arguments, folder, show_progress)
+    else:
+        tokenizer = tokenizer or character_tokenizer(source)
+        with progress_bar(f"Encoding {source.name}", None, "examples", show_progress) as advance:
+            facts = write_examples(source, kind, tokenizer, arguments.validation_ratio, folder, advance)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_text(folder / FACTS, json.dumps({"dataset": source.name, **facts, "settings": settings}, indent=2) + "\n")
-
-
-def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
-    """A piece that was read ahead and those behind it, their bytes counted under `split`."""
-    for piece in itertools.chain([first], rest):
-        counts[split] += len(piece)
-        yield piece
-
-
-def move_tail(folder: Path, lengths: list[int], held_out: int, ratio: float, id_dtype: np.dtype) -> int:
-    """
-    Moves the end of the training ids to validation where that, with `held_out` ids, has less than half its share.
-    Shortens `lengths`, the ids in each training shard, by what it moved, and returns that.
-    """
-    target = int((sum(lengths) + held_out) * ratio)
-    missing = target - held_out
-    if missing <= target / 2:
-        return 0
-    left = missing
-    moves = []  # from the last shard backwards: which, and where to cut it
-    for number in reversed(range(len(lengths))):
-        part = min(left, lengths[number])
-        lengths[number] -= part
-        moves.append((folder / shard_name("train", number), lengths[number] * id_dtype.itemsize))
-        left -= part
-        if not left:
-            break
-    with open(folder / shard_name("validation", 0), "ab") as validation_file:
-        for path, start in reversed(moves):
-            with open(path, "r+b") as file:
-                file.seek(start)
-                shutil.copyfileobj(file, validation_file)
-                file.truncate(start)
-            if not start:
-                path.unlink()
-    while lengths and not lengths[-1]:
-        lengths.pop()
-    return missing
-
-
-def noticing(name: str, pieces: Iterable[bytes], found: list[tuple[str, str]]) -> Iterator[bytes]:
-    """The same pieces; adds name and guess to `found` where they are not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    is_valid = True
-    for piece, is_last in with_end(pieces):
-        if is_valid:
-            try:
-                decoder.decode(piece, is_last)
-            except UnicodeDecodeError as error:
-                is_valid = False
-                found.append((printable(name), guess_of_encoding(error.object)))
-        if piece:
-            yield piece
-
-
-def encode_pieces(
-    tokenizer: PreTrainedTokenizerBase, name: str, pieces: Iterable[bytes], errors: str
-) -> Iterator[np.ndarray]:
-    """The ids of a document, piece by piece."""
-    if isinstance(tokenizer, ByteTokenizer):
-        yield from map(tokenizer.encode_corpus, pieces)
-    elif isinstance(tokenizer, CharTokenizer):
-        for text in decoded(name, pieces, "utf-8", errors):
-            yield tokenizer.encode_corpus(text.encode("utf-8"))
-    else:
-        # Any other tokenizer sees one piece at a time: a token across two pieces (4 MiB) is cut in two.
-        for text in decoded(name, pieces, "utf-8", errors):
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            yield np.array(ids["input_ids"], dtype=np.int64)
 
 
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

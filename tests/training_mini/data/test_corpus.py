@@ -16,6 +16,7 @@ from helpers.programs import ROOT, run_program, start_program
 from tokenization import ByteTokenizer, CharTokenizer
 from training_mini.arguments import DataArguments
 from training_mini.data import corpus as corpus_module
+from training_mini.data import documents as documents_module
 from training_mini.data import formats as formats_module
 from training_mini.data import sources as sources_module
 from training_mini.data.corpus import Corpus, load_corpus
@@ -282,7 +283,7 @@ def test_shards(load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shards, also where the held-out tail reaches over several of them, hold the ids of one file."""
     (tmp_path / "a.txt").write_bytes(bytes(range(256)) * 40)
     whole = load(tmp_path / "a.txt", validation_ratio=0.3)
-    monkeypatch.setattr(corpus_module, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(documents_module, "SHARD_TOKENS", 1000)
     monkeypatch.setattr(corpus_module, "FORMAT", "sharded")  # another place in the cache
     sharded = load(tmp_path / "a.txt", validation_ratio=0.3)
     folder = next(path.parent for path in (tmp_path / "cache").glob("corpora/*/train-00007.bin"))
