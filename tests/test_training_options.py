@@ -86,8 +86,8 @@ def test_samples_of_fixed_prompts(tmp_path: Path) -> None:
 
 
 def test_internals(tmp_path: Path) -> None:
-    train_here(tmp_path / "run", "--max_steps", 6, "--internals_steps", 3)
-    train_here(tmp_path / "plain", "--max_steps", 6)
+    train_here(tmp_path / "run", "--max_steps", 6, "--optimizer", "adamw", "--internals_steps", 3)
+    train_here(tmp_path / "plain", "--max_steps", 6, "--optimizer", "adamw")
     lines = [line for line in metrics(tmp_path / "run") if any(name.startswith("activations/") for name in line)]
     assert [line["step"] for line in lines] == [3, 6]
     for line in lines:

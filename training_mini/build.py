@@ -154,7 +154,7 @@ def load_state(run: Run) -> None:
     Loads the newest checkpoint that is whole.
 
     Raises:
-        ValueError: if there is none, or it belongs to other data, another model or other methods.
+        ValueError: if there is none, or it belongs to other data or another model, or cannot go on with these settings.
     """
     found, problems, error = None, [], None
     if run.accelerator.is_main_process:
@@ -235,7 +235,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
 def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
     """
     Raises:
-        ValueError: for settings that cannot work with so many processes, or with the checkpoint that is to go on;
+        ValueError: for settings that do not fit the number of processes or the checkpoint to resume from. This is
             before any data is read.
     """
     optimization = arguments.optimization
@@ -250,22 +250,22 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         try:
             state = read_state(states[-1])
         except (OSError, ValueError, TypeError):
-            return  # damaged: the one before it is used, and checked, when it is loaded
+            return  # damaged: `load_state` takes the checkpoint before it, and checks that
         from_tokenizer = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
         known = {}
-        if arguments.model.model is None:  # else its shape is known once it is loaded
+        if arguments.model.model is None:  # otherwise its shape is known only when it is loaded
             architecture = architecture_of(arguments.model.model_config())
             known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
         corpus = {}
-        if not is_encoded(arguments.data):  # else it has its own tokenizer
+        if not is_encoded(arguments.data):  # otherwise the tokenizer lies with the encoded corpus
             corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
         check_state(arguments.output_dir, state, corpus, known, methods_of(arguments), order_of(arguments, False))
 
 
 def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
     """
-    The model that learns: a new one of the right vocabulary, with sampling settings that suit small models, or a
-    trained one, with an adapter around it if that was asked for. It knows how what it is taught to say ends.
+    The model to train: a new one for the vocabulary of the corpus, or the one of `--model`, with an adapter if that was
+    asked for. The tokens that end an answer in the corpus also end what the model generates.
     """
     model = new_model(arguments, corpus) if arguments.model.model is None else trained_model(arguments)
     corpus.tokenizer.model_max_length = model.config.max_position_embeddings
@@ -279,6 +279,7 @@ def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
 
 
 def new_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
+    """A model with new weights, and settings for sampling that suit small models."""
     tokenizer = corpus.tokenizer
     bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     token_ids = {

@@ -152,39 +152,40 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def describe(model: PreTrainedModel, rows: int, length: int, bf16: bool, gradient_checkpointing: bool) -> str:
+def describe(model: PreTrainedModel, sequences: int, length: int, bf16: bool, gradient_checkpointing: bool) -> str:
     """
-    What share of a model learns, and the memory that this takes, beside that of training all of it.
+    A line for the user: what share of a model is trained, the memory for it, and for training all of the model.
 
-    The weights are counted as they lie there; gradients and the two moments of AdamW for what learns; activations by
-    the formula of `ModelCost`, as for training in full: a layer keeps its input for its adapter as it would for its
-    weight; and what the adapters keep beside it. Within 6 % of measured peaks, in bfloat16 15 % (docs/LOG.md).
+    The sum of the weights, in the size that they have in memory; gradients and the two moments of AdamW, for what is
+    trained; activations by the formula of `ModelCost`, as for training in full, because a layer keeps its input for its
+    adapter as it would for its weight; and what the adapters keep besides. Within 6 % of measured peaks, in bfloat16
+    15 % (docs/LOG.md).
 
     Args:
-        rows: sequences in a part of a batch on one device.
+        sequences: in a micro-batch on one device.
     """
     trainable = trainable_parameters(model)
-    # The packed weights of 4 bits count as half of what they are.
+    # A byte of 4-bit weights holds two; `num_parameters` counts both.
     total = model.num_parameters()
     share = f"{trainable:,} of {total:,} parameters learn ({trainable / total:.1%})"
     try:
         cost = ModelCost(model.config)
     except ValueError:
         return share  # not of Llama's shape
-    full = cost.training_memory(rows, length, "bfloat16" if bf16 else "float32", gradient_checkpointing)
+    full = cost.training_memory(sequences, length, "bfloat16" if bf16 else "float32", gradient_checkpointing)
     weights = model.get_memory_footprint()
-    kept = kept_by_adapters(model, rows * length) * (torch.bfloat16 if bf16 else torch.float32).itemsize
+    kept = kept_by_adapters(model, sequences * length) * (torch.bfloat16 if bf16 else torch.float32).itemsize
     if gradient_checkpointing:
-        kept /= model.config.num_hidden_layers  # it is there for one block at a time
+        kept /= model.config.num_hidden_layers  # kept for one block at a time
     needed = weights + 3 * trainable * torch.float32.itemsize + full.activations + kept + full.working
-    return f"{share}, about {in_mib(needed)} of memory for {rows} x {length} tokens; in full, {in_mib(full.total)}"
+    return f"{share}, about {in_mib(needed)} of memory for {sequences} x {length} tokens; in full, {in_mib(full.total)}"
 
 
 def kept_by_adapters(model: nn.Module, tokens: int) -> float:
     """
-    Numbers that adapters keep for the backward pass of so many tokens beside the input of their layer: with dropout,
-    the input that was left and what it was multiplied by, which is a byte each on a GPU; in DoRA, what the layer and
-    what the adapter put out, and the identity from which peft multiplies the adapter out.
+    How many numbers the adapters keep for the backward pass of so many tokens, besides the inputs of their layers.
+    With dropout: the inputs after dropout, and the mask, which on a GPU takes one byte for each. With DoRA: the outputs
+    of layer and adapter, and the identity matrix that peft multiplies by the adapter.
     """
     if not is_adapted(model):
         return 0

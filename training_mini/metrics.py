@@ -106,7 +106,7 @@ def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, fl
     Attention entropy of each layer, in nats, and statistics of activations at each site, on `windows` (windows,
     length). The model is left as it was.
     """
-    # Hooks and another attention would compile a compiled model anew.
+    # Hooks and another kind of attention would make torch compile the model again.
     with torch.compiler.set_stance("force_eager"):
         summary = summarize_attention(model, windows)
         training = model.training

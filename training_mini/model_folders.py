@@ -37,7 +37,7 @@ def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
         if is_adapted(model):
-            # An adapter never changes the embedding that it lies on, which peft would write too.
+            # An adapter does not change the embedding, and peft would write it all the same.
             model.save_pretrained(partial, save_embedding_layers=False)
             model.generation_config.save_pretrained(partial)
         else:

@@ -137,7 +137,7 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
 
 @contextlib.contextmanager
 def without_learning(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Within it, steps take their time and leave the weights as they are; behind it, the optimizers are as new."""
+    """Within it, steps take their time and change no weight. After it, the optimizers are as new."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     for group in groups:
