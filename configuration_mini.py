@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -95,6 +96,15 @@ class MiniConfig(MiniShape, PreTrainedConfig):
                 hint = nearest_name(field, list(cls.__dataclass_fields__)) or "."
                 raise ValueError(f"MiniConfig has no field {field!r}{hint}")
         return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def own_fields(cls) -> tuple[str, ...]:
+        """
+        The fields that shape a Mini: those of `MiniShape` and what the tokenizer decides, without what every
+        configuration of transformers has. Lists of fields are made from this one by what they leave out, so that a new
+        field is in all of them.
+        """
+        return (*(field.name for field in fields(MiniShape)), *cls.__annotations__)
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_key_value_heads is None:

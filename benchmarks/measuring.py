@@ -15,6 +15,7 @@ import torch
 import transformers
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
+from modeling_mini.export.native import SHARED_FIELDS
 from transformers import LlamaConfig
 
 
@@ -71,21 +72,7 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def llama_config_of(config: MiniConfig) -> LlamaConfig:
     """Llama in the shape of Mini; what is left to differ is Llama's: RMSNorm, and its own code."""
-    shape = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    )
-    return LlamaConfig(**{name: getattr(config, name) for name in shape})
+    return LlamaConfig(**{name: getattr(config, name) for name in (*SHARED_FIELDS, "head_dim")})
 
 
 def in_turns(turns: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 import transformers
+from configuration_mini import MiniConfig
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -38,10 +39,11 @@ from transformers.cache_utils import DynamicCache
 from .decoding import FIRST_ROOM, Turns
 
 # What the compiled step depends on, besides the shapes of the weights: fields of the config, and attributes of modules.
-CONFIG_FIELDS = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
-    "norm_type", "qk_norm",
-)  # fmt: skip
+FIELDS_WITHOUT_EFFECT = {
+    "embedding_dropout", "attention_dropout", "residual_dropout", "initializer_range", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id", "rope_parameters", "max_position_embeddings",
+}  # fmt: skip
+CONFIG_FIELDS = tuple(name for name in MiniConfig.own_fields() if name not in FIELDS_WITHOUT_EFFECT)
 MODULE_FIELDS = ("eps", "scaling")
 # The length with which the step is traced. The compiled step takes any length.
 EXAMPLE_LENGTH = 20

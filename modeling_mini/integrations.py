@@ -23,6 +23,8 @@ from .remote_code import AUTO_MAP, MODEL_MODULE, write_remote_code
 # bitsandbytes stores 4-bit weights in blocks of 64 along a row, and its CPU kernel takes 32 rows at once. With other
 # shapes a model loads, and then fails in its first call, or is saved wrongly (docs/LOG.md).
 BLOCK_COLUMNS, BLOCK_ROWS = 64, 32
+# What bitsandbytes does to weights, by the ending of its flags (load_in_8bit), and how it is called.
+QUANTIZATIONS = {"8bit": "INT8", "4bit": "INT4"}
 QUANTIZED_LAYERS = ("Linear4bit", "Linear8bitLt")
 # Arguments of `save_pretrained` that are for `push_to_hub`.
 HUB_ARGUMENTS = ("repo_id", "commit_message", "private", "revision", "create_pr", "commit_description", "tags")
@@ -114,8 +116,9 @@ def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> Non
     found, wanted = kind_of_quantization(model.config.quantization_config), kind_of_quantization(asked_for)
     if wanted is not None and wanted != found:
         raise ValueError(
-            f"{model.name_or_path!r} is in {found} already and was asked for in {wanted}: load it without a "
-            f"quantization_config, or quantize the model that it was made of."
+            f"{model.name_or_path!r} is in {QUANTIZATIONS.get(found)} already and was asked for in "
+            f"{QUANTIZATIONS[wanted]}: load it without a quantization_config, or quantize the model that it was made "
+            f"of."
         )
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     quantized = {name: model.get_submodule(name) for name, kind in kinds.items() if kind in QUANTIZED_LAYERS}
@@ -140,9 +143,8 @@ def check_quantized_layers(model: PreTrainedModel, asked_for: Any = None) -> Non
 
 
 def kind_of_quantization(config: Any) -> str | None:
-    """`"INT8"` or `"INT4"` for a configuration of bitsandbytes, and `None` for everything else."""
-    kinds = {"INT8": "load_in_8bit", "INT4": "load_in_4bit"}
-    return next((kind for kind, field in kinds.items() if getattr(config, field, False)), None)
+    """A key of `QUANTIZATIONS`, by the configuration of bitsandbytes; `None` without one, or for another method."""
+    return next((kind for kind in QUANTIZATIONS if getattr(config, f"load_in_{kind}", False)), None)
 
 
 def check_dora(model: PreTrainedModel, peft_config: Any) -> None:

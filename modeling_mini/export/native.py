@@ -28,14 +28,16 @@ from transformers import (
 
 from .card import Card
 
-# Fields that mean the same, under the same name, in all three and in Mini.
-SHARED_FIELDS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "use_cache"),
-    *("tie_word_embeddings", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id"),
-)
-# No native class has these. They are kept as further entries, which all readers pass over, for the way back.
+# No native class has these. They are kept as further entries for the way back; other readers ignore them.
 FIELDS_OF_MINI_ALONE = ("embedding_dropout", "residual_dropout")
+# These have other names or other meanings in one of the three classes: `native_config` translates them.
+TRANSLATED_FIELDS = (
+    "norm_type", "norm_eps", "qk_norm", "head_dim", "rope_parameters", "attention_bias", "mlp_bias"
+)  # fmt: skip
+# All others mean the same, under the same name, in all three and in Mini.
+SHARED_FIELDS = tuple(
+    name for name in MiniConfig.own_fields() if name not in (*FIELDS_OF_MINI_ALONE, *TRANSLATED_FIELDS)
+)
 # The check of what is written. Rounding makes differences of 1e-6; a frequency or a norm that is wrong, of 1e-1.
 CHECKED_TOKENS, LARGEST_DIFFERENCE = 256, 1e-3
 

@@ -28,6 +28,7 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import Card
+from .native import SHARED_FIELDS
 from .onnx_graph import build_graph
 
 WEB = Path(__file__).parent / "web"
@@ -125,10 +126,7 @@ def transformers_js_config(model: MiniForCausalLM, is_large: bool) -> dict[str, 
     The `config.json` for transformers.js, which knows a list of model types and not Mini. It takes the names of inputs
     and the number of layers from there, and all else from the graph; so a Mini of any kind goes by the name of Llama.
     """
-    names = (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        *("num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "tie_word_embeddings"),
-    )
+    names = [name for name in (*SHARED_FIELDS, "head_dim") if not name.endswith("_token_id")]
     # It takes these from here where `generation_config.json` has none, which for transformers means that there is none.
     ids = {name: getattr(model.generation_config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     # Without a dtype, transformers.js looks for the quantized file in a browser.

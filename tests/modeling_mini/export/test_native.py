@@ -13,7 +13,13 @@ from configuration_mini import PRESETS, ROPE_TYPES, MiniConfig
 from helpers.exports import HALF_TURNED, random_model, same_parameters, without_dtype
 from modeling_mini.export import export
 from modeling_mini.export.mini import mini_config, to_mini
-from modeling_mini.export.native import native_config, to_native
+from modeling_mini.export.native import (
+    FIELDS_OF_MINI_ALONE,
+    SHARED_FIELDS,
+    TRANSLATED_FIELDS,
+    native_config,
+    to_native,
+)
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -229,3 +235,11 @@ def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path: Path, mon
 
     with pytest.raises(ValueError, match="StableLmForCausalLM gives other logits"):
         export_native(random_model(), ByteTokenizer(), tmp_path)
+
+
+def test_every_field_of_a_mini_has_been_thought_of() -> None:
+    """One that is added later is shared by all three classes, or it is translated, or Mini's alone."""
+    for config_class in (LlamaConfig, Qwen3Config, StableLmConfig):
+        assert set(SHARED_FIELDS) <= set(config_class.__dataclass_fields__)
+    others = {*FIELDS_OF_MINI_ALONE, *TRANSLATED_FIELDS}
+    assert {*SHARED_FIELDS, *others} == set(MiniConfig.own_fields()) and not others & set(SHARED_FIELDS)
