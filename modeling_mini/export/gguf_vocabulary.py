@@ -1,10 +1,10 @@
 """
 The tokenizer of a GGUF file: byte-level BPE, with merges or without.
 
-llama.cpp reads no tokenizer.json. It has tokenizers of its own, which are told the tokens, the merges and, by a name,
-how text is split into words. Byte-level BPE is the one that gives the ids of transformers for any text. A character
-tokenizer is not among them: every tokenizer of llama.cpp drops unknown characters, or counts them by bytes or by runs,
-where Mini has one <|unk|> for each.
+llama.cpp does not read tokenizer.json. It has tokenizers of its own, which get the tokens, the merges, and the name of
+a way to split text into words. Its byte-level BPE gives the same ids as transformers for any text. It has no character
+tokenizer like Mini's, which reads each unknown character as one <|unk|>: its tokenizers drop unknown characters, or
+read one for each byte or for several characters.
 """
 
 import json
@@ -16,10 +16,10 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# How llama.cpp splits text. With merges it has to be as ByteLevel does. Without, no split changes an id, and this name
-# has `llama_detokenize` give text as it is: by "gpt-2" it drops spaces before punctuation.
+# How llama.cpp splits text. With merges, the split must be that of ByteLevel. Without merges, no split changes an id,
+# but the name matters: with "gpt-2", `llama_detokenize` drops spaces before punctuation.
 SPLIT_AS_BYTE_LEVEL, SPLIT_WITHOUT_MERGES = "gpt-2", "qwen2"
-# llama.cpp refuses a list without merges. This one joins two <|pad|>, and no text has symbols of more than a byte.
+# llama.cpp refuses an empty list of merges. This merge of two <|pad|> never applies, because text is read as bytes.
 NO_MERGE = "<|pad|> <|pad|>"
 END_OF_TURN = "<|end|>"
 
@@ -28,12 +28,12 @@ END_OF_TURN = "<|end|>"
 class Vocabulary:
     """
     Attributes:
-        tokens: by id, as the tokenizer writes them (bytes as characters).
-        types: by id, `gguf.TokenType`.
-        merges: pairs with a space between.
-        split: name of the way in which text is split into words.
-        add_bos: whether a prompt gets bos.
-        special_ids: by the name that llama.cpp gives them.
+        tokens: the token of each id, as in the tokenizer's vocabulary (bytes as characters).
+        types: the `gguf.TokenType` of each id.
+        merges: pairs of tokens with a space between.
+        split: the name of the way to split text into words.
+        add_bos: whether a prompt begins with bos.
+        special_ids: the ids of special tokens, by llama.cpp's names.
     """
 
     tokens: list[str]
@@ -50,7 +50,7 @@ class Vocabulary:
         The vocabulary of a tokenizer, for a model with `size` rows in its embedding.
 
         Raises:
-            ValueError: if llama.cpp would give other ids, naming why.
+            ValueError: if llama.cpp would give other ids, with the reason.
         """
         if len(tokenizer) > size:
             raise ValueError(
@@ -113,7 +113,7 @@ class Vocabulary:
 
 
 def obstacle(backend: dict[str, Any]) -> str | None:
-    """Why llama.cpp would give other ids than this tokenizer.json; `None` if it gives the same."""
+    """The reason why llama.cpp would give other ids than this tokenizer.json; `None` if it gives the same."""
     model = backend["model"]
     splitter = backend["pre_tokenizer"] or {}
     if splitter.get("type") == "Sequence" and len(splitter["pretokenizers"]) == 1:
@@ -143,8 +143,8 @@ def obstacle(backend: dict[str, Any]) -> str | None:
 
 def without_generation_marks(template: str) -> str:
     """
-    A chat template without the tags that mark what an assistant-only loss sees, which are no Jinja of everybody's. A
-    condition that always holds leaves the white space as it was.
+    A chat template without the `{% generation %}` tags, which mark the assistant's text and are not standard Jinja.
+    They become a condition that is always true, so that white space does not change.
     """
     template = re.sub(r"(\{%-?\s*)generation(\s*-?%\})", r"\1if true\2", template)
     return re.sub(r"(\{%-?\s*)endgeneration(\s*-?%\})", r"\1endif\2", template)

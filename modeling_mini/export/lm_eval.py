@@ -1,10 +1,10 @@
 """
-A task of lm-evaluation-harness that measures bits per byte on a text file, and gives what Mini's own evaluation gives.
+A task of lm-evaluation-harness that measures bits per byte on a text file, with the same result as Mini's evaluation.
 
-Two things would make them differ. The harness reads a long document in windows that each see the last token of the one
-before, where Mini's windows begin with bos, as its training rows do: so each document of the task is one window. And a
-window may end inside a character, which no text can: so a document is written in token ids, one character for each, and
-the task brings a tokenizer that reads them back.
+Two things would make the results differ. First, the harness reads a long document in windows, and each window sees the
+last token of the one before. Mini's windows begin with bos, like its training sequences. So each document of the task
+is one window. Second, a window may end inside a character, and a text cannot. So a document is written as token ids,
+one character for each id, and the task has a tokenizer that reads them back.
 """
 
 import json
@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from .card import Card
 
-# Unicode keeps these code points, and all after them, for private use. There is room for 131,072 ids.
+# In Unicode these code points, and all after them, are for private use. There are 131,072 of them.
 FIRST_CODE_POINT, ROOM = 0xF0000, 0x110000 - 0xF0000
 
-# The harness resolves the path of a data file against the folder that it is started in. Functions beside the task know
-# where they are, so the folder can be moved and shared.
+# The harness takes the path of a data file as relative to the folder in which it was started. A function beside the
+# task knows its own place, so the folder can be moved and shared.
 READER = '''"""The documents of the task, which lie beside this file, and how many bytes of text each stands for."""
 
 from pathlib import Path
@@ -59,8 +59,8 @@ class Options(Settings):
 
 def documents_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, str | int]]:
     """
-    Windows of `length` tokens: `ids` as characters, the `bytes` that they stand for (those of a character that two
-    windows share count in the first), and the `text`, for people.
+    Windows of `length` tokens: `ids` as characters, the number of `bytes` that they stand for, and the `text` for
+    people. The bytes of a character that two windows share are counted in the first window.
     """
     encoding = tokenizer(
         text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
@@ -83,7 +83,7 @@ def documents_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> 
 
 
 def tokenizer_of_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of `size` ids, each of them one character; bos is that of `tokenizer`."""
+    """A tokenizer of `size` ids, each written as one character, with the bos of `tokenizer`."""
     vocab = {chr(FIRST_CODE_POINT + token_id): token_id for token_id in range(size)}
     bos = chr(FIRST_CODE_POINT + tokenizer.bos_token_id)
     return PreTrainedTokenizerFast(
@@ -99,13 +99,13 @@ def export_lm_eval(
 
     Args:
         text_file: a UTF-8 text.
-        task_name: what `--tasks` calls it.
+        task_name: its name for `--tasks`.
 
     Raises:
-        ValueError: if the text is empty or not UTF-8, or the tokenizer has no bos or more ids than there is room for.
+        ValueError: if the text is empty or not UTF-8, or if the tokenizer has no bos or too many ids.
     """
     try:
-        text = Path(text_file).read_bytes().decode("utf-8")  # as it is: no newline is another
+        text = Path(text_file).read_bytes().decode("utf-8")  # as bytes, so that line ends do not change
     except UnicodeDecodeError as error:
         raise ValueError(f"{text_file} is not valid UTF-8 ({error.reason} at byte {error.start}).") from None
     if not text:

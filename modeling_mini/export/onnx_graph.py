@@ -1,10 +1,10 @@
 """
 A Mini as an ONNX graph: prefill and decoding with a cache in one, for any batch and any length.
 
-Built operator by operator from the weights, in the order of modeling_mini.py; each function has its twin there. ONNX
-has had Attention, RotaryEmbedding and RMSNormalization as operators of its own since opset 23, so the graph is short,
-and stays readable in a viewer. Tracing through torch.export gives one of four times as many nodes that runs at half the
-speed, and takes 20 seconds of a core where this takes 0.1 (docs/LOG.md).
+The graph is built operator by operator from the weights, in the order of modeling_mini.py; each function has its
+counterpart there. Since opset 23, ONNX has the operators Attention, RotaryEmbedding and RMSNormalization, so the graph
+is short and can be read in a viewer. A graph that is traced through torch.export has four times as many nodes, runs at
+half the speed, and takes 20 seconds of a core in place of 0.1 (docs/LOG.md).
 
     input_ids, position_ids (batch, length)
     attention_mask (batch, past + length): 1 for tokens, 0 for padding
@@ -12,7 +12,7 @@ speed, and takes 20 seconds of a core where this takes 0.1 (docs/LOG.md).
       -> logits (batch, length, vocab_size)
          present.N.key, .value (batch, key_value_heads, past + length, head_dim)
 
-These names are those that transformers.js and optimum look for.
+transformers.js and optimum expect these names.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ..modeling_mini import MiniForCausalLM, MiniRotaryEmbedding
 
 OPSET = 23
-IR_VERSION = 10  # of the file format: the oldest that knows the opset, for the oldest runtimes that do
+IR_VERSION = 10  # of the file format: the oldest with this opset, so that as many runtimes as possible read it
 # The norms that have an operator: its name, and the weights that it takes.
 NORMS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     nn.LayerNorm: ("LayerNormalization", ("weight", "bias")),
@@ -39,7 +39,7 @@ BATCH, LENGTH, PAST, TOTAL = "batch_size", "sequence_length", "past_sequence_len
 
 
 class Builder:
-    """Appends operators, and keeps what the graph reads and gives."""
+    """Appends operators to a graph, and keeps its inputs and outputs."""
 
     def __init__(self) -> None:
         self.tape = ir.tape.Tape()
@@ -48,7 +48,7 @@ class Builder:
         self._constants: dict[tuple[str, Any], ir.Value] = {}
 
     def __call__(self, op_type: str, *inputs: ir.Value, outputs: int = 1, **attributes: Any) -> Any:
-        """The result of an operator; a tuple of them where it has several."""
+        """Adds an operator; gives its output, or a tuple if it has several."""
         if outputs > 1:
             return tuple(self.tape.op_multi_out(op_type, inputs, attributes, num_outputs=outputs))
         return self.tape.op(op_type, inputs, attributes)
@@ -131,7 +131,7 @@ ACTIVATIONS: dict[str, Callable[[Builder, ir.Value], ir.Value]] = {
 def check_exportable(model: PreTrainedModel) -> None:
     """
     Raises:
-        ValueError: if the graph would not compute what the model does, naming what stands in the way.
+        ValueError: if the graph would not compute the same as the model, with the reason.
     """
     if type(model) is not MiniForCausalLM:
         raise ValueError(
@@ -152,10 +152,11 @@ def check_exportable(model: PreTrainedModel) -> None:
 
 def build_graph(model: MiniForCausalLM, share_embedding: bool = True) -> ir.Model:
     """
-    The graph of a model, in float32 whatever the type of its weights.
+    The graph of a model, always in float32.
 
     Args:
-        share_embedding: keep one matrix for a tied embedding and head. Quantization needs the head as a constant.
+        share_embedding: whether a tied embedding and head are one matrix. For quantization the head must be a constant
+            of its own.
 
     Raises:
         ValueError: see `check_exportable`.
@@ -180,10 +181,10 @@ def build_graph(model: MiniForCausalLM, share_embedding: bool = True) -> ir.Mode
         hidden_states = op("Add", hidden_states, mlp(op, f"{name}.mlp", layer.mlp, normed, config.hidden_act))
     normed = norm(op, "model.norm", model.model.norm, hidden_states)
     if share_embedding and model.lm_head.weight is model.model.embed_tokens.weight:
-        logits = op("MatMul", normed, op("Transpose", embedding, perm=[1, 0]))  # runtimes fold it when they load
+        logits = op("MatMul", normed, op("Transpose", embedding, perm=[1, 0]))  # runtimes fold it when loading
     else:
         logits = linear(op, "lm_head", model.lm_head, normed)
-    # First, where people look for it.
+    # The logits are the first output, as in other graphs.
     op.give(logits, "logits", BATCH, LENGTH, config.vocab_size)
     op.outputs.insert(0, op.outputs.pop())
     return op.model("mini")
@@ -212,7 +213,7 @@ class Turns(NamedTuple):
 
 
 def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value) -> Turns:
-    # A new one: that of the model may have adapted its frequencies to a long text.
+    # A new module, because the model's own may have changed its frequencies for a long text.
     rotary = MiniRotaryEmbedding(model.config)
     rope, rotary_dim = model.config.rope_parameters, 2 * len(rotary.original_inv_freq)
     frequencies = short = op.weight("inv_freq", rotary.original_inv_freq)
@@ -224,8 +225,9 @@ def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value
             long = op.weight("long_inv_freq", inv_freq)
             frequencies = op("Where", op("Greater", length, op.scalar(limit)), long, short)
         else:
-            # The base grows with the length beyond the context: theta * (factor * length / context - (factor - 1)) to
-            # the power of dim / (dim - 2). Frequencies are powers of the base, so that of the growth is a factor.
+            # Beyond the context, the base theta is multiplied by (factor * length / context - (factor - 1)) to the
+            # power of dim / (dim - 2). Frequencies are powers of the base, so each is multiplied by a power of this
+            # growth.
             context, factor = model.config.max_position_embeddings, float(rope["factor"])
             length = op("Cast", op("Max", length, op.scalar(context)), to=ir.DataType.FLOAT)
             growth = op("Sub", op("Mul", length, op.scalar(factor / context)), op.scalar(factor - 1))
@@ -242,8 +244,8 @@ def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value
 
 def causal_mask(op: Builder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
     """
-    What is added to the scores, (batch, 1, length, past + length): 0 where a token may look, else the smallest number.
-    Not minus infinity, of which a row of padding would become NaN.
+    The mask that is added to the scores, (batch, 1, length, past + length): 0 where a query may see a key, otherwise
+    the smallest number. Minus infinity would turn a row that is all padding into NaN.
     """
     total = op("Squeeze", op("Shape", attention_mask, start=1, end=2))
     length = op("Squeeze", op("Shape", input_ids, start=1, end=2))

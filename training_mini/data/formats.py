@@ -1,5 +1,5 @@
 """
-What a file holds, and how its bytes become text or records.
+Recognises what is in a file, and turns its bytes into text or records.
 
 To add a format of records, write a function that reads them and give it a suffix in `RECORD_FORMATS`. Everything else
 (folders, globs, compression, examples, streaming, the cache) follows from that one line.
@@ -24,10 +24,10 @@ from typing import Any
 import zstandard
 
 PIECE_SIZE = 1 << 22  # bytes that are read at a time
-HEAD_SIZE = 512  # bytes that tell what a file is: the mark of a tar archive lies at byte 257
+HEAD_SIZE = 512  # the bytes by which a file is recognised: a tar archive has its mark at byte 257
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 
-# What first bytes say of a file that is no text, and what makes text of it.
+# The first bytes of files that are not text, and what the user can do.
 FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"%PDF-", "a PDF; pdftotext makes text of it"),
     (b"PK\x03\x04", "a zip archive or an office document; unpack it, or save it as text"),
@@ -56,7 +56,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"ARROW1\x00\x00", "an Arrow file; save it as Parquet"),
     (b"GGUF", "a model"),
 )
-BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-32 begins as that of UTF-16 does
+BYTE_ORDER_MARKS = {  # the longer ones first, because the mark of UTF-32 begins with that of UTF-16
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -70,9 +70,9 @@ class DataFile:
     A file of text or of records.
 
     Attributes:
-        path: where it is. A suffix `.gz` or `.zst` says that it is compressed; letters count in either case.
-        encoding: that of the files that are not UTF-8.
-        errors: "strict", or "replace" to read what is not valid in the encoding as U+FFFD.
+        path: the file. A suffix `.gz` or `.zst` means that it is compressed. Suffixes may be in capital letters.
+        encoding: the encoding, if the file is not UTF-8.
+        errors: "strict", or "replace" to read bytes that are not valid in the encoding as U+FFFD.
     """
 
     path: Path
@@ -90,7 +90,7 @@ class DataFile:
 
     @property
     def suffix(self) -> str:
-        """The suffix that says what is inside, in small letters: `.jsonl` of `A.JSONL.gz`."""
+        """The suffix of the content, in small letters: `.jsonl` for `A.JSONL.gz`."""
         return (Path(self.path.stem) if self.compression else self.path).suffix.lower()
 
     @property
@@ -103,7 +103,7 @@ class DataFile:
         Its bytes without compression, in pieces of about `size` (`PIECE_SIZE`).
 
         Raises:
-            ValueError: if the compressed data is damaged, or ends before its end.
+            ValueError: if the compressed data is damaged or cut short.
         """
         size = size or PIECE_SIZE
         if self.compression is None:
@@ -124,7 +124,7 @@ class DataFile:
             return next(pieces, b"")[:HEAD_SIZE]
 
     def why_not_text(self) -> str | None:
-        """What it is where its first bytes show that it is neither text nor records; else `None`."""
+        """What the file is, if its first bytes show that it has neither text nor records; otherwise `None`."""
         if self.suffix == ".parquet":
             return None  # its reader says what is wrong with it
         head = self.head
@@ -152,9 +152,9 @@ class DataFile:
     @functools.cached_property
     def own_encoding(self) -> str:
         """
-        The encoding that this file is read in: UTF-8 where it is valid UTF-8, else the one that was asked for. So one
-        flag reads a folder of which some files are UTF-8. An encoding that writes other characters in the bytes of
-        ASCII (UTF-7, ISO-2022, EBCDIC) cannot be told from UTF-8, and is taken as asked.
+        The encoding with which this file is read: UTF-8 if it is valid UTF-8, and otherwise the one that was asked for.
+        So one flag reads a folder in which some files are UTF-8. Some encodings (UTF-7, ISO-2022, EBCDIC) write other
+        characters with the bytes of ASCII. Their files may look like UTF-8, so they are read as the user asked.
         """
         if self.encoding in ("utf-8", "utf-8-sig"):
             return self.encoding
@@ -175,11 +175,11 @@ class DataFile:
 
     def pieces(self) -> Iterator[bytes]:
         """
-        Its text as UTF-8. What was UTF-8 comes byte by byte as it is in the file, valid or not.
+        Its text as UTF-8. A file in UTF-8 gives exactly its bytes, valid or not.
 
         Raises:
-            ValueError: naming file and byte, if it begins as UTF-16 and nobody said so, or is not valid in another
-                encoding than UTF-8.
+            ValueError: if it begins like UTF-16 and the user did not say so, or if it is not valid in an encoding other
+                than UTF-8. The error names the file and the byte.
         """
         self._refuse_unnamed_utf16()
         if self.own_encoding == "utf-8":
@@ -193,7 +193,7 @@ class DataFile:
         Its text, without a byte order mark.
 
         Raises:
-            ValueError: naming file and byte, if it is not valid in its encoding.
+            ValueError: if it is not valid in its encoding. The error names the file and the byte.
         """
         self._refuse_unnamed_utf16()
         is_first = True
@@ -215,20 +215,21 @@ class DataFile:
         Its records, read as a stream.
 
         Args:
-            columns: those that are needed; others may be left out.
+            columns: the columns that are needed; others may be left out.
 
         Raises:
-            ValueError: naming the file, if it cannot be read as what its name says.
+            ValueError: if the file cannot be read in the format of its suffix. The error names the file.
         """
         return self.record_format.read(self, columns)
 
 
 def decoded(name: str, pieces: Iterable[bytes], encoding: str, errors: str) -> Iterator[str]:
     """
-    The text of pieces of bytes, also where a character lies in two of them.
+    The text of pieces of bytes. A character may be split between two pieces.
 
     Raises:
-        ValueError: naming document and byte, if the bytes are not valid in the encoding and `errors` is `"strict"`.
+        ValueError: if the bytes are not valid in the encoding and `errors` is `"strict"`. The error names the document
+            and the byte.
     """
     decoder = codecs.getincrementaldecoder(encoding)(errors)
     offset = 0
@@ -238,7 +239,7 @@ def decoded(name: str, pieces: Iterable[bytes], encoding: str, errors: str) -> I
             text = decoder.decode(piece, is_last)
         except UnicodeDecodeError as error:
             at = offset - held_back + error.start
-            # An encoding by its own name: iso8859-1, and not what was typed.
+            # `encoding` is the standard name, such as iso8859-1, and not what the user typed.
             title = "UTF-8" if encoding == "utf-8" else f"{encoding} text"
             advice = "--errors replace reads such bytes as U+FFFD"
             if encoding == "utf-8":
@@ -250,7 +251,7 @@ def decoded(name: str, pieces: Iterable[bytes], encoding: str, errors: str) -> I
 
 
 def with_end(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each piece with `False`, and behind the last an empty one with `True`."""
+    """Each piece with `False`, and at the end an empty piece with `True`."""
     for piece in pieces:
         yield piece, False
     yield b"", True
@@ -276,10 +277,10 @@ def gunzip(path: Path, size: int) -> Iterator[bytes]:
 
 
 def unzstd(path: Path, size: int) -> Iterator[bytes]:
-    """As `gunzip`. zstandard's own reader of streams takes a cut file for a whole one, so each frame's end is asked."""
+    """Like `gunzip`. zstandard's stream reader does not notice that a file is cut, so this checks the frames' ends."""
     decompressor = None
     with open(path, "rb") as stream:
-        while data := stream.read(min(size, 1 << 14)):  # what this unpacks to is in memory at once
+        while data := stream.read(min(size, 1 << 14)):  # the result of one piece is in memory as a whole
             while data:
                 if decompressor is None or decompressor.eof:
                     decompressor = zstandard.ZstdDecompressor().decompressobj()
@@ -294,7 +295,7 @@ COMPRESSIONS: dict[str, Callable[[Path, int], Iterator[bytes]]] = {".gz": gunzip
 
 
 def json_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
-    """Records one a line, or as one list. Each is read by itself, so a column may hold anything in each record."""
+    """One record in each line, or one list of records. A column may have another type in each record."""
     texts = file.texts()
     beginning = ""
     while not beginning and (text := next(texts, None)) is not None:
@@ -312,15 +313,15 @@ def json_values_of_lines(file: DataFile, texts: Iterable[str]) -> Iterator[tuple
         if line.strip():
             try:
                 yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # also too many digits for Python, or too deep for it
+            except (ValueError, RecursionError) as error:  # also for too many digits, or too many nested lists
                 needed = "needed is one object a line, or one list of objects"
                 raise unreadable(file, "json", f"line {number}: {error}; {needed}") from None
 
 
 def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """The values of one list, of which no more than one and a piece are in memory."""
+    """The values of one list. Only one value and one piece of the file are in memory."""
     decoder, texts = json.JSONDecoder(), iter(texts)
-    text, at, gone, number = next(texts), 1, 0, 0  # behind the bracket
+    text, at, gone, number = next(texts), 1, 0, 0  # after the bracket
     while True:
         while True:
             at = NO_VALUE.match(text, at).end()
@@ -334,7 +335,8 @@ def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[
             except RecursionError as error:
                 raise unreadable(file, "json", f"record {number}: {error}") from None
             except json.JSONDecodeError as error:
-                # At the end of what was read more of it may help, and where a string does not end.
+                # The value may be cut: if the error is at the end of what was read, or a string does not end, read
+                # more.
                 may_be_cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")
                 more = next(texts, None) if may_be_cut else None
                 if more is None:
@@ -353,7 +355,7 @@ NO_VALUE = re.compile(r"[\s,]*")
 
 
 def lines_of(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of a text in pieces, without their ends. Only a line feed ends one."""
+    """The lines of a text that comes in pieces, without their ends. Only a line feed ends a line."""
     rest = ""
     for text in texts:
         *lines, rest = (rest + text).split("\n")
@@ -366,11 +368,11 @@ CSV_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)")
 
 
 def csv_lines(texts: Iterable[str]) -> Iterator[str]:
-    """The lines of a text in pieces, with their ends, of any of the three kinds."""
+    """The lines of a text that comes in pieces, with their ends: line feed, carriage return, or both."""
     rest = ""
     for text in texts:
         rest += text
-        # A carriage return at the very end may be the first half of an end.
+        # A carriage return at the end of a piece may be followed by a line feed in the next.
         end = max(rest.rfind("\n"), rest.rfind("\r", 0, len(rest) - 1)) + 1
         yield from CSV_LINE.findall(rest, 0, end)
         rest = rest[end:]
@@ -382,11 +384,11 @@ def separated_records(
     file: DataFile, columns: Collection[str] | None, separator: str, name: str
 ) -> Iterator[dict[str, Any]]:
     """
-    The rows below a header. Each cell is the text that stands there: `NA`, `007` and `true` are text, and so is a
-    date. A row that ends early has `None` in its last columns.
+    The rows after a header. Every cell is text, exactly as in the file: also `NA`, `007`, `true` and dates. If a row
+    has too few cells, its last columns are `None`.
     """
-    csv.field_size_limit(sys.maxsize)  # else a cell of more than 128 KiB is an error
-    end = "end of the file"  # as a row of its own, it shows that no quote is open there
+    csv.field_size_limit(sys.maxsize)  # the default refuses a cell of more than 128 KiB
+    end = "end of the file"  # if this does not come back as a row of its own, a quote was not closed
     reader = csv.reader((line for part in (csv_lines(file.texts()), [end]) for line in part), delimiter=separator)
     rows = ((row, reader.line_num) for row in reader if row)
     header: list[str] | None = None
@@ -401,7 +403,7 @@ def separated_records(
                     counts = f"{len(row)} cells, and the header {len(header)}"
                     raise unreadable(file, name, f"the row that ends in line {line} has {counts}")
                 cells = row[: len(header)] + [None] * (len(header) - len(row))
-                # Of two columns of one name the first counts.
+                # If two columns have the same name, the first is used.
                 yield dict.fromkeys(header) | dict(zip(reversed(header), reversed(cells), strict=True))
             row, line = next_row, next_line
     except csv.Error as error:
@@ -411,7 +413,7 @@ def separated_records(
 
 
 def refuse_other_separator(file: DataFile, header: list[str], separator: str, columns: Collection[str] | None) -> None:
-    """Raises ValueError for a single column whose name shows that something else separates, unless it was named."""
+    """Raises ValueError if there is one column whose name contains another separator, unless the user named it."""
     if len(header) > 1 or header[0] in (columns or ()):
         return
     if found := [other for other in ",;\t|" if other in header[0] and other != separator]:
@@ -422,7 +424,7 @@ def refuse_other_separator(file: DataFile, header: list[str], separator: str, co
 
 
 def parquet_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet  # here, because it takes long to import and most corpora do not need it
+    import pyarrow.parquet  # imported here, because it takes long and most corpora do not need it
 
     source = io.BytesIO(b"".join(file.raw_pieces())) if file.compression else file.path
     try:
@@ -437,7 +439,7 @@ def parquet_records(file: DataFile, columns: Collection[str] | None) -> Iterator
 
 
 def from_json(value: Any) -> Any:
-    """What stands in the strings of a column of JSON, which is how `datasets` stores messages of several shapes."""
+    """Parses the strings of a JSON column. `datasets` stores messages like this if their fields differ."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     return json.loads(value) if isinstance(value, str) else value
@@ -453,9 +455,9 @@ class RecordFormat:
     A format of records.
 
     Attributes:
-        read: gives the records of a file; it need not read other columns than those it is asked for, if any.
-        is_often_without_text: whether such files lie beside texts and hold settings or tables. In a folder, one in
-            which no text is found is left out and counted, and no error.
+        read: gives the records of a file. It may leave out columns that it is not asked for.
+        is_often_without_text: whether such files often contain settings or tables. If such a file in a folder has no
+            text, it is left out and counted; it is not an error.
     """
 
     read: Callable[[DataFile, Collection[str] | None], Iterator[dict[str, Any]]]
@@ -473,5 +475,5 @@ RECORD_FORMATS = {
 
 
 def known_suffixes() -> tuple[str, ...]:
-    """The suffixes of the files that a folder is searched for."""
+    """The suffixes of the files that are read from a folder."""
     return (*TEXT_SUFFIXES, *RECORD_FORMATS)

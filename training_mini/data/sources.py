@@ -1,8 +1,8 @@
 """
-Where documents come from: the standard library, a generated sample, files, or a dataset on the Hub.
+Finds the documents of a dataset: the standard library, a generated sample, files, or a dataset on the Hub.
 
-A document is a name and an iterator over bounded pieces of its bytes, so that one file larger than memory is no
-different from many small ones.
+A document is a name and an iterator over pieces of its bytes. The pieces have a limited size, so a file may be larger
+than the memory.
 """
 
 import collections
@@ -28,11 +28,11 @@ from .samples import chat_examples, instruction_examples, sample_documents
 BUILT_IN = ("python-stdlib", "sample", "chat-sample", "instruction-sample")
 TEXT_COLUMNS = ("text", "content", "document", "story", "code")
 EXAMPLE_COLUMNS = ("messages", "prompt", "completion")
-SAMPLED_BYTES = 4096  # of each of the places of a file that are looked at for changes
+SAMPLED_BYTES = 4096  # read at each of `SAMPLED_PLACES` places of a file, to see whether it has changed
 SAMPLED_PLACES = 16
 
 Document = tuple[str, Iterator[bytes]]
-Record = tuple[str, dict[str, Any]]  # what errors call it, and its columns
+Record = tuple[str, dict[str, Any]]  # its name in errors, and its columns
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ class DocumentSource:
 
     Attributes:
         name: what the user asked for.
-        quick_key: changes whenever the content may have changed, and costs little reading.
-        digest: computes a hash of the content itself; calls its argument with the number of bytes gone through.
+        quick_key: changes whenever the content may have changed. To compute it, little is read.
+        digest: computes a hash of the content. It calls its argument with the number of bytes that it has read.
         read: starts an iteration over the documents, always in the same order.
-        total_bytes: what `digest` and `read` will go through, for a progress bar; `None` where nobody knows.
-        records: starts an iteration over the records, with the columns of examples, where records are what there is.
-        found: the files that are read, and those that are not; nothing where the text is not in files here.
-        read_as: what else than the content decides what is read from it: the formats of the files.
+        total_bytes: how many bytes `digest` and `read` will read, for a progress bar; `None` if that is not known.
+        records: starts an iteration over the records, with the columns of examples; `None` if it is not records.
+        found: the files that are read and those that are not; `None` if the dataset is not files on this disk.
+        read_as: the formats of the files, because the same content may be read in another way.
     """
 
     name: str
@@ -64,18 +64,18 @@ class DocumentSource:
 @dataclass
 class FoundFiles:
     """
-    What a name stands for.
+    The files that `--dataset` means.
 
     Attributes:
-        files: those to read, in order.
-        names_left_out: the others, by the reason.
+        files: the files to read, in order.
+        names_left_out: the names of the other files, by the reason for which they are not read.
     """
 
     files: list[DataFile] = field(default_factory=list)
     names_left_out: dict[str, list[str]] = field(default_factory=lambda: collections.defaultdict(list))
 
     def sentence(self, beginning: str) -> str:
-        """A sentence that says behind `beginning` how many files are not read, and for each reason which."""
+        """A sentence that begins with `beginning` and then says how many files are not read, and why."""
         phrases = [
             f"{printable(names[0])}: {reason}"
             if len(names) == 1
@@ -88,16 +88,16 @@ class FoundFiles:
 
 
 def printable(name: str) -> str:
-    """A name of a file in characters that every terminal takes, also where its bytes are no text."""
+    """The name of a file in characters that can be printed, even if the name is not valid text."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def open_source(arguments: DataArguments) -> DocumentSource:
     """
-    Finds what `--dataset` names. Of files, their names, sizes and times and a few bytes are looked at.
+    Finds what `--dataset` names. It looks at the names, sizes, times and a few bytes of files, and does not read them.
 
     Raises:
-        ValueError: if there is nothing of that name, or nothing in it that holds text.
+        ValueError: if there is nothing of that name, or nothing with text in it.
     """
     name = arguments.dataset
     if name == "python-stdlib":
@@ -112,7 +112,7 @@ def open_source(arguments: DataArguments) -> DocumentSource:
 
 def find_files(arguments: DataArguments) -> FoundFiles | None:
     """
-    The files that a path, a folder or a glob stands for; `None` for a name that may be one on the Hub.
+    The files of a path, a folder or a glob; `None` for a name that may be a dataset on the Hub.
 
     Raises:
         ValueError: if there is no such file, or none with text.
@@ -142,8 +142,8 @@ def find_files(arguments: DataArguments) -> FoundFiles | None:
 
 def walk(folder: Path) -> Iterator[str]:
     """
-    All files below a folder, in the order of their names; a folder behind a link too, once. What is hidden is given
-    by the name of its topmost folder, and not entered.
+    All files in a folder and its subfolders, in the order of their names. Links to folders are followed, each folder
+    once. A hidden folder is listed by its name, and the files in it are not.
     """
     entered = {os.path.realpath(folder)}
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -162,8 +162,8 @@ def is_hidden(name: str) -> bool:
 
 def choose(candidates: Iterable[str], is_folder: bool, arguments: DataArguments) -> FoundFiles:
     """
-    Those of many files that are text or records. Of a folder, only files of the known suffixes are; of a glob, all
-    that do not show by their first bytes that they are something else.
+    Chooses the files that are text or records. In a folder these are the files with a known suffix. For a glob they are
+    all files, except those whose first bytes show that they are something else.
     """
     found = FoundFiles()
     real_paths: set[str] = set()
@@ -186,7 +186,7 @@ def choose(candidates: Iterable[str], is_folder: bool, arguments: DataArguments)
             real_paths.add(real)
             found.files.append(file)
     for suffix, files in unknown.items():
-        # One of each suffix is opened: there may be a hundred thousand pictures.
+        # Only one file of each suffix is opened, because there may be a hundred thousand pictures.
         reason = files[0].why_not_text()
         if reason is None:
             pattern = f"*{suffix}" if suffix else "*"
@@ -196,7 +196,7 @@ def choose(candidates: Iterable[str], is_folder: bool, arguments: DataArguments)
 
 
 def why_no_records(file: DataFile, is_folder: bool, text_column: str | None) -> str | None:
-    """Why there is nothing to learn in a file of a format that often holds settings, where it lies in a folder."""
+    """Why a file in a folder is not read, if its format is often used for settings and it has no text."""
     if not (is_folder and file.record_format is not None and file.record_format.is_often_without_text):
         return None
     try:
@@ -214,7 +214,9 @@ def standard_library_files() -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = []
     for parent, folders, names in os.walk(root):
-        folders[:] = [folder for folder in folders if folder not in left_out]  # installed packages take a second to see
+        folders[:] = [
+            folder for folder in folders if folder not in left_out
+        ]  # to walk installed packages takes a second
         files += [Path(parent, name) for name in names if name.endswith(".py")]
     if not files:
         raise ValueError(f"The standard library of this Python has no source in {root}; name another --dataset.")
@@ -238,7 +240,7 @@ def sample_of_examples(name: str) -> DocumentSource:
 
 
 def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> DocumentSource:
-    """Documents of files: a text file is one, and so is each record of a file of records."""
+    """The documents of files. A text file is one document; in a file of records each record is one."""
     files = found.files
     stats = [quick_look(file.path) for file in files]
 
@@ -263,7 +265,7 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
                 yield f"{file} record {number}", record
 
     has_records = all(file.record_format is not None for file in files)
-    # Of text, the content is all that counts; of records, also by what format they are read.
+    # For text only the content matters. For records the format matters too.
     read_as = [file.suffix for file in files] if any(file.record_format is not None for file in files) else []
     return DocumentSource(
         name=name,
@@ -279,9 +281,10 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
 
 def quick_look(path: Path) -> dict[str, Any]:
     """
-    What changes when a file does. Size and time alone do not: many tools set the time back, and a second write within
-    one tick of the clock does not change it. So the time at which the system last noted a change, which nobody can
-    set, and samples of the content are taken too: all of a file of up to 64 KiB, and 16 places of a larger one.
+    Facts about a file that change when the file changes. Size and time of modification are not enough: many tools set
+    that time back, and it does not change if a file is written twice within one tick of the clock. So there are also
+    the time that the system itself notes (ctime, which cannot be set), and samples of the content: all of it up to 64
+    KiB, and 16 places of a larger file.
     """
     stat = path.stat()
     samples = hashlib.sha256()
@@ -302,7 +305,7 @@ def quick_look(path: Path) -> dict[str, Any]:
 
 
 def file_documents(file: DataFile, arguments: DataArguments, first: int = 0) -> Iterator[Document]:
-    """The documents of a file of records, from record `first` on."""
+    """The documents of a file of records, beginning with record `first`."""
     column = arguments.text_column
     if column is None:
         record = next(file.records(), None)
@@ -317,10 +320,10 @@ def record_documents(
     name: str, records: Iterable[tuple[int, dict[str, Any]]], text_column: str | None, errors: str = "strict"
 ) -> Iterator[Document]:
     """
-    Documents of the text column of numbered records. An empty text, or none, is no document.
+    The documents in the text column of numbered records. A record without text gives no document.
 
     Raises:
-        ValueError: naming the record, for one without the column or with something else than text in it.
+        ValueError: if a record does not have the column, or has something other than text in it. The error names it.
     """
     column = text_column
     for number, record in records:
@@ -339,7 +342,7 @@ def record_documents(
         try:
             data = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            # JSON can write half of a pair of surrogates, as programs do that cut a text.
+            # Programs that cut a text may leave half of a surrogate pair in JSON.
             if errors == "strict":
                 raise ValueError(
                     f"Record {number} of {name} has half of a character (U+{ord(text[error.start]):04X}) at character "
@@ -357,10 +360,10 @@ def no_column(name: str, column: str, record: dict[str, Any]) -> str:
 
 def find_text_column(name: str, record: dict[str, Any], text_column: str | None) -> str:
     """
-    The column that was asked for, one of the usual name, or the only one that holds text.
+    The column with the text: the one that was asked for, one with a usual name, or the only one that contains text.
 
     Raises:
-        ValueError: if there is none, or the records are conversations, which no caller of this can learn from.
+        ValueError: if there is none, or if the records are conversations, which are not read as text.
     """
     if text_column is not None:
         if text_column not in record:
@@ -371,14 +374,14 @@ def find_text_column(name: str, record: dict[str, Any], text_column: str | None)
             f"{name} has {' and '.join(record)}, which are learned only where all files are of records, and not "
             f"streamed: leave out the other files or --streaming, or name the column that is text by --text_column."
         )
-    for kind in (str, type(None)):  # the record at hand may be one without text
+    for kind in (str, type(None)):  # this record may be one without text
         for column in TEXT_COLUMNS:
             if column in record and isinstance(record[column], kind):
                 return column
     columns = [column for column, value in record.items() if isinstance(value, str)]
     if len(columns) > 1:  # in CSV, numbers are text too
         columns = [column for column in columns if not looks_like_number(record[column])]
-    if not columns:  # the one of a usual name holds something else, which is said when it is read
+    if not columns:  # a column with a usual name and no text gives an error when it is read
         columns = [column for column in TEXT_COLUMNS if column in record][:1]
     if len(columns) != 1:
         raise ValueError(
@@ -389,7 +392,7 @@ def find_text_column(name: str, record: dict[str, Any], text_column: str | None)
 
 
 def looks_like_number(text: str) -> bool:
-    """Whether a cell holds a number, a truth value or nothing."""
+    """Whether a cell is a number, true, false or empty."""
     try:
         float(text or "0")
     except ValueError:
@@ -398,7 +401,7 @@ def looks_like_number(text: str) -> bool:
 
 
 def kind_of_examples(record: Collection[str]) -> str | None:
-    """What a record with these columns teaches: "messages", "completion", or nothing but its text."""
+    """The kind of example that a record with these columns is: "messages", "completion", or `None` for text."""
     if "messages" in record:
         return "messages"
     return "completion" if "prompt" in record and "completion" in record else None
@@ -423,7 +426,7 @@ def hub_source(arguments: DataArguments) -> DocumentSource:
 
 
 def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":  # noqa: F821
-    import datasets  # here, because it takes a second to import and most corpora do not need it
+    import datasets  # imported here, because it takes a second and most corpora do not need it
 
     name = arguments.dataset
     try:
@@ -437,24 +440,24 @@ def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "datasets.Dat
 
 
 class DocumentStream(Protocol):
-    """Documents that are stored nowhere, one after the other, and the position among them."""
+    """Documents that come one after the other and are not stored, with a position among them."""
 
     def __iter__(self) -> Iterator[Document]:
         """The documents from the position to the end."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The position behind the document that was given last, as JSON can hold it."""
+        """The position after the last document, in a form that JSON can store."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position, before the iteration begins."""
+        """Goes to a position. Call it before the iteration begins."""
 
 
 class FileStream:
-    """The records of local files as documents. Each file is read by itself, so their columns may differ."""
+    """The records of local files as documents. Each file is read separately, so the files may have other columns."""
 
     def __init__(self, files: list[DataFile], arguments: DataArguments) -> None:
         self.files, self.arguments = files, arguments
-        self._file, self._record = 0, 0  # where the next document is looked for
+        self._file, self._record = 0, 0  # where the next document is
 
     def __iter__(self) -> Iterator[Document]:
         while self._file < len(self.files):
@@ -471,7 +474,7 @@ class FileStream:
         if "examples_iterable" not in state:
             self._file, self._record = state["file"], state["record"]
             return
-        # Runs of before had `datasets` read the files: it notes where a table began, and what was used since.
+        # Old checkpoints are from `datasets`, which stored where a table began and how much of it was used.
         inner = state["examples_iterable"]
         begun = inner.get("previous_state") or inner.get("examples_iterable", inner)
         used = inner.get("num_chunks_since_previous_state", 0) if inner.get("previous_state") else 0
@@ -499,7 +502,7 @@ class HubStream:
         try:
             for number, record in enumerate(self.dataset):
                 yield number, record
-        except Exception as error:  # of whatever library reads this format from the network
+        except Exception as error:  # any library may be reading this format from the network
             detail = " ".join(str(error.__cause__ or error).split())[:200]
             raise ValueError(
                 f"The stream of {self.arguments.dataset!r} broke off after {number + 1:,} records of this run "
@@ -515,11 +518,11 @@ class HubStream:
 
 def find_stream(arguments: DataArguments) -> tuple[Callable[[], DocumentStream], tuple[str, ...]]:
     """
-    What opens the records of a dataset as a stream that knows its position, of the Hub or of local files; and what is
-    to be known of the files, a sentence each.
+    A function that opens the records of a dataset (on the Hub or in local files) as a stream with a position, and
+    sentences about the files for the user.
 
     Raises:
-        ValueError: for text files, which are no dataset and need no stream: they are encoded once and never in memory.
+        ValueError: for text files. They need no stream, because they are encoded once and never completely in memory.
     """
     name = arguments.dataset
     found = FoundFiles() if name in BUILT_IN else find_files(arguments)
