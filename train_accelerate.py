@@ -57,6 +57,8 @@ def main() -> None:
         arguments = parse_arguments(sys.argv[1:])
         if not arguments.run.resume:  # there, what changed in the settings is said first
             find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
+        if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
+            print("Loading PyTorch and transformers ...")
         import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
         from training_mini.trainer import train
 

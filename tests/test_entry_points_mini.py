@@ -137,7 +137,7 @@ def test_names_of_other_programs_are_answered_with_the_right_flag(foreign: str, 
         ValueError, match=rf"^There is no flag '{foreign.split('=')[0]}', did you mean '{right}'\?"
     ) as error:
         parse_training([foreign, "3"])
-    assert ("one epoch is" in str(error.value)) == ("epochs" in foreign)
+    assert ("one epoch takes" in str(error.value)) == ("epochs" in foreign)
 
 
 def test_every_answer_is_a_flag_of_some_program() -> None:
