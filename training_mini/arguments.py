@@ -50,7 +50,8 @@ class ModelArguments(optional_settings("ShapeSettings", MiniShape)):
         if self.model is None:
             self.size = self.size or "tiny"
             return
-        given = [name for name in vars(self) if name not in ("model", *DROPOUTS) and getattr(self, name) is not None]
+        fixed = [name for name in ("size", *SHAPE) if name not in DROPOUTS]
+        given = [name for name in fixed if getattr(self, name) is not None]
         if given:
             raise ValueError(
                 f"--model starts from a model that has its shape already: leave out {' and '.join(given)}, or leave "
