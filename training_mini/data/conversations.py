@@ -17,8 +17,9 @@ import numpy as np
 from tokenization import CharTokenizer, MiniTokenizer, encode_messages, marks_the_assistant
 from transformers import PreTrainedTokenizerBase
 
+from .records import Record, kind_of_examples
 from .shards import ShardedIds, ShardWriter
-from .sources import DocumentSource, Record, kind_of_examples
+from .sources import DocumentSource
 
 SPLITS = ("train", "validation")
 

@@ -34,10 +34,11 @@ from ..monitoring import progress_bar
 from .batches import Batches, Collator, TrainingBatches
 from .conversations import Examples, character_tokenizer, kind_of, open_examples, write_examples
 from .documents import encode_pieces, write_documents
+from .files import number_of_files
 from .packing import ExampleBatches, ExampleCollator, HeldOutExamples
 from .shards import ShardedIds
-from .sources import DocumentSource, find_stream, number_of_files, open_source
-from .streaming import StreamBatches, TokenStream
+from .sources import DocumentSource, open_source
+from .streaming import StreamBatches, TokenStream, find_stream
 
 FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else

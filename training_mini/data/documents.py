@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
 from ..monitoring import progress_bar
+from .files import printable
 from .formats import PIECE_SIZE, decoded, guess_of_encoding, with_end
 from .shards import ShardWriter, shard_name
-from .sources import DocumentSource, printable
+from .sources import DocumentSource
 
 SHARD_TOKENS = 2**29  # 1 GiB of 16-bit ids
 

@@ -6,19 +6,125 @@ of processes. If one process cannot read the dataset fast enough, encode it into
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from ..arguments import DataArguments
 from .batches import Batch, Batches, Collator, key_of, permute
-from .sources import DocumentStream
+from .files import FoundFiles, find_files, number_of_files
+from .formats import RECORD_FORMATS, DataFile
+from .records import Document, file_documents, record_documents
+from .sources import BUILT_IN, load_hub_dataset
 
 # How many windows are shuffled together. Neighbours in a stream often come from one document. With this number, a batch
 # of usual size rarely has two windows of one document.
 BLOCK_WINDOWS = 1024
 
 Encode = Callable[[str, Iterator[bytes]], np.ndarray]
+
+
+class DocumentStream(Protocol):
+    """Documents that come one after the other and are not stored, with a position among them."""
+
+    def __iter__(self) -> Iterator[Document]:
+        """The documents from the position to the end."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last document, in a form that JSON can store."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position. Call it before the iteration begins."""
+
+
+class FileStream:
+    """The records of local files as documents. Each file is read separately, so the files may have other columns."""
+
+    def __init__(self, files: list[DataFile], arguments: DataArguments) -> None:
+        self.files, self.arguments = files, arguments
+        self._file, self._record = 0, 0  # where the next document is
+
+    def __iter__(self) -> Iterator[Document]:
+        while self._file < len(self.files):
+            file = self.files[self._file]
+            for name, pieces in file_documents(file, self.arguments, self._record):
+                self._record = int(name.rpartition(" ")[2]) + 1
+                yield name, pieces
+            self._file, self._record = self._file + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"file": self._file, "record": self._record}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "examples_iterable" not in state:
+            self._file, self._record = state["file"], state["record"]
+            return
+        # Old checkpoints are from `datasets`, which stored where a table began and how much of it was used.
+        inner = state["examples_iterable"]
+        begun = inner.get("previous_state") or inner.get("examples_iterable", inner)
+        used = inner.get("num_chunks_since_previous_state", 0) if inner.get("previous_state") else 0
+        self._file, self._record = begun["shard_idx"], begun["shard_example_idx"] + used
+        while self._file < len(self.files):
+            length = sum(1 for _ in itertools.islice(self.files[self._file].records(), self._record))
+            if length == self._record:
+                return
+            self._file, self._record = self._file + 1, self._record - length
+
+
+class HubStream:
+    """The records of a dataset on the Hub as documents."""
+
+    def __init__(self, arguments: DataArguments) -> None:
+        self.arguments = arguments
+        self.dataset = load_hub_dataset(arguments, streaming=True)
+
+    def __iter__(self) -> Iterator[Document]:
+        name = self.arguments.dataset
+        yield from record_documents(name, self._records(), self.arguments.text_column, self.arguments.errors)
+
+    def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        number = -1
+        try:
+            for number, record in enumerate(self.dataset):
+                yield number, record
+        except Exception as error:  # any library may be reading this format from the network
+            detail = " ".join(str(error.__cause__ or error).split())[:200]
+            raise ValueError(
+                f"The stream of {self.arguments.dataset!r} broke off after {number + 1:,} records of this run "
+                f"({type(error).__name__}: {detail})."
+            ) from error
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.dataset.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.dataset.load_state_dict(state)
+
+
+def find_stream(arguments: DataArguments) -> tuple[Callable[[], DocumentStream], tuple[str, ...]]:
+    """
+    A function that opens the records of a dataset (on the Hub or in local files) as a stream with a position, and
+    sentences about the files for the user.
+
+    Raises:
+        ValueError: for text files. They need no stream, because they are encoded once and never completely in memory.
+    """
+    name = arguments.dataset
+    found = FoundFiles() if name in BUILT_IN else find_files(arguments)
+    if found is None:
+        return lambda: HubStream(arguments), ()
+    files = [file for file in found.files if file.record_format is not None]
+    if not files:
+        raise ValueError(
+            f"--streaming reads datasets of the Hub and files of records ({', '.join(RECORD_FORMATS)}), and "
+            f"{name!r} is neither; leave --streaming out: other text is encoded once and never held in memory."
+        )
+    texts = [str(file) for file in found.files if file.record_format is None]
+    if texts:
+        found.names_left_out["text, which is read without --streaming"] += texts
+    return lambda: FileStream(files, arguments), (found.sentence(f"Streams {number_of_files(len(files))}"),)
 
 
 class TokenStream:

@@ -22,8 +22,10 @@ import zstandard
 from training_mini.arguments import DataArguments
 from training_mini.data import formats
 from training_mini.data.corpus import Corpus, load_corpus
+from training_mini.data.files import find_files
 from training_mini.data.formats import DataFile, RecordFormat
-from training_mini.data.sources import FileStream, find_files, find_stream, open_source
+from training_mini.data.sources import open_source
+from training_mini.data.streaming import FileStream, find_stream
 
 PDF = b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n"
 
