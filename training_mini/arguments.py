@@ -76,14 +76,18 @@ class AdapterArguments(Settings):
     """Training a few weights beside those of `--model`. Names are those of TRL, which takes them from peft."""
 
     lora_r: int = option(
-        0, "rank of a LoRA adapter, which is trained in place of the weights; 0: the weights", at_least=0
+        0, "rank of a LoRA adapter, which is trained in place of the weights; 0: train the weights", at_least=0
     )
-    lora_alpha: float | None = option(None, "the adapter counts lora_alpha / lora_r (default: twice lora_r)", above=0)
-    lora_dropout: float = option(0.0, "dropout on what goes into the adapter", at_least=0, below=1)
-    lora_target_modules: list[str] = option([], "layers to adapt, by the end of their names (default: all in blocks)")
-    lora_modules_to_save: list[str] = option([], "modules to train in full beside it, such as embed_tokens")
-    use_rslora: bool = option(False, "scale by the root of the rank: lora_alpha / sqrt(lora_r)")
-    use_dora: bool = option(False, "train the length of each weight vector apart from its direction")
+    lora_alpha: float | None = option(
+        None, "the output of the adapter is multiplied by lora_alpha / lora_r (default: twice lora_r)", above=0
+    )
+    lora_dropout: float = option(0.0, "dropout on the input of the adapter", at_least=0, below=1)
+    lora_target_modules: list[str] = option(
+        [], "layers that get an adapter, by the end of their names (default: all linear layers of the blocks)"
+    )
+    lora_modules_to_save: list[str] = option([], "modules to train in full beside the adapter, such as embed_tokens")
+    use_rslora: bool = option(False, "rsLoRA: multiply by lora_alpha / sqrt(lora_r) instead")
+    use_dora: bool = option(False, "DoRA: train the length of each weight vector apart from its direction")
     load_in_4bit: bool = option(False, "keep the weights that are not trained in INT4 (QLoRA)")
     load_in_8bit: bool = option(False, "keep the weights that are not trained in INT8")
     merge: bool = option(False, "at the end, write the best model with the adapter merged into it to merged/")
@@ -136,7 +140,7 @@ class DataArguments(Settings):
     )
     dataset_config: str | None = option(None, "configuration of a Hub dataset, where it has several")
     dataset_split: str = option("train", "split of a Hub dataset")
-    streaming: bool = option(False, "train from the stream of a dataset, and store none of it")
+    streaming: bool = option(False, "read the dataset as a stream while training, and store none of it")
     text_column: str | None = option(None, "column of files of records or Hub data (default: found by name)")
     tokenizer: str | None = option(
         None, "byte, char, or the folder or Hub name of any tokenizer (default: byte, or that of --model)", common=True
@@ -145,9 +149,9 @@ class DataArguments(Settings):
     errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")
     validation_ratio: float = option(0.1, "share of the text that is held out", above=0, below=1)
     assistant_only_loss: bool | None = option(
-        None, "learn what the assistant says, or the completion, alone (default: true for such records)"
+        None, "learn only what the assistant says, or only the completion (default: true for such records)"
     )
-    document_attention: bool = option(False, "a token attends to its own document only, not to others in its row")
+    document_attention: bool = option(False, "a token attends to its own document only, not to others in its sequence")
     cache_dir: str = option(
         str(cache_folder()),
         "where encoded corpora are kept",
@@ -176,11 +180,16 @@ class OptimizationArguments(Settings):
 
     max_steps: int | None = option(None, f"number of optimizer steps (default: {MAX_STEPS})", at_least=1, common=True)
     max_minutes: float | None = option(
-        None, "train so many minutes: the first steps are timed, and max_steps is set by them", above=0, common=True
+        None,
+        "train for so many minutes: the first steps are timed, and max_steps follows from them",
+        above=0,
+        common=True,
     )
     train_batch_size: int = option(16, "sequences per optimizer step, over all processes", at_least=1, common=True)
-    gradient_accumulation_steps: int = option(1, "parts that each process splits its share of a batch into", at_least=1)
-    find_batch_size: bool = option(False, "double gradient_accumulation_steps until a part fits into memory")
+    gradient_accumulation_steps: int = option(
+        1, "micro-batches that each process splits its share of a batch into", at_least=1
+    )
+    find_batch_size: bool = option(False, "double gradient_accumulation_steps until a micro-batch fits into memory")
     optimizer: str = option(
         "muon", "muon (for the matrices of the blocks, with AdamW for the rest), or adamw; with --model, it is adamw",
         choices=OPTIMIZERS,
@@ -225,7 +234,7 @@ class OptimizationArguments(Settings):
     )
     max_skipped_steps: int = option(10, "stop after so many steps in a row whose gradients are not finite", at_least=1)
     label_smoothing: float = option(
-        0.0, "share of the target's probability that is spread over the vocabulary", at_least=0, below=1
+        0.0, "share of the target's probability that is given to the whole vocabulary", at_least=0, below=1
     )
     z_loss: float = option(
         0.0, "weight of the squared log-partition, which keeps logits small (1e-4 is usual)", at_least=0
@@ -297,7 +306,7 @@ class MonitoringArguments(Settings):
         at_least=0,
     )
     sample_every: int = option(
-        0, "write what the model says to sample_prompts every so many steps; 0: at the end only", at_least=0
+        0, "write samples that continue sample_prompts every so many steps; 0: at the end only", at_least=0
     )
     sample_prompts: list[str] = option(
         [], "what the model continues (default: 'def ' for python-stdlib, else a new line)"
