@@ -1,4 +1,4 @@
-"""From settings to what a run is made of: checks, the folder of the run, the model, its optimizers and its batches."""
+"""Makes the parts of a run from its settings: checks, the run folder, the model, its optimizers and its batches."""
 
 import contextlib
 import uuid
@@ -38,17 +38,17 @@ from .run_folder import RunFolder
 @dataclass
 class Run:
     """
-    What a run is made of.
+    The parts of a run.
 
     Attributes:
-        run_folder: where all that it writes goes; `folder` is its path.
+        run_folder: the folder for everything that the run writes; `folder` is its path.
         batches: the global batch of each step.
-        held_out: what is never trained on, and `compressors` the bits per byte that gzip and xz need for its text.
-        model: what is trained, wrapped or sharded as the launch says; `unwrapped_model` is the same model without that.
+        held_out: the held-out text. `compressors` has the bits per byte that gzip and xz need for it.
+        model: the model, wrapped or sharded as the launch asks. `unwrapped_model` is the same model without wrappers.
         blocks: the repeated blocks of the model.
-        ema: the moving average of the weights, where there is one.
-        state: how far the run is; of a run that goes on, that of its newest checkpoint that is whole.
-        problems: a sentence for each newer checkpoint that is not, and for what else the user should know.
+        ema: the moving average of the weights, or `None`.
+        state: how far the run is. A run that is resumed has the state of its newest complete checkpoint.
+        problems: sentences for the user: one for each damaged checkpoint, and others.
     """
 
     arguments: Arguments
@@ -78,20 +78,20 @@ class Run:
 
     @property
     def weights(self) -> Weights:
-        """What a checkpoint holds in tensors."""
+        """The tensors of a checkpoint."""
         return Weights(self.parallel, self.model, self.optimizers, self.ema)
 
     def ema_weights(self) -> contextlib.AbstractContextManager[None]:
-        """Within it, the model has the weights that count: their moving average, where there is one."""
+        """Within the context, the model has the moving average as its weights, if there is one."""
         return self.ema.in_place() if self.ema is not None else contextlib.nullcontext()
 
 
 def build_run(arguments: Arguments) -> Run:
     """
-    Makes what a run needs, and loads the checkpoint that it goes on from. Every process calls it.
+    Makes the parts of a run, and loads the checkpoint to resume from. Every process calls it.
 
     Raises:
-        ValueError: for input that cannot work; nothing that exists has been changed then.
+        ValueError: for wrong input. No existing file has been changed then.
     """
     parallel = Parallel(arguments)
     accelerator = parallel.accelerator

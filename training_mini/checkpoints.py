@@ -84,7 +84,7 @@ class TrainerState:
 
 @dataclass
 class Weights:
-    """What a state holds in tensors."""
+    """The tensors of a checkpoint."""
 
     parallel: Parallel
     model: nn.Module
@@ -103,7 +103,7 @@ class Weights:
                 dcp.save(self._tensors(), checkpoint_id=folder)
 
     def load(self, folder: Path) -> None:
-        """Loads the tensors, but not the settings of the optimizers: those are the ones of the present command."""
+        """Loads the tensors. The settings of the optimizers are not loaded: the present command decides them."""
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.load_state(str(folder))
             return
@@ -258,7 +258,7 @@ def read_state(folder: Path) -> TrainerState:
 
 def find_state(run_folder: Path) -> tuple[Path, list[str]]:
     """
-    The newest checkpoint that is whole, and a sentence for each newer one that is not. Those are set aside as
+    The newest complete checkpoint, and a sentence for each newer one that is damaged. Those are renamed to
     `step_N.damaged`.
 
     Raises:
@@ -288,8 +288,8 @@ def check_state(
 ) -> None:
     """
     Raises:
-        ValueError: if the state belongs to another corpus, another model, other methods or another order of the data,
-            naming what differs. What is not among the names that are given is not compared.
+        ValueError: if the state belongs to another corpus, another model, other methods or another order of the data.
+            The error names what differs. Only the given names are compared.
     """
     different = [name for name, value in corpus.items() if state.corpus.get(name) != value]
     if different:
@@ -299,7 +299,7 @@ def check_state(
         )
     if changed := changes(state.architecture, architecture):
         raise ValueError(f"The run in {str(run_folder)!r} trains a model of another shape: {changed}.")
-    # A state of before methods were written down says nothing of them.
+    # Old states have no methods.
     if state.methods and (changed := changes(state.methods, methods)):
         raise ValueError(
             f"The run in {str(run_folder)!r} cannot go on with other methods than it began with, for its checkpoint "
@@ -320,10 +320,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def methods_of(arguments: Arguments) -> dict[str, Any]:
-    """The optimizer, whether there is an average of the weights, and what makes an adapter the one that it is."""
+    """The optimizer, whether there is an average of the weights, and what defines an adapter."""
     optimization, adapter = arguments.optimization, arguments.adapter
     methods = {"optimizer": optimization.optimizer, "average of the weights": optimization.ema_decay > 0}
-    methods["lora_r"] = None  # of a run without an adapter
+    methods["lora_r"] = None  # a run without an adapter
     if adapter.lora_r:
         methods |= {name: getattr(adapter, name) for name in PARTS_OF_AN_ADAPTER}
         methods |= {"quantization": adapter.quantization, "weights of --model": digest_of(arguments.model.model)}
@@ -331,7 +331,7 @@ def methods_of(arguments: Arguments) -> dict[str, Any]:
 
 
 def order_of(arguments: Arguments, has_examples: bool) -> dict[str, Any]:
-    """What decides the order of the data besides the batch size; examples with nothing to learn are left out of it."""
+    """What decides the order of the data, besides the batch size. Examples with nothing to learn are left out."""
     order: dict[str, Any] = {"seed": arguments.run.seed}
     if has_examples:
         order["assistant_only_loss"] = arguments.data.assistant_only_loss is not False
@@ -345,7 +345,7 @@ def digest_of(checkpoint: str) -> str | None:
 
 
 def architecture_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """What decides which weights fit a model; dropout may change from one leg of a run to the next."""
+    """The settings that decide which weights fit a model. Dropout is not one: it may change when a run is resumed."""
     names_and_versions = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
     return {
         name: value

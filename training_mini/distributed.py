@@ -68,7 +68,7 @@ class Parallel:
 
     @property
     def name(self) -> str:
-        """How the model is parallelized, for people."""
+        """The kind of parallelism in a word, or an empty string for one process."""
         if self.accelerator.num_processes == 1 and not (self.is_sharded or self.is_deepspeed):
             return ""
         return "FSDP2" if self.is_sharded else "DeepSpeed" if self.is_deepspeed else "DDP"
@@ -163,7 +163,7 @@ class Parallel:
             count *= 2
 
     def raise_everywhere(self, error: Exception | None) -> None:
-        """Raises what went wrong on the main process on every process; each calls it, most with `None`."""
+        """If the main process has an error, raises it on every process. Every process calls it, most with `None`."""
         kind = next((kind for kind in (OSError, ValueError, RuntimeError) if isinstance(error, kind)), RuntimeError)
         happened, kind, message = self.from_main((error is not None, kind, str(error)))
         if error is not None:
@@ -176,12 +176,12 @@ class Parallel:
         return any(gather_object([flag]))
 
     def from_main(self, value: object) -> object:
-        """The value that the main process has."""
+        """The value of the main process, on every process."""
         return broadcast_object_list([value])[0]
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks, which the model itself names as units that must stay whole."""
+    """The repeated blocks of a model, which it names in `_no_split_modules`."""
     names = model._no_split_modules or ()
     return [module for module in model.modules() if type(module).__name__ in names]
 
@@ -215,7 +215,7 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
     )
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.device.type == "cpu" and launched and torch.get_num_threads() == 1:
-        # `accelerate launch` sets OMP_NUM_THREADS to 1 unless told otherwise: half the speed on two cores.
+        # `accelerate launch` sets OMP_NUM_THREADS to 1 by default, which is half the speed on two cores.
         cores = psutil.cpu_count(logical=False) or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))))
     return accelerator

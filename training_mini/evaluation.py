@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text, in units that mean the same for every tokenizer."""
+"""Measures how well a model predicts held-out text, in units that can be compared between tokenizers."""
 
 import gzip
 import lzma
@@ -20,8 +20,8 @@ class Evaluation:
     """
     Attributes:
         loss: mean cross-entropy in nats per token.
-        bits_per_byte: total cross-entropy in bits over the bytes of text that the tokens stand for. Unlike loss and
-            perplexity it can be compared between tokenizers, and with a compressor.
+        bits_per_byte: the total cross-entropy in bits, divided by the bytes of the text. Unlike loss and perplexity it
+            can be compared between tokenizers, and with a compressor.
     """
 
     loss: float
@@ -32,7 +32,7 @@ class Evaluation:
         return perplexity_of(self.loss)
 
     def metrics(self) -> dict[str, float]:
-        """What `metrics.jsonl` has of it."""
+        """The figures for `metrics.jsonl`."""
         return {
             "eval_loss": self.loss,
             "eval_perplexity": self.perplexity,
@@ -40,7 +40,7 @@ class Evaluation:
         }
 
     def description(self, compressors: dict[str, float]) -> str:
-        """The figures for people, beside what compressors need for the same text."""
+        """The figures as a phrase, with the bits per byte that compressors need for the same text."""
         needed = ", ".join(f"{name} -9: {bits:.4f}" for name, bits in compressors.items())
         return (
             f"validation loss {self.loss:.4f}, perplexity {self.perplexity:.2f}, "
@@ -55,7 +55,7 @@ def perplexity_of(loss: float) -> float:
 
 class HeldOut(Protocol):
     """
-    What is never trained on.
+    Held-out text or examples, which are never trained on.
 
     Attributes:
         ids: the tokens that are predicted, `(tokens,)`.
@@ -66,7 +66,7 @@ class HeldOut(Protocol):
     bytes: int
 
     def groups(self, process: int, num_processes: int, share: int) -> list[Any]:
-        """What one process evaluates: groups of at most `share` sequences, each for one call of `make`."""
+        """The part of one process: groups of at most `share` sequences, each for one call of `make`."""
 
     def make(self, group: Any) -> Batch:
         """The batch of a group."""
@@ -77,7 +77,7 @@ class HeldOut(Protocol):
 
 class HeldOutText:
     """
-    Text in windows of one context that do not overlap; every token is predicted once.
+    Held-out text in windows of one context. They do not overlap, and every token is predicted once.
 
     Args:
         ids: `(tokens,)`.
@@ -154,6 +154,6 @@ def evaluate(
 
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
-    """What `gzip -9` and `xz -9` need for the same bytes: the number that a language model has to beat."""
+    """The bits per byte that `gzip -9` and `xz -9` need for a text. A language model should need fewer."""
     compressed = {"gzip": gzip.compress(text, compresslevel=9), "xz": lzma.compress(text, preset=9)}
     return {name: 8 * len(data) / max(1, len(text)) for name, data in compressed.items()}

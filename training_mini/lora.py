@@ -107,7 +107,7 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def tied_among(model: PreTrainedModel, targets: list[str]) -> str | None:
-    """The name of the embedding, if it is one of `targets` or the head is, and both are one matrix."""
+    """The name of the embedding, if it and the head are one matrix and `targets` names one of the two."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embedding.weight:
         return None

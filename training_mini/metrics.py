@@ -1,4 +1,4 @@
-"""What is measured of a training run: the steps between two log lines, the model from within, MFU and memory."""
+"""Measures a training run: loss and speed between two log lines, attention and activations, MFU and memory."""
 
 import contextlib
 import math
@@ -21,13 +21,13 @@ from .evaluation import perplexity_of
 
 class LogWindow:
     """
-    What the steps between two log lines add up to.
+    The sums over the steps between two log lines.
 
     Args:
-        tokens_per_step: of the global batch.
-        tokens_per_byte: of the held-out text, by which nats per token become bits per byte.
-        flops_per_token: of forward and backward pass, for MFU.
-        peak_flops: FLOP/s of one device that MFU is a share of; without it, no MFU.
+        tokens_per_step: the tokens of a global batch.
+        tokens_per_byte: those of the held-out text. They turn nats per token into bits per byte.
+        flops_per_token: the FLOPs of forward and backward pass, for MFU.
+        peak_flops: the largest FLOP/s of one device, for MFU; with `None` there is no MFU.
     """
 
     def __init__(
@@ -40,7 +40,9 @@ class LogWindow:
     ) -> None:
         self.accelerator, self.tokens_per_step, self.tokens_per_byte = accelerator, tokens_per_step, tokens_per_byte
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.loss_sum = torch.zeros((), device=accelerator.device)  # stays on the device: reading it would wait for it
+        self.loss_sum = torch.zeros(
+            (), device=accelerator.device
+        )  # stays on the device, because reading it would wait for the device
         self.steps = self.counted_steps = self.clipped_steps = 0
         self.grad_norm = math.nan  # of the last step
         self.began = time.monotonic()
@@ -56,7 +58,7 @@ class LogWindow:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens within the context is no training, and does not count in tokens per second."""
+        """The time within the context is not counted in tokens per second."""
         start = time.monotonic()
         yield
         self.began += time.monotonic() - start
@@ -68,7 +70,7 @@ class LogWindow:
         self.began = time.monotonic()
 
     def metrics(self) -> dict[str, float]:
-        """The mean loss over all processes and the speed; every process calls it. There is no loss of skipped steps."""
+        """The mean loss over all processes, and the speed. Every process calls it. Skipped steps have no loss."""
         metrics: dict[str, float] = {}
         loss_sum = self.accelerator.reduce(self.loss_sum, reduction="mean").item()
         if self.counted_steps:
@@ -88,7 +90,7 @@ class LogWindow:
 
 
 def make_log_window(run: Run) -> LogWindow:
-    """The window of a run, with MFU where its device has a peak that is known or given."""
+    """The window of a run. It has MFU if the peak speed of the device is known or given."""
     arguments, accelerator, length = run.arguments, run.accelerator, run.config.max_position_embeddings
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     peak = peak_flops(accelerator.device, dtype, arguments.monitoring.peak_tflops)
@@ -103,8 +105,8 @@ def make_log_window(run: Run) -> LogWindow:
 
 def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
     """
-    Attention entropy of each layer, in nats, and statistics of activations at each site, on `windows` (windows,
-    length). The model is left as it was.
+    The attention entropy of each layer in nats, and statistics of activations at each site, on `windows` (windows,
+    length). The model does not change.
     """
     # Hooks and another kind of attention would make torch compile the model again.
     with torch.compiler.set_stance("force_eager"):
@@ -120,7 +122,7 @@ def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, fl
 
 @contextlib.contextmanager
 def update_metrics(model: nn.Module, is_due: bool, metrics: dict[str, float]) -> Iterator[None]:
-    """Adds gradient norms and update ratios of the optimizer step within the context to `metrics`, if it is due."""
+    """If `is_due`, adds gradient norms and update ratios of the optimizer step within the context to `metrics`."""
     if not is_due:
         yield
         return
@@ -129,7 +131,7 @@ def update_metrics(model: nn.Module, is_due: bool, metrics: dict[str, float]) ->
     metrics |= as_metrics("updates", update.statistics)
 
 
-# Dense bfloat16 TFLOP/s of the data sheets, without sparsity. The first whose words a device's name contains counts.
+# Dense bfloat16 TFLOP/s from the data sheets, without sparsity. The first name that a device's name contains is used.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -145,18 +147,18 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, given_tflops: float | None) -> float | None:
-    """The FLOP/s that MFU is a share of: what the user says, or the data sheet for bfloat16, or `None`."""
+    """The peak FLOP/s for MFU: from the user, or for bfloat16 from the data sheet; `None` if it is not known."""
     if given_tflops is not None:
         return given_tflops * 1e12
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    # By whole words: an L40 is no L4.
+    # Whole words, because an L40 is not an L4.
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The largest memory that tensors took on a GPU so far; elsewhere what the process holds now."""
+    """On a GPU the largest memory of tensors so far; elsewhere the memory of the process now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss

@@ -59,7 +59,7 @@ class Monitor:
         self._started = time.monotonic()
 
     def start(self, start_step: int, max_steps: int) -> None:
-        """Begins at a step: drops later lines of `metrics.jsonl`, of an interrupted run, and opens the live display."""
+        """Opens the live display. Lines of `metrics.jsonl` after `start_step`, from an interrupted run, are dropped."""
         self.start_step, self.max_steps, self._started = start_step, max_steps, time.monotonic()
         if not self.enabled:
             return
@@ -78,7 +78,7 @@ class Monitor:
             self._task = self._progress.add_task("first step", total=max_steps, completed=start_step)
 
     def start_trackers(self, names: list[str], run_name: str, run_id: str, settings: dict[str, Any]) -> None:
-        """Opens the trackers that the accelerator was made with; one that knows `run_id` goes on with that run."""
+        """Opens the trackers of the accelerator. A tracker that knows `run_id` continues that run."""
         if not names:
             return
         name = f"{run_name}-{run_id}"
@@ -104,7 +104,7 @@ class Monitor:
         self.accelerator.log(metrics, step=step)
 
     def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
-        """Adds lines to `samples.jsonl`, in place of those that an interrupted run wrote after this step or later."""
+        """Adds lines to `samples.jsonl`. Lines of this step or later, from an interrupted run, are replaced."""
         path = self.folder / "samples.jsonl"
         lines = [line for line in read_json_lines(path) if line["step"] < step]
         lines += [{"step": step, **sample} for sample in samples]
@@ -144,7 +144,7 @@ class Monitor:
             )
 
     def warn(self, line: str) -> None:
-        """Prints a line on stderr: something went wrong that the run survives."""
+        """Prints a warning on stderr, for a fault that does not end the run."""
         if self.enabled:
             warnings_console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """
-How many steps fit into `--max_minutes`. The first step is rehearsed with a learning rate of 0, which leaves the weights
-as they are. Then the number of steps is fixed, so that schedules end where the time ends, and a resume is exact.
+Computes how many steps fit into `--max_minutes`. It times the first step with a learning rate of 0, so the weights do
+not change. Then it fixes the number of steps, so that schedules end when the time ends, and a resume is exact.
 """
 
 import bisect
@@ -18,15 +18,15 @@ from .build import Run
 from .evaluation import evaluate
 from .sampling import write_samples
 
-UNTIMED_STEPS = 2  # the first ones compile, and fill caches
-REHEARSED_SHARE = 0.03  # of the time, for timing steps, once there is one
+UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
+REHEARSED_SHARE = 0.03  # the share of the time that is used to time steps
 MOST_STEPS = 50
 EVALUATED_BATCHES = 3
 SAMPLED_TOKENS = 16
-WRITTEN_BYTES_PER_SECOND = 100e6  # a slow disk's, flushed
+WRITTEN_BYTES_PER_SECOND = 100e6  # of a slow disk, with flushing
 SECONDS_OF_A_FOLDER = 0.5  # to write the small files of a checkpoint or a model
 SECONDS_OF_CURVES = 1.0
-RESERVE = 0.05  # of what is left: no step takes exactly as long as another
+RESERVE = 0.05  # the share of the time left that is kept free, because steps differ
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Costs:
     samples: float
 
     def of(self, steps: int, arguments: Arguments) -> float:
-        """Seconds of so many steps, and of all that is due between them and at the end."""
+        """The seconds for so many steps, with all evaluations, samples and writes between them and at the end."""
         monitoring, save_steps = arguments.monitoring, arguments.run.save_steps
         evaluations = 1 + (steps - 1) // monitoring.eval_steps
         checkpoints = 1 + (steps - 1) // save_steps
         sampled = 1 + ((steps - 1) // monitoring.sample_every if monitoring.sample_every else 0)
-        # Each evaluation may be the best so far; at the end comes the last model, and perhaps a merged one.
+        # Each evaluation may write a best model; at the end there are the last model and perhaps a merged one.
         folders = evaluations + 1 + arguments.adapter.merge
         return (
             steps * self.step
@@ -57,7 +57,7 @@ class Costs:
 
 
 def steps_that_fit(seconds: float, costs: Costs, arguments: Arguments) -> int:
-    """The largest number of steps that is done, with all that belongs to it, within so many seconds; 0 if none is."""
+    """The largest number of steps that fit into so many seconds, with all that `Costs.of` counts; may be 0."""
     most = max(0, math.floor(seconds / costs.step))
     return bisect.bisect_right(range(1, most + 1), seconds, key=lambda steps: costs.of(steps, arguments))
 
@@ -66,12 +66,12 @@ def fix_max_steps(
     run: Run, forward_and_backward: Callable[[int], object], micro_batches: int, started: float
 ) -> tuple[Arguments, str]:
     """
-    The settings of a run with the number of steps that its `max_minutes` are enough for, and a line that says so. Every
-    process calls it, and the main process decides.
+    The settings of a run with the number of steps that fit into `max_minutes`, and a line for the user. Every process
+    calls it, and the main process decides.
 
     Args:
-        forward_and_backward: both passes on the batch of a step.
-        started: when the run began, by `time.monotonic`.
+        forward_and_backward: computes both passes on the batch of a step.
+        started: the time at which the run began, from `time.monotonic`.
 
     Raises:
         ValueError: if there is no time for a single step.
@@ -92,7 +92,7 @@ def fix_max_steps(
 
 
 def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batches: int, seconds: float) -> Costs:
-    """Times the parts of a run on what it will work on, steps for about so many seconds. The run is left as it was."""
+    """Times the parts of a run on its own data; steps for about so many seconds. The run does not change."""
     accelerator, arguments = run.accelerator, run.arguments
     with without_learning(run.optimizers):
         for number in itertools.count(1 - UNTIMED_STEPS):
@@ -102,15 +102,15 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
             for optimizer in run.optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            # The processes rehearse as many steps as the main process wants.
+            # The main process decides when all stop, so that every process does the same number of steps.
             if number >= 1:
                 if accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()  # it may still have steps to do
+                    torch.cuda.synchronize()  # the GPU may not have finished yet
                 passed = time.monotonic() - began
                 if run.parallel.from_main(passed >= seconds or number == MOST_STEPS):
                     break
     step = passed / number
-    # Of an evaluation, the first batches.
+    # Only the first batches of an evaluation are timed.
     processes = accelerator.num_processes
     batch_size = arguments.optimization.train_batch_size // micro_batches
     share = max(1, batch_size // processes)
@@ -119,7 +119,7 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
     began = time.monotonic()
     evaluate(run.model, run.held_out, batch_size, accelerator, lambda: next(asked) > EVALUATED_BATCHES)
     evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)
-    # Of what the model writes, the first tokens of the first prompt.
+    # Only the first tokens of the first sample are timed.
     began, samples = time.monotonic(), 0.0
     model = run.parallel.gather_full_model(run.model)
     if model is not None:
@@ -130,14 +130,14 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
         samples = (time.monotonic() - began) * len(prompts) * max(1.0, whole / SAMPLED_TOKENS)
     size = 4 * run.unwrapped_model.num_parameters()
     folder = SECONDS_OF_A_FOLDER + size / WRITTEN_BYTES_PER_SECOND
-    # A checkpoint has the weights and two moments of each.
+    # A checkpoint has the weights and two moments for each of them.
     checkpoint = SECONDS_OF_A_FOLDER + 3 * size / WRITTEN_BYTES_PER_SECOND
     return Costs(step, evaluation, checkpoint, folder, samples)
 
 
 @contextlib.contextmanager
 def without_learning(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Within it, steps take their time and change no weight. After it, the optimizers are as new."""
+    """Within the context, steps change no weight. After it, the optimizers are in their first state."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     rates = [group["lr"] for group in groups]
     for group in groups:

@@ -1,4 +1,4 @@
-"""The training loop: the step, and what is due between steps."""
+"""The training loop: one step after the other, and what happens between steps."""
 
 import contextlib
 import math
@@ -24,12 +24,12 @@ from .sampling import write_samples
 from .signals import StopRequest
 from .time_limit import fix_max_steps
 
-INNER_WINDOWS = 4  # held-out windows on which the model is looked into
+INNER_WINDOWS = 4  # held-out windows on which attention and activations are measured
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run has come to; without evaluation and samples if it was stopped by a signal."""
+    """The result of a run. There are no evaluation and no samples if a signal stopped it."""
 
     run: Run
     stopped_by: int | None
@@ -40,10 +40,10 @@ class TrainingResult:
 
 def train(arguments: Arguments) -> TrainingResult:
     """
-    Trains a model as the arguments say, or goes on with a run.
+    Trains a model as the arguments say, or continues a run.
 
     Raises:
-        ValueError: for input that cannot work, before anything that exists is changed.
+        ValueError: for wrong input, before any existing file is changed.
     """
     quiet_libraries()
     return Trainer(arguments).train()
@@ -54,9 +54,9 @@ class Trainer:
     The loop of one run. The order of the methods is the order in which things happen.
 
     Attributes:
-        run: what it trains, with what, on what.
-        micro_batches: how many the share of this process in a batch is split into.
-        window: what happened since the last log line.
+        run: the parts of the run: model, data, optimizers and so on.
+        micro_batches: the number of micro-batches into which this process splits its part of a batch.
+        window: the steps since the last log line.
         saved_step: the step of the last checkpoint that was written, or -1.
     """
 
@@ -189,7 +189,7 @@ class Trainer:
             run.ema.update(self.state.step)
 
     def forward_and_backward(self, step: int) -> torch.Tensor:
-        """Adds up the gradients of this process's share of the batch of a step; gives its part of the cross-entropy."""
+        """Computes the gradients of this process's part of a batch; returns its part of the cross-entropy."""
         run, accelerator = self.run, self.accelerator
         # Dropout is a function of the step, so there is no state of a random number generator to save.
         torch.manual_seed(int(key_of(self.arguments.run.seed, step, accelerator.process_index)))
@@ -205,22 +205,21 @@ class Trainer:
             is_last = number == self.micro_batches
             with contextlib.nullcontext() if is_last else self.parallel.no_sync(run.model):
                 loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
-                # DeepSpeed divides by the number of micro-batches, which the loss already is.
+                # DeepSpeed divides by the number of micro-batches, and the loss is divided already.
                 accelerator.backward(loss * self.micro_batches if self.parallel.is_deepspeed else loss)
             cross_entropy += part
         return cross_entropy
 
     def loss(self, batch: Batch, learned_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        The loss to minimise and the cross-entropy to report: this process's share of the mean over the `learned_tokens`
-        of the whole global batch. It is scaled so that gradients summed over micro-batches and averaged over processes
-        are those of that mean.
+        The loss to minimise and the cross-entropy to report. Both are scaled so that the gradients, summed over
+        micro-batches and averaged over processes, are those of the mean over the `learned_tokens` of the global batch.
         """
         optimization, tokens = self.arguments.optimization, learned_tokens / self.accelerator.num_processes
         return training_loss(self.run.model, batch, tokens, optimization.label_smoothing, optimization.z_loss)
 
     def skip(self) -> None:
-        """Leaves the weights as they are: one bad batch is no reason to end a run, many in a row are."""
+        """Leaves the weights as they are. One bad batch does not end a run; many in a row do."""
         step, state = self.state.step + 1, self.state
         state.skipped_steps += 1
         if state.skipped_since is None:
@@ -234,7 +233,7 @@ class Trainer:
             )
 
     def log(self) -> None:
-        """Records the window that ends here, and begins the next."""
+        """Records the steps since the last log line, and begins the next window."""
         step = self.state.step
         metrics = self.window.metrics()
         metrics["learning_rate"] = self.learning_rate
@@ -248,7 +247,7 @@ class Trainer:
         self.window.restart()
 
     def log_internals(self) -> None:
-        """Records the model from within, on held-out text."""
+        """Records attention, activations and updates, on held-out text."""
         if self.accelerator.is_main_process:
             self.inner_metrics |= inner_metrics(self.run.unwrapped_model, self.run.held_out.windows(INNER_WINDOWS))
         self.monitor.record(self.state.step, self.inner_metrics)
@@ -261,7 +260,7 @@ class Trainer:
         with run.ema_weights():
             evaluation = evaluate(run.model, run.held_out, batch_size, accelerator, self.stop.agreed)
         if evaluation is None or state.evaluated_step == state.step:
-            return evaluation  # of a run that was resumed at its end, and has recorded it
+            return evaluation  # the run was resumed at its end, and this evaluation is recorded already
         if not math.isfinite(evaluation.loss):
             raise ValueError(
                 f"After step {state.step} the validation loss is {evaluation.loss}; "
@@ -281,7 +280,7 @@ class Trainer:
         return evaluation
 
     def save(self) -> None:
-        """Writes a checkpoint to go on from."""
+        """Writes a checkpoint to resume from."""
         run, keep = self.run, (self.arguments.run.keep_last, self.arguments.run.keep_every)
         check_is_finite(run.folder, self.state, self.parallel, run.model)
         self.state.stream = run.batches.state_dict(self.state.step)
@@ -289,7 +288,7 @@ class Trainer:
             self.saved_step = self.state.step
 
     def written(self, write: Callable[[], None]) -> bool:
-        """Whether a write that every process takes part in succeeded; if not, the run stops or only warns."""
+        """Whether a write by all processes succeeded. If not, the run stops or warns, as `on_save_error` says."""
         try:
             write()
         except OSError as error:
@@ -320,14 +319,14 @@ class Trainer:
         self.parallel.raise_everywhere(error)
 
     def finish(self, evaluation: Evaluation) -> TrainingResult:
-        """Writes the last model, and the best one merged if it was asked for, and lets the model write."""
+        """Saves the last model, and the merged one if that was asked for, and writes the last sample."""
         self.save_model("final", evaluation)
         if self.arguments.adapter.merge:
             self.save_model("merged", evaluation)
         return self.result(evaluation, self.sample())
 
     def sample(self) -> list[str]:
-        """What the model makes of the prompts, as far as its context goes; also in `samples.jsonl`."""
+        """The samples for the prompts, each up to the length of the context. They are also added to `samples.jsonl`."""
         run, length, seed = self.run, self.run.config.max_position_embeddings, self.arguments.run.seed
         with run.ema_weights():
             model = self.parallel.gather_full_model(run.model)
