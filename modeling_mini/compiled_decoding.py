@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .decoding import FIRST_ROOM, Turns
+from .decoding import FIRST_CAPACITY, RotaryTable
 
 # What the compiled step depends on, besides the shapes of the weights: fields of the config, and attributes of modules.
 FIELDS_WITHOUT_EFFECT = {
@@ -188,10 +188,12 @@ class CompiledStep:
         cache: DynamicCache,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        room: int,
+        max_new_tokens: int,
     ) -> "CompiledDecoder":
         """The state of one call of `generate`. The arguments are those of `Decoder`; the mask is all ones or `None`."""
-        return CompiledDecoder(self.run, list(weights_of(model).values()), cache, Turns(model, position_ids), room)
+        return CompiledDecoder(
+            self.run, list(weights_of(model).values()), cache, RotaryTable(model, position_ids), max_new_tokens
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":
         """A copy of a model shares the function, because weights are its arguments."""
@@ -217,24 +219,24 @@ class CompiledDecoder:
         run: Callable[[list[torch.Tensor]], list[torch.Tensor]],
         weights: list[torch.Tensor],
         cache: DynamicCache,
-        turns: Turns,
-        room: int,
+        rotary_table: RotaryTable,
+        max_new_tokens: int,
     ) -> None:
         self.run = run
         self.weights = weights
         self.cache = cache
-        self.turns = turns
+        self.rotary_table = rotary_table
         self.length = self.prompt_length = cache.get_seq_length()
-        self.max_length = self.length + room
+        self.max_length = self.length + max_new_tokens
         # (1, key_value_heads, length, head_dim) of each layer
         layers = [torch.cat((layer.keys, layer.values), dim=1)[0].transpose(0, 1) for layer in cache.layers]
         self.whole = torch.stack(layers)
-        self.reserve(self.length + min(room, FIRST_ROOM))
+        self.reserve(self.length + min(max_new_tokens, FIRST_CAPACITY))
 
     def reserve(self, capacity: int) -> None:
-        """Moves the cache to where it has room for `capacity` tokens."""
+        """Moves the cache into tensors of `capacity` tokens."""
         self.whole = F.pad(self.whole[:, : self.length], (0, 0, 0, 0, 0, capacity - self.length))
-        self.turns.reserve(capacity - self.prompt_length)
+        self.rotary_table.reserve(capacity - self.prompt_length)
         self.capacity = capacity
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -242,7 +244,7 @@ class CompiledDecoder:
         if self.length == self.capacity:
             self.reserve(min(2 * self.capacity, self.max_length))
         with torch.inference_mode():  # see Decoder.logits
-            cos, sin = self.turns.at(self.length - self.prompt_length)
+            cos, sin = self.rotary_table.at(self.length - self.prompt_length)
             caches = self.whole.narrow(1, 0, self.length).unbind()
             logits, keys_and_values = self.run([token_ids, cos[0, 0], sin[0, 0], *caches, *self.weights])
             self.whole.select(1, self.length).copy_(keys_and_values)

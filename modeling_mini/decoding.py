@@ -43,8 +43,8 @@ NORMS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], tuple[str, ...]]
     nn.LayerNorm: (F.layer_norm, ("normalized_shape", "weight", "bias", "eps")),
     nn.RMSNorm: (F.rms_norm, ("normalized_shape", "weight", "eps")),
 }
-# Cache and text begin with room for this many more tokens, and double when they are full.
-FIRST_ROOM = 1024
+# Cache and text start with space for this many more tokens. When they are full, their capacity doubles.
+FIRST_CAPACITY = 1024
 
 
 # When ----------------------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def decoding_step(
     sin: torch.Tensor,
     cache: list[torch.Tensor],
     mask: torch.Tensor | None,
-    place: torch.Tensor | None = None,
+    cache_position: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The logits (batch, vocab_size) after one more token of each sequence, which is also written to the cache.
@@ -258,9 +258,9 @@ def decoding_step(
         token_ids: (batch,).
         cos, sin: (batch or 1, 1, rotary_dim), at the position of the token. The first half of `sin` is negated.
         cache: for each layer, the keys and under them the values, (batch, 2 * key_value_heads, length, head_dim), with
-            room for those of the new token at the end.
+            space for those of the new token at the end.
         mask: (batch, 1, 1, length), true where a token may be seen, or `None` if all may.
-        place: (1,), where in the cache the new token comes to stand, if not at the end.
+        cache_position: (1,), the index in the cache at which the new token is written; by default, the last.
     """
     batch, heads, kv_heads, head_dim = len(token_ids), weights.num_heads, weights.num_key_value_heads, weights.head_dim
     rotary_dim = cos.shape[-1]
@@ -275,10 +275,10 @@ def decoding_step(
         pairs = states[:, : heads + kv_heads, :rotary_dim]
         other = pairs.roll(rotary_dim // 2, -1)
         pairs.mul_(cos).add_(other.mul_(sin))
-        if place is None:
+        if cache_position is None:
             keys_and_values.select(2, -1).copy_(states[:, heads:])
         else:
-            keys_and_values.index_copy_(2, place, states[:, heads:].unsqueeze(2))
+            keys_and_values.index_copy_(2, cache_position, states[:, heads:].unsqueeze(2))
         keys, values = keys_and_values.split(kv_heads, dim=1)
         query = states[:, :heads].unsqueeze(2)
         if mask is not None and heads != kv_heads:  # as transformers does it for grouped heads with a mask
@@ -301,7 +301,7 @@ def decoding_step(
 # Many steps ----------------------------------------------------------------------------------------------------------
 
 
-class Turns:
+class RotaryTable:
     """
     Cosine and sine of the rotary embedding for the new tokens of a text.
 
@@ -315,10 +315,10 @@ class Turns:
         self.has_table = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
         self.first_positions = position_ids[:, -1:] + 1
 
-    def reserve(self, room: int) -> None:
-        """Computes those of the first `room` new tokens, where they do not depend on the length of the text."""
+    def reserve(self, capacity: int) -> None:
+        """Computes those of the first `capacity` new tokens, where they do not depend on the length of the text."""
         if self.has_table:
-            self.cos, self.sin = self.between(0, room)
+            self.cos, self.sin = self.between(0, capacity)
 
     def between(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of the new tokens from `start` to `end`, (batch or 1, end - start, rotary_dim); half of sin negated."""
@@ -341,8 +341,8 @@ class Decoder:
     Args:
         cache: as the first forward over the prompt left it. It is read here, and written by `give_back`.
         attention_mask: (batch, length of the cache), 1 for tokens and 0 for padding; `None` without padding.
-        position_ids: as `Turns` takes them.
-        room: how many tokens will follow at most.
+        position_ids: as `RotaryTable` takes them.
+        max_new_tokens: how many tokens will follow at most.
     """
 
     def __init__(
@@ -351,31 +351,31 @@ class Decoder:
         cache: DynamicCache,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        room: int,
+        max_new_tokens: int,
     ) -> None:
         self.weights = Weights.of(model)
-        self.turns = Turns(model, position_ids)
+        self.rotary_table = RotaryTable(model, position_ids)
         self.cache = cache
         self.length = self.prompt_length = cache.get_seq_length()
-        self.max_length = self.length + room
+        self.max_length = self.length + max_new_tokens
         self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
         self.mask = attention_mask.bool()[:, None, None, :] if attention_mask is not None else None
-        self.reserve(self.length + min(room, FIRST_ROOM))
+        self.reserve(self.length + min(max_new_tokens, FIRST_CAPACITY))
 
     def reserve(self, capacity: int) -> None:
-        """Moves the cache to where it has room for `capacity` tokens."""
+        """Moves the cache into tensors of `capacity` tokens."""
         more = capacity - self.length
         self.whole = [F.pad(keys_and_values, (0, 0, 0, more)) for keys_and_values in self.filled]
         if self.mask is not None:
             self.whole_mask = F.pad(self.mask, (0, more), value=True)  # padding stands in the prompt alone
-        self.turns.reserve(capacity - self.prompt_length)
+        self.rotary_table.reserve(capacity - self.prompt_length)
         self.capacity = capacity
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The logits (batch, vocab_size) after these tokens (batch,), which are now part of the text."""
         if self.length == self.capacity:
             self.reserve(min(2 * self.capacity, self.max_length))
-        cos, sin = self.turns.at(self.length - self.prompt_length)
+        cos, sin = self.rotary_table.at(self.length - self.prompt_length)
         self.length += 1
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
@@ -413,7 +413,7 @@ def decode(
         each for each in stopping_criteria if type(each) not in (EosTokenCriteria, MaxLengthCriteria)
     )
     has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    text = F.pad(input_ids, (0, max(1, min(FIRST_ROOM, max_length - length))))
+    text = F.pad(input_ids, (0, max(1, min(FIRST_CAPACITY, max_length - length))))
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -453,13 +453,13 @@ def decode(
             break
         if decoder is None:
             # The last token is not read by the model.
-            room = max_length - length
+            max_new_tokens = max_length - length
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
             step = model.compiled_step
             if step is not None and step.suits(model, batch, mask):
-                decoder = step.decoder(model, cache, mask, position_ids, room)
+                decoder = step.decoder(model, cache, mask, position_ids, max_new_tokens)
             else:
-                decoder = Decoder(model, cache, mask, position_ids, room)
+                decoder = Decoder(model, cache, mask, position_ids, max_new_tokens)
         logits = decoder.logits(next_tokens).to(copy=True, dtype=torch.float32)
 
     if decoder is not None:

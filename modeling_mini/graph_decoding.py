@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .compiled_decoding import constants_of
-from .decoding import FIRST_ROOM, Turns, Weights, decoding_step
+from .decoding import FIRST_CAPACITY, RotaryTable, Weights, decoding_step
 
 # PyTorch asks for a few runs before a recording, in which libraries allocate their workspaces.
 WARM_UP_RUNS = 3
@@ -35,12 +35,12 @@ LOCK = threading.Lock()
 
 class Recording:
     """
-    One step for a batch and a room of `capacity` tokens, and the buffers that it works on.
+    One step for a batch and a cache of `capacity` tokens, and the buffers that it works on.
 
     Attributes:
         token_ids: (batch,), read.
         cos, sin: (batch, 1, rotary_dim), read; the first half of `sin` is negated.
-        place: (1,), where the token comes to stand; counted up by each step.
+        cache_position: (1,), the index in the cache at which the token is written; each step adds 1.
         mask: (batch, 1, 1, capacity), true where a token may be seen; the new one is added by each step.
         caches: as `decoding_step` takes them, (batch, 2 * key_value_heads, capacity, head_dim) of each layer.
         output: (batch, vocab_size), the logits; written by each step.
@@ -55,7 +55,7 @@ class Recording:
         # concerns the buffers, and PyTorch's random state, which is made at a recording and written at each replay.
         with torch.inference_mode(False), torch.no_grad():
             self.token_ids = torch.zeros(batch, dtype=torch.long, device=self.device)
-            self.place = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.cache_position = torch.zeros(1, dtype=torch.long, device=self.device)
             self.cos, self.sin = (weight.new_zeros(batch, 1, rotary_dim) for _ in range(2))
             self.mask = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=self.device)
             shape = (batch, 2 * config.num_key_value_heads, capacity, config.head_dim)
@@ -64,11 +64,11 @@ class Recording:
 
     def step(self) -> torch.Tensor:
         """The step itself: logits (batch, vocab_size)."""
-        self.mask.index_fill_(3, self.place, True)
+        self.mask.index_fill_(3, self.cache_position, True)
         logits = decoding_step(
-            self.weights, self.token_ids, self.cos, self.sin, self.caches, self.mask, place=self.place
+            self.weights, self.token_ids, self.cos, self.sin, self.caches, self.mask, cache_position=self.cache_position
         )
-        self.place.add_(1)
+        self.cache_position.add_(1)
         return logits
 
     def record(self) -> None:
@@ -78,7 +78,7 @@ class Recording:
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP_RUNS):
-                    self.place.zero_()
+                    self.cache_position.zero_()
                     self.step()
             torch.cuda.current_stream().wait_stream(stream)
             self.graph = torch.cuda.CUDAGraph()
@@ -93,7 +93,7 @@ class Recording:
             target[:, :, length:].zero_()  # masked, but 0 * stale NaN is still NaN
         self.mask.zero_()
         self.mask[..., :length] = mask
-        self.place.fill_(length)
+        self.cache_position.fill_(length)
 
     def replay(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """The logits after these tokens, in a buffer that the next call overwrites."""
@@ -128,7 +128,7 @@ class GraphStep:
         self.recorded_for: list[Any] = []
         # Recordings that no call of `generate` uses now, in the order of their last use. Two threads need two.
         self.free: list[Recording] = []
-        self.give_back(self.take(model, 1, FIRST_ROOM))
+        self.give_back(self.take(model, 1, FIRST_CAPACITY))
 
     def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether it can decode for this model: yes for any batch, if the model is still on this type of device."""
@@ -140,10 +140,10 @@ class GraphStep:
         cache: DynamicCache,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        room: int,
+        max_new_tokens: int,
     ) -> "GraphDecoder":
         """The state of one call of `generate`; the arguments are those of `Decoder`."""
-        return GraphDecoder(self, model, cache, attention_mask, position_ids, room)
+        return GraphDecoder(self, model, cache, attention_mask, position_ids, max_new_tokens)
 
     def take(self, model: PreTrainedModel, batch: int, capacity: int) -> Recording:
         """A recording for the model as it is now. Only the caller uses it until `give_back`."""
@@ -186,21 +186,21 @@ class GraphDecoder:
         cache: DynamicCache,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        room: int,
+        max_new_tokens: int,
     ) -> None:
         self.owner, self.model, self.cache = step, model, cache
-        self.turns = Turns(model, position_ids)
+        self.rotary_table = RotaryTable(model, position_ids)
         self.length = self.prompt_length = cache.get_seq_length()
         caches = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
         mask = caches[0].new_ones(1, self.length) if attention_mask is None else attention_mask
-        self.move_to(self.length + min(room, FIRST_ROOM), caches, mask[:, None, None, :])
+        self.move_to(self.length + min(max_new_tokens, FIRST_CAPACITY), caches, mask[:, None, None, :])
 
     def move_to(self, capacity: int, caches: list[torch.Tensor], mask: torch.Tensor) -> None:
-        """Continues in a recording that has room for `capacity` tokens, from these keys, values and mask."""
+        """Continues in a recording with a cache of `capacity` tokens, from these keys, values and mask."""
         # Powers of two, so that texts of about the same length share recordings.
         self.recording = self.owner.take(self.model, len(caches[0]), 1 << (capacity - 1).bit_length())
         self.recording.fill(caches, mask, self.length)
-        self.turns.reserve(self.recording.capacity - self.prompt_length)
+        self.rotary_table.reserve(self.recording.capacity - self.prompt_length)
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The logits (batch, vocab_size) after these tokens (batch,), which are now part of the text."""
@@ -208,7 +208,7 @@ class GraphDecoder:
         if self.length == full.capacity:
             self.move_to(2 * full.capacity, full.caches, full.mask)
             self.owner.give_back(full)
-        cos, sin = self.turns.at(self.length - self.prompt_length)
+        cos, sin = self.rotary_table.at(self.length - self.prompt_length)
         self.length += 1
         return self.recording.replay(token_ids, cos, sin)
 

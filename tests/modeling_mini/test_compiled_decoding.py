@@ -12,7 +12,7 @@ import torch
 from helpers.random_models import make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, compiled_decoding
 from modeling_mini.compiled_decoding import CompiledDecoder, CompiledStep, StepOfModel
-from modeling_mini.decoding import Turns
+from modeling_mini.decoding import RotaryTable
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -20,14 +20,14 @@ PROMPT = torch.arange(1, 6)[None]
 
 
 class UncompiledStep(CompiledStep):
-    """The function that is compiled, as torch runs it, in the place of the compiled one."""
+    """The function that is compiled, as torch runs it, in place of the compiled one."""
 
     def __init__(self, model: MiniForCausalLM) -> None:
         self.shape = self.shape_of(model)
         self.calls = 0
 
     def decoder(
-        self, model: MiniForCausalLM, cache: Any, attention_mask: Any, position_ids: torch.Tensor, room: int
+        self, model: MiniForCausalLM, cache: Any, attention_mask: Any, position_ids: torch.Tensor, max_new_tokens: int
     ) -> CompiledDecoder:
         step = StepOfModel(model)
 
@@ -36,7 +36,7 @@ class UncompiledStep(CompiledStep):
             token_id, cos, sin, *caches = inputs
             return step(token_id, cos, sin, caches)
 
-        return CompiledDecoder(run, [], cache, Turns(model, position_ids), room)
+        return CompiledDecoder(run, [], cache, RotaryTable(model, position_ids), max_new_tokens)
 
 
 @pytest.mark.parametrize("group", range(10))
@@ -97,7 +97,7 @@ def counted(model: MiniForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int
 @pytest.mark.slow
 def test_the_compiled_step_writes_the_same(compiled: MiniForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy and sampling, from a prompt of one token on, over a cache that has to grow."""
-    monkeypatch.setattr(compiled_decoding, "FIRST_ROOM", 7)
+    monkeypatch.setattr(compiled_decoding, "FIRST_CAPACITY", 7)
     calls = counted(compiled, monkeypatch)
     for length in (1, 2, 19, 40):
         ids = torch.randint(1, 97, (1, length))

@@ -124,7 +124,7 @@ def test_greedy_text_equals_a_loop_without_a_cache(norm_type: str, padded: bool,
 
 
 def test_the_cache_grows_beyond_its_first_room(monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]) -> None:
-    monkeypatch.setattr(decoding, "FIRST_ROOM", 3)  # of the text too
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY", 3)  # of the text too
     for rope in ({"rope_type": "default"}, {"rope_type": "dynamic", "factor": 2.0}):
         model = make_model(rope_parameters={"rope_theta": 10000.0, **rope}, max_position_embeddings=16)
         ids = torch.randint(1, 97, (2, 5))
@@ -269,7 +269,7 @@ def test_a_cache_of_the_user_is_continued(fast_calls: list[int]) -> None:
 
 def test_results_can_be_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """Text and cache are no inference tensors, which autograd would refuse; also a cache that had to grow."""
-    monkeypatch.setattr(decoding, "FIRST_ROOM", 2)
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY", 2)
     model, ids = make_model(), torch.randint(1, 97, (1, 8))
     output = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True, output_logits=True)
     model(output.sequences, labels=output.sequences).loss.backward()
@@ -369,7 +369,7 @@ def test_a_patched_class_or_attention_takes_the_loop_of_transformers(
 
 
 def test_a_limit_beyond_any_memory(fast_calls: list[int]) -> None:
-    """Until the model ends its text: room is taken as the text grows."""
+    """Until the model ends its text: memory is allocated as the text grows."""
     model, ids = make_model(), torch.randint(1, 97, (1, 5))
     first = int(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1])
     output = model.generate(ids, max_new_tokens=10**12, do_sample=False, eos_token_id=first)

@@ -49,7 +49,7 @@ def test_random_models_and_requests_give_the_same(group: int, monkeypatch: pytes
     """80 models of random shapes, batches with and without padding, and caches that have to grow."""
     for number in range(10):
         draw = random.Random(f"graph {group} {number}")
-        monkeypatch.setattr(graph_decoding, "FIRST_ROOM", draw.choice([2, 1024]))
+        monkeypatch.setattr(graph_decoding, "FIRST_CAPACITY", draw.choice([2, 1024]))
         torch.manual_seed(draw.randrange(2**32))
         settings = random_settings(draw)
         model = make_model(**settings)
@@ -116,7 +116,7 @@ def test_recordings_can_be_written_in_and_outside_of_inference_mode() -> None:
         assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), expected)
     for recording in step.free:
-        buffers = (recording.token_ids, recording.place, recording.mask, recording.output, *recording.caches)
+        buffers = (recording.token_ids, recording.cache_position, recording.mask, recording.output, *recording.caches)
         assert not any(buffer.is_inference() for buffer in buffers)
 
 
