@@ -38,8 +38,9 @@ def test_a_report_of_a_fault_has_the_facts_of_the_installation() -> None:
 def test_files_and_links_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     paths = re.findall(r"\]\((?!https?:)([^)#]+)", text)
-    paths += re.findall(r"`((?:\.?\w+/)*[\w.]+\.(?:py|md|txt)|(?:\.?\w+/)+)`", text)
-    assert paths
+    if page.name != "CHANGELOG.md":  # it also names what was there once, and folders of a run
+        paths += re.findall(r"`((?:\.?\w+/)*[\w.]+\.(?:py|md|txt)|(?:\.?\w+/)+)`", text)
+        assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
 
