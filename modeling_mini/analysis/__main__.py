@@ -214,7 +214,7 @@ def memory_table(cost: ModelCost, batch_size: int, length: int, device_memory: i
 
 
 def check_free_memory(needed: int) -> None:
-    """Raises ValueError where a measurement would be killed, or would drive out what others work with."""
+    """Raises ValueError if there is not enough memory for a measurement, so that no process is killed for it."""
     free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(

@@ -1,11 +1,11 @@
 """
-A checkpoint in the shape that another runtime reads.
+Writes a checkpoint in the format of another program.
 
     python -m modeling_mini.export FORMAT CHECKPOINT OUT
 
-Each format is a module of its name with a dataclass `Options`, which holds its flags, and a function `export_FORMAT`,
-which takes the model, the tokenizer, a folder to write into and the options by name, and returns the `Card` of what it
-wrote. A module is imported when it is asked for, because some need a library of their own.
+Each format is a module with its name. The module has a dataclass `Options` with the flags of the format, and a function
+`export_FORMAT`, which gets the model, the tokenizer, a folder to write into and the options by name, and returns the
+`Card` of the result. A module is imported only when it is used, because some need a library of their own.
 """
 
 import dataclasses
@@ -56,16 +56,16 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     Args:
         format: one of `FORMATS`.
         checkpoint: a run, a checkpoint folder, a folder of an adapter (it is merged into its base) or a Hub name.
-        out: the folder; it appears when it is complete.
-        overwrite: replace `out` if there is something in it.
+        out: the folder. It appears only when it is complete.
+        overwrite: whether to replace `out` if there is something in it.
         options: the fields of the `Options` of the format's module.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: for an unknown format or option, and for a model that the format cannot hold exactly, naming what
-            stands in the way.
+        ValueError: for an unknown format or option, and for a model that the format cannot hold exactly. The error
+            gives the reason.
     """
     module = module_of(format)
     names = [field.name for field in dataclasses.fields(module.Options)]

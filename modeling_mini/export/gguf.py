@@ -1,10 +1,14 @@
 """
-GGUF, the format of llama.cpp, for the three architectures that native.py writes.
+Writes GGUF, the format of llama.cpp, for the three architectures of native.py.
 
-What llama.cpp computes, read in its sources (src/models/llama.cpp, qwen3.cpp and stablelm.cpp of the version that
-llama-cpp-python 0.3.36 holds): SwiGLU with SiLU alone; rotary pairs (2i, 2i + 1) for llama, so that rows of q_proj and
-k_proj change places, and Mini's pairs for the others; a factor for each frequency (`rope_freqs`) for llama alone; a
-head of its own for stablelm, which cannot be tied. What they do not read at all stops them from loading a file.
+These facts about llama.cpp are from its sources (src/models/llama.cpp, qwen3.cpp and stablelm.cpp, in the version of
+llama-cpp-python 0.3.36):
+
+- SwiGLU is computed with SiLU only.
+- llama has the rotary pairs (2i, 2i + 1), so rows of q_proj and k_proj change places. The others have Mini's pairs.
+- Only llama takes a factor for each frequency (`rope_freqs`).
+- stablelm has a head of its own, which cannot be tied.
+- A file with a tensor that the architecture does not read is not loaded.
 """
 
 from dataclasses import dataclass
@@ -33,7 +37,7 @@ ARCHITECTURES = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "stablelm": gguf.MODEL_ARCH.STABLELM,
 }
-LARGEST_ROPE_FACTOR = 1e30  # stops a pair from turning: cos(position / 1e30) is 1
+LARGEST_ROPE_FACTOR = 1e30  # such a pair is not rotated: cos(position / 1e30) is 1
 
 
 @dataclass
@@ -57,7 +61,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
     Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`.
 
     Raises:
-        ValueError: if llama.cpp computes something else, or reads text otherwise, naming what stands in the way.
+        ValueError: if llama.cpp would compute something else or encode text differently. The error gives the reason.
     """
     native, _ = checked_native(model)
     config = native.config
@@ -106,11 +110,11 @@ def uncomputable(reason: str) -> ValueError:
 
 def rope_of(native: PreTrainedModel) -> dict[str, Any]:
     """
-    How llama.cpp is told of the rotary frequencies: `factor` that divides all, or `factors` for each pair, and
-    `attention_factor` on cosine and sine.
+    The rotary frequencies as llama.cpp takes them: one `factor` that divides all of them, or `factors` for each pair,
+    and `attention_factor`, by which cosine and sine are multiplied.
 
     Raises:
-        ValueError: if it cannot be.
+        ValueError: if llama.cpp cannot have these frequencies.
     """
     config, rotary = native.config, native.model.rotary_emb
     rope_type = config.rope_parameters["rope_type"]
@@ -139,7 +143,7 @@ def write_file(
     name: str,
     type_name: str,
 ) -> None:
-    """Writes one file; `type_name` is that of the matrices, and vectors are F32 in all."""
+    """Writes one file. Its matrices have the type `type_name`; vectors are always F32."""
     kind = native.config.model_type
     architecture = ARCHITECTURES[kind]
     quantization, file_type = TYPES[type_name]
@@ -194,7 +198,7 @@ def write_file(
 
 
 def weights_of(native: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
-    """All parameters; a tied head once more, where llama.cpp does not tie."""
+    """All parameters. If llama.cpp does not tie the head of this architecture, a tied head is added."""
     weights = [(name, parameter.detach()) for name, parameter in native.named_parameters()]
     if native.config.tie_word_embeddings and native.config.model_type == "stablelm":
         weights.append(("lm_head.weight", native.lm_head.weight.detach()))
@@ -203,8 +207,8 @@ def weights_of(native: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
 
 def interleaved(parameter: torch.Tensor, heads: int) -> torch.Tensor:
     """
-    The rows of a projection (heads * head_dim, ...) in the order in which llama.cpp pairs them: feature i of the first
-    half of a head, then feature i of the second, for each i.
+    The rows of a projection (heads * head_dim, ...) in llama.cpp's order of rotary pairs: for each i, feature i of the
+    first half of a head and then feature i of the second half.
     """
     halves = parameter.reshape(heads, 2, -1, *parameter.shape[1:])
     return halves.transpose(1, 2).reshape(parameter.shape)
@@ -214,7 +218,7 @@ def add_tensor(
     writer: gguf.GGUFWriter, name: str, tensor: torch.Tensor, quantization: gguf.GGMLQuantizationType
 ) -> None:
     """
-    Adds a matrix as `quantization`, or as F16 where its rows are no multiple of a block, and a vector as F32.
+    Adds a matrix as `quantization`, or as F16 if its rows are not a multiple of a block. A vector is added as F32.
 
     Raises:
         ValueError: if a weight is too large for F16.

@@ -1,9 +1,10 @@
 """
-A Mini as the native class that computes the same: Llama (RMSNorm), Qwen3 (RMSNorm and QK-norm) or StableLM (LayerNorm).
+Turns a Mini into the native class that computes the same: Llama (RMSNorm), Qwen3 (RMSNorm and QK-norm) or StableLM
+(LayerNorm).
 
-Their parameters have the names and the layout of Mini's, rotary embedding included, so the weights move as they are and
-only the configuration is rewritten. A configuration that its class cannot express is refused: it would load without a
-word and compute something else.
+Their parameters have the same names and layout as Mini's, also for the rotary embedding. So the weights do not change,
+and only the configuration is translated. A configuration that the class cannot express is refused, because it would
+load without an error and compute something else.
 """
 
 import copy
@@ -28,23 +29,23 @@ from transformers import (
 
 from .card import Card
 
-# No native class has these. They are kept as further entries for the way back; other readers ignore them.
+# No native class has these fields. They are kept as additional entries for the way back, and others ignore them.
 FIELDS_OF_MINI_ALONE = ("embedding_dropout", "residual_dropout")
-# These have other names or other meanings in one of the three classes: `native_config` translates them.
+# These have another name or meaning in at least one of the three classes. `native_config` translates them.
 TRANSLATED_FIELDS = (
     "norm_type", "norm_eps", "qk_norm", "head_dim", "rope_parameters", "attention_bias", "mlp_bias"
 )  # fmt: skip
-# All others mean the same, under the same name, in all three and in Mini.
+# All other fields have the same name and meaning in the three classes and in Mini.
 SHARED_FIELDS = tuple(
     name for name in MiniConfig.own_fields() if name not in (*FIELDS_OF_MINI_ALONE, *TRANSLATED_FIELDS)
 )
-# The check of what is written. Rounding makes differences of 1e-6; a frequency or a norm that is wrong, of 1e-1.
+# For the check of the result. Rounding gives differences of 1e-6, and a wrong frequency or norm gives 1e-1.
 CHECKED_TOKENS, LARGEST_DIFFERENCE = 256, 1e-3
 
 
 @dataclass
 class Options(Settings):
-    """There is nothing to choose."""
+    """This format has no options."""
 
 
 def native_config(config: MiniConfig) -> PreTrainedConfig:
@@ -52,13 +53,13 @@ def native_config(config: MiniConfig) -> PreTrainedConfig:
     The configuration of Llama, Qwen3 or StableLM that computes what this one does.
 
     Raises:
-        ValueError: if none does, naming the field that stands in the way.
+        ValueError: if none of them does. The error names the field that is the reason.
     """
     fields: dict[str, Any] = {name: getattr(config, name) for name in (*SHARED_FIELDS, *FIELDS_OF_MINI_ALONE)}
     fields["rope_parameters"] = dict(config.rope_parameters)
     share = config.rope_parameters.get("partial_rotary_factor", 1.0)
     turns_whole_heads = int(config.head_dim * share) == config.head_dim
-    # Its frequencies cover whole heads, those beyond the share being 0.
+    # With this RoPE type there are frequencies for the whole head, and those beyond the share are 0.
     proportional = config.rope_parameters["rope_type"] == "proportional"
     fits_heads = config.hidden_size % config.num_attention_heads == 0
 
@@ -73,7 +74,7 @@ def native_config(config: MiniConfig) -> PreTrainedConfig:
             raise unequal(config, "head_dim", "in StableLM it is hidden_size / num_attention_heads")
         if proportional and not turns_whole_heads:
             raise unequal(config, "partial_rotary_factor", "StableLM cannot have that with proportional frequencies")
-        fields["rope_parameters"]["partial_rotary_factor"] = share  # absent, it would be a quarter
+        fields["rope_parameters"]["partial_rotary_factor"] = share  # the default would be a quarter
         return StableLmConfig(layer_norm_eps=config.norm_eps, **fields)
 
     if config.norm_type != "rmsnorm":
@@ -113,7 +114,7 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_weights_of(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of this configuration with copies of the parameters of another, which has all of them by name."""
+    """A model of this configuration with copies of the parameters of `model`, which have the same names."""
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     other, report = model_class.from_pretrained(
@@ -156,7 +157,7 @@ def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ou
     Writes a native checkpoint into the folder `out`.
 
     Raises:
-        ValueError: as `checked_native` does.
+        ValueError: see `checked_native`.
     """
     native, difference = checked_native(model)
     name = type(native).__name__
@@ -192,7 +193,7 @@ transformers serve PATH_OR_REPOSITORY
 
 
 def weights_to_save(native: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All weights; for StableLM a tied head once more, because MLX does not tie that one, and others do not mind."""
+    """All weights. For StableLM a tied head is added: MLX needs it, because it does not tie, and others ignore it."""
     weights = native.state_dict()
     if native.config.tie_word_embeddings and native.config.model_type == "stablelm":
         weights["lm_head.weight"] = native.lm_head.weight.detach().clone()
@@ -201,8 +202,8 @@ def weights_to_save(native: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def name_as_before(config_file: Path) -> None:
     """
-    Adds to `config.json` the entries of the rotary embedding by the names that they had before transformers 5, which
-    other runtimes read. transformers takes `rope_parameters`.
+    Adds the entries of the rotary embedding to `config.json` under the names from before transformers 5, which other
+    runtimes read. transformers itself reads `rope_parameters`.
     """
     config = json.loads(config_file.read_text(encoding="utf-8"))
     rope = dict(config["rope_parameters"])

@@ -1,10 +1,10 @@
 """
-A Mini for onnxruntime and transformers.js, with a page that writes in the browser.
+Writes a Mini for onnxruntime and transformers.js, with a web page that generates in the browser.
 
     OUT/onnx/model.onnx             prefill and decoding with a cache (onnx_graph.py)
     OUT/onnx/model_quantized.onnx   with --q8: its matrices as integers of 8 bits
     OUT/config.json, generation_config.json, tokenizer files
-    OUT/index.html, worker.js       the page; serve the folder by any web server
+    OUT/index.html, worker.js       the page; any web server can serve the folder
     OUT/vendor/                     with --node_modules: transformers.js itself, so that the page needs no network
 """
 
@@ -32,7 +32,7 @@ from .native import SHARED_FIELDS
 from .onnx_graph import build_graph
 
 WEB = Path(__file__).parent / "web"
-# The version that the tests run, and what of it and of its onnxruntime-web the page loads.
+# The version that the tests run, and the files of it and of its onnxruntime-web that the page loads.
 TRANSFORMERS_JS = "4.3.1"
 CDN = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS}/dist"
 VENDORED = (
@@ -40,9 +40,9 @@ VENDORED = (
     "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
     "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
 )
-# A file of ONNX holds two gigabytes; weights beyond that lie in a second one.
+# An ONNX file has at most two gigabytes; the weights of a larger model are in a second file.
 LARGEST_FILE = 2**31 - 2**24
-# The check of what is written: two rows, the second with padding, in two calls with a cache between them.
+# For the check of the result: two sequences, the second with padding, in two calls with a cache between them.
 CHECKED_TOKENS, LARGEST_DIFFERENCE = 128, 1e-3
 
 
@@ -76,14 +76,14 @@ def export_onnx(
     node_modules: str | None = None,
 ) -> Card:
     """
-    Writes the graph, what transformers.js reads beside it, and the page into the folder `out`.
+    Writes the graph, the files that transformers.js needs, and the page into the folder `out`.
 
     Args:
-        q8: also the copy with matrices of 8 bits.
-        node_modules: where to copy transformers.js from; without it the page loads it from a CDN.
+        q8: whether to write the copy with matrices of 8 bits too.
+        node_modules: the folder to copy transformers.js from. Without it the page loads transformers.js from a CDN.
 
     Raises:
-        ValueError: if the graph does not compute what the model does.
+        ValueError: if the graph does not compute the same as the model.
     """
     graph = build_graph(model)
     path = out / "onnx" / "model.onnx"
@@ -123,13 +123,15 @@ def export_onnx(
 
 def transformers_js_config(model: MiniForCausalLM, is_large: bool) -> dict[str, Any]:
     """
-    The `config.json` for transformers.js, which knows a list of model types and not Mini. It takes the names of inputs
-    and the number of layers from there, and all else from the graph; so a Mini of any kind goes by the name of Llama.
+    The `config.json` for transformers.js. It knows a fixed list of model types without Mini, so the model is called a
+    Llama. transformers.js takes the names of inputs and the number of layers from there, and all else from the graph,
+    so this is right for every kind of Mini.
     """
     names = [name for name in (*SHARED_FIELDS, "head_dim") if not name.endswith("_token_id")]
-    # It takes these from here where `generation_config.json` has none, which for transformers means that there is none.
+    # If `generation_config.json` has no such id, transformers means that there is none. transformers.js would look
+    # here.
     ids = {name: getattr(model.generation_config, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    # Without a dtype, transformers.js looks for the quantized file in a browser.
+    # In a browser, transformers.js looks for the quantized file by default.
     own = {"dtype": "fp32", **({"use_external_data_format": True} if is_large else {})}
     return {
         "model_type": "llama",
@@ -141,22 +143,22 @@ def transformers_js_config(model: MiniForCausalLM, is_large: bool) -> dict[str, 
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """The files of the tokenizer, with what transformers.js looks for in `tokenizer_config.json`."""
+    """Writes the files of the tokenizer, with the entries of `tokenizer_config.json` that transformers.js needs."""
     tokenizer.save_pretrained(out)
     path = out / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    for name in ("is_local", "local_files_only"):  # where it was loaded from
+    for name in ("is_local", "local_files_only"):  # facts about this machine
         config.pop(name, None)
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    # Without this entry the text-generation pipeline leaves the special tokens out.
+    # Without this entry, the text-generation pipeline of transformers.js does not add bos.
     config["add_bos_token"] = tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
     if tokenizer.chat_template is not None:
-        config["chat_template"] = tokenizer.chat_template  # chat_template.jinja is not read
+        config["chat_template"] = tokenizer.chat_template  # transformers.js does not read chat_template.jinja
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_page(out: Path, node_modules: str | None) -> None:
-    """The page, which loads transformers.js from `vendor/` beside it, or from a CDN."""
+    """Writes the page. It loads transformers.js from the folder `vendor/` beside it, or from a CDN."""
     library = CDN if node_modules is None else "./vendor"
     for template in WEB.iterdir():
         text = template.read_text(encoding="utf-8").replace("LIBRARY", library)
@@ -168,10 +170,10 @@ def write_page(out: Path, node_modules: str | None) -> None:
 
 
 def quantize(model: MiniForCausalLM, path: Path) -> None:
-    """The graph with the matrices of its projections in 8 bits, one scale for each output; activations as they come."""
+    """Writes a graph with matrices of 8 bits, with one scale for each output. Activations are quantized as it runs."""
     logger = logging.getLogger()
     before = logger.level
-    logger.setLevel(logging.ERROR)  # it recommends a preparation that changes nothing here
+    logger.setLevel(logging.ERROR)  # it recommends a step that changes nothing here
     try:
         quantize_dynamic(
             ir.to_proto(build_graph(model, share_embedding=False)),
@@ -186,7 +188,7 @@ def quantize(model: MiniForCausalLM, path: Path) -> None:
 
 
 def largest_difference(model: MiniForCausalLM, path: Path) -> float:
-    """The largest difference of logits between the model and a file, as a share of the largest logit."""
+    """The largest difference between the logits of the model and of a file, as a share of the largest logit."""
     length = max(4, min(CHECKED_TOKENS, model.config.max_position_embeddings) // 4 * 4)
     random = np.random.default_rng(0)
     input_ids = random.integers(model.config.vocab_size, size=(2, length))
@@ -213,7 +215,7 @@ def largest_difference(model: MiniForCausalLM, path: Path) -> float:
 
 
 def empty_cache(session: onnxruntime.InferenceSession, batch_size: int) -> Mapping[str, np.ndarray]:
-    """The cache before the first token, name of the input to array."""
+    """The cache before the first token: the name of each input, with an empty array."""
     return {
         value.name: np.zeros((batch_size, value.shape[1], 0, value.shape[3]), np.float32)
         for value in session.get_inputs()
