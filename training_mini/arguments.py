@@ -32,6 +32,10 @@ SHAPE = tuple(field.name for field in dataclasses.fields(MiniShape))
 DROPOUTS = tuple(name for name in SHAPE if name.endswith("_dropout"))
 TRACKERS = ("tensorboard", "trackio", "wandb")
 MAX_STEPS = 1200  # where neither it nor max_minutes is said
+# How new models are made: what learns fastest, and what Qwen3 computes, so that every export takes it (docs/LOG.md).
+NEW_MODEL = {"norm_type": "rmsnorm", "qk_norm": True}
+# A run from before that was so; its config.yaml does not say it.
+OLDER_RUN = {"norm_type": MiniShape.norm_type, "qk_norm": MiniShape.qk_norm}
 WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is long enough for them
 
 
@@ -43,12 +47,19 @@ class ModelArguments(optional_settings("ShapeSettings", MiniShape)):
         None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer", common=True
     )
     size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)", common=True)
+    norm_type: str | None = option(None, "normalization: layernorm or rmsnorm (default: rmsnorm)")
+    qk_norm: bool | None = option(
+        None, "normalize queries and keys per head, before the rotary embedding (default: true)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_named(self, "model")
         if self.model is None:
             self.size = self.size or "tiny"
+            for name, value in NEW_MODEL.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
             return
         fixed = [name for name in ("size", *SHAPE) if name not in DROPOUTS]
         given = [name for name in fixed if getattr(self, name) is not None]
@@ -512,6 +523,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if groups_of_run[0].model is not None:
         # Muon's defaults were found for new models; what is trained already is tuned by AdamW unless told otherwise.
         groups_of_run = parser.parse(argv, yaml_path, {"optimizer": "adamw"}, replaced)
+    elif known.resume:
+        groups_of_run = parser.parse(argv, yaml_path, OLDER_RUN, replaced)
     model, adapter, data, optimization, monitoring, run, *_ = groups_of_run
     if model.model is None:
         if adapter.lora_r:

@@ -167,3 +167,17 @@ def test_rope_parameters_are_read_as_a_mapping() -> None:
 def test_default_run_name(dataset: str, name: str) -> None:
     arguments = parse_arguments(["--dataset", dataset])
     assert isinstance(arguments, Arguments) and default_run_name(arguments) == name
+
+
+def test_new_models_are_made_for_learning_and_older_runs_go_on_as_they_were(tmp_path: Path) -> None:
+    model = parse_arguments([]).model
+    assert (model.norm_type, model.qk_norm) == ("rmsnorm", True)
+    assert parse_arguments(["--norm_type", "layernorm", "--qk_norm", "false"]).model.norm_type == "layernorm"
+    path = tmp_path / "config.yaml"
+    parse_arguments(["--seed", "1"]).save(path)
+    resume = ["--resume", "--output_dir", str(tmp_path)]
+    assert parse_arguments(resume).model == model
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if not line.startswith(("norm_type", "qk_norm"))))
+    older = parse_arguments(resume).model
+    assert (older.norm_type, older.qk_norm) == ("layernorm", False)
