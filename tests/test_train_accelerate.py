@@ -39,14 +39,19 @@ def test_metrics(quick_run: Path) -> None:
     assert [line["step"] for line in training] == list(range(1, 41))
     assert set(training[0]) == {
         "step", "loss", "perplexity", "bits_per_byte", "learning_rate", "grad_norm", "clipped_share",
-        "tokens_per_second", "memory_bytes", "tokens", "epoch",
+        "tokens_per_second", "memory_bytes", "tokens", "epoch", "seconds",
     }  # fmt: skip
+    seconds = [line["seconds"] for line in metrics(quick_run)]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1] < 600
+    first = metrics(quick_run)[0]
+    assert first["step"] == 0 and first["parameters"] == sum(tensor.numel() for tensor in weights(quick_run).values())
+    assert first["training_flops_per_token"] > 6 * 0.9 * first["parameters"]
     assert training[0]["tokens"] == 8 * 64
     assert training[1]["learning_rate"] == pytest.approx(0.01), "half way through two warmup steps"
     assert training[-1]["learning_rate"] == pytest.approx(0.02 / 38), "linear: the next one would be 0"
     evaluations = [line for line in metrics(quick_run) if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [20, 40]
-    assert set(evaluations[0]) == {"step", "eval_loss", "eval_perplexity", "eval_bits_per_byte"}
+    assert set(evaluations[0]) == {"step", "seconds", "eval_loss", "eval_perplexity", "eval_bits_per_byte"}
 
 
 def test_resolved_configuration_repeats_the_run(quick_run: Path, tmp_path: Path) -> None:

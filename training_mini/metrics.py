@@ -103,6 +103,16 @@ def make_log_window(run: Run) -> LogWindow:
     )
 
 
+def size_metrics(run: Run) -> dict[str, float]:
+    """The parameters of the model, and of a whole model of known shape the FLOPs of training on one token."""
+    metrics: dict[str, float] = {"parameters": run.unwrapped_model.num_parameters()}
+    if not run.arguments.adapter.lora_r:
+        with contextlib.suppress(ValueError):  # a shape that cannot be counted
+            cost = ModelCost(run.config)
+            metrics["training_flops_per_token"] = cost.training_flops_per_token(run.config.max_position_embeddings)
+    return metrics
+
+
 def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:
     """
     The attention entropy of each layer in nats, and statistics of activations at each site, on `windows` (windows,

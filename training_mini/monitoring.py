@@ -57,6 +57,7 @@ class Monitor:
         self._task: TaskID | None = None
         self._last_line = 0.0
         self._started = time.monotonic()
+        self._seconds_before = 0.0  # of earlier legs of the run
 
     def start(self, start_step: int, max_steps: int) -> None:
         """Opens the live display. Lines of `metrics.jsonl` after `start_step`, from an interrupted run, are dropped."""
@@ -64,6 +65,7 @@ class Monitor:
         if not self.enabled:
             return
         kept = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
+        self._seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         write_text(self.metrics_path, json_lines(kept))
         if console.is_terminal:
             columns = (
@@ -96,11 +98,15 @@ class Monitor:
         return self.folder / "metrics.jsonl"
 
     def record(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds a line to `metrics.jsonl`, and the same to the trackers."""
+        """
+        Adds a line to `metrics.jsonl`, with the seconds that the run has taken so far (evaluations and checkpoints
+        among them), and the metrics to the trackers.
+        """
         if not self.enabled:
             return
+        seconds = round(self._seconds_before + time.monotonic() - self._started, 3)
         with self.warning_of_errors(f"the metrics of step {step}"):
-            append_text(self.metrics_path, json_lines([{"step": step, **metrics}]))
+            append_text(self.metrics_path, json_lines([{"step": step, "seconds": seconds, **metrics}]))
         self.accelerator.log(metrics, step=step)
 
     def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:

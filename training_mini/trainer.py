@@ -16,7 +16,7 @@ from .checkpoints import advice_of_sound_state, check_is_finite, save_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .lora import merged_model
-from .metrics import inner_metrics, make_log_window, update_metrics
+from .metrics import inner_metrics, make_log_window, size_metrics, update_metrics
 from .model_folders import model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
@@ -117,6 +117,8 @@ class Trainer:
         self.monitor.start_trackers(trackers, run.folder.name, self.state.tracker_id, settings)
         for problem in run.problems:
             self.monitor.warn(problem)
+        if self.state.step == 0:
+            self.monitor.record(0, size_metrics(run))
         for line in [*description_of(run, self.micro_batches, self.window.peak_flops), *lines]:
             self.monitor.say(line)
         self.window.restart()

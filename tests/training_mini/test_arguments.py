@@ -11,6 +11,7 @@ import yaml
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, optional_settings
 from helpers.shapes import EVERY_FIELD
+from modeling_mini import MiniForCausalLM
 from shape_mini import PRESETS, MiniShape, option
 from training_mini.arguments import SHAPE as SHAPE_FIELDS
 from training_mini.arguments import Arguments, default_run_name, parse_arguments
@@ -23,13 +24,23 @@ def test_no_arguments_is_the_tiny_configuration_file() -> None:
 
 
 def test_there_is_a_configuration_for_each_size() -> None:
-    assert {path.stem for path in CONFIGS} == set(PRESETS)
+    assert {path.stem for path in CONFIGS if not path.stem.startswith("shakespeare")} == set(PRESETS)
+
+
+def test_the_recipes_for_tiny_shakespeare_have_the_size_of_nanogpts() -> None:
+    """0.80M and 10.65M parameters; a context of at most 256, and all that is held out is evaluated."""
+    for name, most in (("shakespeare_char", 0.80e6), ("shakespeare_char_gpu", 10.66e6)):
+        arguments = parse_arguments(["--config", str(CONFIGS[0].with_name(f"{name}.yaml"))])
+        config = arguments.model.model_config(vocab_size=73)
+        parameters = MiniForCausalLM(config).num_parameters()
+        assert 0.8 * most < parameters < most and config.max_position_embeddings <= 256
+        assert arguments.monitoring.max_eval_tokens == 0 and arguments.data.validation_ratio == 0.1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_files(path: Path) -> None:
     arguments = parse_arguments(["--config", str(path)])
-    assert arguments.model.size == path.stem
+    assert arguments.model.size == path.stem or path.stem.startswith("shakespeare")
     for line in path.read_text().splitlines():
         is_common = line.split(":")[0] in {"dataset", "tokenizer"} or line.split(":")[0] in repeated_names()
         assert not line or "#" in line or is_common, f"{path.name}: a setting without its reason: {line}"

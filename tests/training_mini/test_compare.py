@@ -1,0 +1,102 @@
+"""Comparing runs: which are one setting, what differs, and what has to be said beside the figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+from safetensors.numpy import save_file
+from training_mini import compare as compare_module
+from training_mini.compare import RunRecord, differing_settings, grouped, main, notes_on, table_of
+
+SETTINGS = {"size": "tiny", "dataset": "sample", "max_steps": 40, "learning_rate": 0.02, "save_steps": 10}
+
+
+def make_run(folder: Path, *bits: float, parameters: int | None = 1000, **settings: object) -> Path:
+    """A run of 40 steps with evaluations after 20 and 40; without `parameters`, one of an older version."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({**SETTINGS, "seed": 1, **settings}))
+    lines = [{"step": 0, "seconds": 0.5, "parameters": parameters}] if parameters is not None else []
+    for step, value in zip((20, 40), bits, strict=False):
+        line = {"step": step, "loss": 1.0, "tokens_per_second": 100.0 + step}
+        if parameters is not None:
+            line |= {"tokens": step * 64, "seconds": step / 2}
+        lines += [line, {"step": step, "eval_bits_per_byte": value}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def shown(*folders: Path) -> tuple[str, list[str]]:
+    groups = grouped([RunRecord(folder) for folder in folders])
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table_of(groups))
+    return console.export_text(), notes_on(groups)
+
+
+def test_seeds_of_one_setting_are_one_row_with_mean_and_spread(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"a{seed}", 3.0, bits, seed=seed) for seed, bits in ((1, 2.0), (2, 2.2), (3, 2.4))]
+    # What is logged or kept is no other setting.
+    runs.append(make_run(tmp_path / "b", 2.1, 2.5, learning_rate=0.04, save_steps=20))
+    groups = grouped([RunRecord(run) for run in runs])
+    assert [len(group.runs) for group in groups] == [3, 1]
+    assert differing_settings(groups) == ["learning_rate"]
+    table, notes = shown(*runs)
+    assert "a1 (seeds 1, 2, 3)" in table and "2.2000 ± 0.2000" in table
+    assert "learning_rate 0.02" in table and "learning_rate 0.04" in table and "max_steps" not in table
+    row = next(line for line in table.splitlines() if line.strip().startswith("b "))
+    assert "2.5000" in row and "2.1000" in row, "the last and the best"
+    assert "130" in row and "0:20" in row and "0.00M" in row
+    assert notes == []
+
+
+def test_what_makes_figures_incomparable_is_said(tmp_path: Path) -> None:
+    small = make_run(tmp_path / "small", 3.0, 2.0)
+    large = make_run(tmp_path / "large", 3.0, 1.9, parameters=1500, size="small")
+    other = make_run(tmp_path / "other", 3.0, dataset="python-stdlib")
+    _, notes = shown(small, large)
+    assert notes == ["The models are of different sizes: large has 1.50 times the parameters of small."]
+    _, notes = shown(small, other)
+    assert "different text (dataset differ)" in notes[0] and "cannot be compared" in notes[0]
+    assert notes[1] == "other stands at step 20 of 40."
+    _, notes = shown(make_run(tmp_path / "new"))
+    assert notes == ["new has no evaluation yet."]
+
+
+def test_an_older_run_lacks_fields_and_is_shown(tmp_path: Path) -> None:
+    older = make_run(tmp_path / "older", 3.0, 2.0, parameters=None)
+    table, _ = shown(older, make_run(tmp_path / "new", 3.0, 1.9, norm_type="rmsnorm"))
+    row = next(line for line in table.splitlines() if line.strip().startswith("older"))
+    assert "norm_type -" in row and row.split()[3] == "-" and "2.0000" in row
+    assert RunRecord(older).curve("eval_bits_per_byte", "step") == [(20, 3.0), (40, 2.0)]
+    assert RunRecord(older).curve("eval_bits_per_byte", "seconds") == []
+    (older / "best").mkdir()
+    save_file({"a": np.zeros((3, 4)), "b": np.zeros(5)}, older / "best" / "model.safetensors")
+    assert RunRecord(older).parameters == 17, "counted in the weights that it left"
+    (older / "best" / "model.safetensors").write_bytes(b"cut short")
+    assert RunRecord(older).parameters is None
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_table_and_picture(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [make_run(tmp_path / name, 3.0, 2.0, seed=seed) for seed, name in enumerate("ab")]
+    runs.append(make_run(tmp_path / "older", 3.0, 2.0, parameters=None))
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    monkeypatch.setattr(compare_module, "console", console)
+    out = tmp_path / "pictures" / f"curves.{suffix}"
+    main([*map(str, runs), "--out", str(out)])
+    assert f"curves.{suffix}" in console.export_text()
+    assert out.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_wrong_input(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"There is no run in .*nothing': it has no config\.yaml"):
+        main([str(tmp_path / "nothing")])
+    run = make_run(tmp_path / "run", 3.0)
+    (run / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"config\.yaml does not hold the settings of a run"):
+        main([str(run)])
+    with pytest.raises(ValueError, match=r"out must end in \.png or \.svg, got 'a\.gif'"):
+        main([str(run), "--out", "a.gif"])
