@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, one_sentence_errors
 from training_mini.arguments import Arguments, parse_arguments
-from training_mini.data.sources import find_files
+from training_mini.data.files import find_files
 
 if TYPE_CHECKING:
     from training_mini.trainer import TrainingResult

@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import sys
 
-from configuration_mini import nearest_name
+from shape_mini import nearest_name
 from tokenization.chat import encode_messages
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

@@ -10,10 +10,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from configuration_mini import nearest_name
 from modeling_mini.analysis.cost import ModelCost
 from modeling_mini.integrations import check_dora
 from modeling_mini.loading.checkpoints import load_checkpoint, with_adapter
+from shape_mini import nearest_name
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 

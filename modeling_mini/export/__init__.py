@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-from configuration_mini import nearest_name
 from files_mini import destination, new_folder, writing
 from modeling_mini.loading.checkpoints import find_checkpoint, load_model
+from shape_mini import nearest_name
 from transformers import PreTrainedModel
 
 from .card import Card, write_card

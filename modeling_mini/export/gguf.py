@@ -18,9 +18,10 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from configuration_mini import MiniConfig, nearest_name
+from configuration_mini import MiniConfig
 from entry_points_mini import Settings, option
 from files_mini import writing
+from shape_mini import nearest_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import Card, name_of

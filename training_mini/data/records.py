@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from configuration_mini import nearest_name
+from shape_mini import nearest_name
 
 from ..arguments import DataArguments
 from . import formats

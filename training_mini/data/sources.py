@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from configuration_mini import nearest_name
+from shape_mini import nearest_name
 
 from ..arguments import DataArguments
 from .files import FoundFiles, find_files, quick_look
