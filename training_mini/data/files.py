@@ -1,6 +1,7 @@
 """Finds the files that a path, a folder or a glob means, says what is left out, and notices when a file changes."""
 
 import collections
+import fnmatch
 import glob
 import hashlib
 import os
@@ -60,7 +61,7 @@ def find_files(arguments: DataArguments) -> FoundFiles | None:
     if path.is_dir():
         is_folder, candidates, nothing = True, walk(path), f"There is no file with text in the directory {name!r}"
     elif glob.has_magic(name):
-        is_folder, candidates, nothing = False, sorted(glob.glob(name, recursive=True)), f"The glob {name!r} matches "
+        is_folder, candidates, nothing = False, expand(name), f"The glob {name!r} matches "
         nothing += "no file with text" if any(map(os.path.isfile, candidates)) else "no file"
     else:
         looks_like_path = path.is_absolute() or name.startswith(".") or name.count("/") > 1 or name.endswith("/")
@@ -87,6 +88,38 @@ def walk(folder: Path) -> Iterator[str]:
             if not is_hidden(name) and (real := os.path.realpath(os.path.join(parent, name))) not in entered
             and not entered.add(real)
         ]  # fmt: skip
+
+
+def expand(pattern: str) -> list[str]:
+    """
+    What a glob matches. `**` goes through the same walk as a folder: Python's own goes through a link to a parent again
+    and again, and with two such links it does not end.
+    """
+    before, stars, after = pattern.partition("**")
+    names = after.removeprefix("/").split("/")
+    is_whole_name = (not before or before.endswith("/")) and (not after or after.startswith("/"))
+    if not stars or not is_whole_name or any(map(is_hidden, names)):
+        return glob.glob(pattern, recursive=True)
+    return [
+        os.path.normpath(file)
+        for folder in (glob.glob(before) if before else ["."])
+        for file in walk(Path(folder))
+        if matches(os.path.relpath(file, folder).split(os.sep), ["**", *filter(None, names)])
+    ]
+
+
+def matches(path: list[str], pattern: list[str]) -> bool:
+    """Whether the names on a path match those of a glob, where `**` stands for any number of folders."""
+    if not pattern:
+        return not path
+    if pattern == ["**"]:
+        return not any(map(is_hidden, path))
+    if pattern[0] == "**" and path and not is_hidden(path[0]) and matches(path[1:], pattern):
+        return True
+    if pattern[0] == "**":
+        return matches(path, pattern[1:])
+    is_match = bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and not is_hidden(path[0])
+    return is_match and matches(path[1:], pattern[1:])
 
 
 def is_hidden(name: str) -> bool:
