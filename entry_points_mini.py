@@ -108,6 +108,18 @@ class Settings:
         check_numbers(self)
 
 
+def quantization_of(settings: Any) -> str | None:
+    """
+    What the flags `load_in_8bit` and `load_in_4bit` of a group ask for: "8bit", "4bit" or `None`.
+
+    Raises:
+        ValueError: for both.
+    """
+    if settings.load_in_8bit and settings.load_in_4bit:
+        raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
+    return "8bit" if settings.load_in_8bit else "4bit" if settings.load_in_4bit else None
+
+
 def optional_settings(name: str, shape: type) -> type[Settings]:
     """
     A group that has every setting of the dataclass `shape`, and `None` for each that was not given; a field that is

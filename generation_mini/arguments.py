@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from entry_points_mini import ArgumentParser, Settings, option
+from entry_points_mini import ArgumentParser, Settings, option, quantization_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A value for one of these asks for sampling; the numbers turn each off, as greedy decoding needs it.
@@ -112,8 +112,7 @@ class GenerationArguments(Settings):
                 )
         if self.compile and ((self.num_beams or 1) > 1 or self.assistant):
             raise ValueError("compile goes with neither --num_beams nor --assistant, which take other steps.")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
+        quantization_of(self)
 
     @property
     def texts_at_once(self) -> int:
@@ -128,7 +127,7 @@ class GenerationArguments(Settings):
             "trust_remote_code": self.trust_remote_code,
             "dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype),
             "device": self.device,
-            "quantization": "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None,
+            "quantization": quantization_of(self),
         }
 
     def changed(self) -> dict[str, Any]:

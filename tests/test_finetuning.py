@@ -201,7 +201,7 @@ WRONG = {
     "--model {base} --tokenizer char": "has a tokenizer of its own: leave out --tokenizer",
     "--model {base} --load_in_4bit": "rounded weights cannot be trained: give --lora_r 8 too",
     "--model {base} --use_dora --lora_alpha 3": "lora_alpha and use_dora: this belongs to an adapter",
-    "--model {base} --lora_r 4 --load_in_4bit --load_in_8bit": "Give one of load_in_4bit and load_in_8bit",
+    "--model {base} --lora_r 4 --load_in_4bit --load_in_8bit": "Give load_in_8bit or load_in_4bit, not both",
     "--model {base} --lora_r 4 --load_in_4bit --merge": "keeps the rounding of the weights for good",
     "--model {base} --lora_r 4 --merge_quantized": "merge_quantized goes with merge",
     "--model {base} --lora_r -1": "lora_r must be at least 0",

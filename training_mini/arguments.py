@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from entry_points_mini import ArgumentParser, Settings, option, optional_settings
+from entry_points_mini import ArgumentParser, Settings, option, optional_settings, quantization_of
 from files_mini import (
     ADAPTER_CONFIG,
     CHECKPOINTS_OF_A_RUN,
@@ -108,12 +108,11 @@ class AdapterArguments(Settings):
         super().__post_init__()
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = []  # the default, by the name that peft has for it
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("Give one of load_in_4bit and load_in_8bit.")
+        quantization = self.quantization
         if not self.lora_r:
-            if self.quantization is not None:
+            if quantization is not None:
                 raise ValueError(
-                    f"load_in_{self.quantization} rounds the weights, and rounded weights cannot be trained: give "
+                    f"load_in_{quantization} rounds the weights, and rounded weights cannot be trained: give "
                     f"--lora_r 8 too, which trains an adapter beside them, or leave it out."
                 )
             defaults = {field.name: default_of(field) for field in dataclasses.fields(self)}
@@ -122,19 +121,19 @@ class AdapterArguments(Settings):
                 raise ValueError(
                     f"{' and '.join(given)}: this belongs to an adapter, so give --lora_r 8, or another rank."
                 )
-        if self.merge and self.quantization is not None and not self.merge_quantized:
+        if self.merge and quantization is not None and not self.merge_quantized:
             raise ValueError(
-                f"merge after load_in_{self.quantization} keeps the rounding of the weights for good: the merged model "
+                f"merge after load_in_{quantization} keeps the rounding of the weights for good: the merged model "
                 f"is full in size and no better than its rounded base with the adapter; say --merge_quantized if you "
-                f"want that, or train without load_in_{self.quantization}."
+                f"want that, or train without load_in_{quantization}."
             )
-        if self.merge_quantized and not (self.merge and self.quantization is not None):
+        if self.merge_quantized and not (self.merge and quantization is not None):
             raise ValueError("merge_quantized goes with merge and one of load_in_4bit and load_in_8bit.")
 
     @property
     def quantization(self) -> str | None:
-        """What `modeling_mini.quantization` calls it."""
-        return "4bit" if self.load_in_4bit else "8bit" if self.load_in_8bit else None
+        """What the weights that are not trained are rounded to; raises ValueError for two kinds at once."""
+        return quantization_of(self)
 
 
 @dataclass

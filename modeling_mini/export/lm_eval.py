@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from .card import Card
 
 # In Unicode these code points, and all after them, are for private use. There are 131,072 of them.
-FIRST_CODE_POINT, ROOM = 0xF0000, 0x110000 - 0xF0000
+FIRST_CODE_POINT, NUMBER_OF_CODE_POINTS = 0xF0000, 0x110000 - 0xF0000
 
 # The harness takes the path of a data file as relative to the folder in which it was started. A function beside the
 # task knows its own place, so the folder can be moved and shared.
@@ -113,8 +113,10 @@ def export_lm_eval(
     if tokenizer.bos_token_id is None:
         raise ValueError("The tokenizer has no bos token, with which a window begins.")
     config = model.config
-    if config.vocab_size > ROOM:
-        raise ValueError(f"lm_eval has room for {ROOM:,} token ids, and this model has {config.vocab_size:,}.")
+    if config.vocab_size > NUMBER_OF_CODE_POINTS:
+        raise ValueError(
+            f"lm_eval can write {NUMBER_OF_CODE_POINTS:,} token ids, and this model has {config.vocab_size:,}."
+        )
     documents = documents_of(text, tokenizer, config.max_position_embeddings)
     task = {
         "task": task_name,

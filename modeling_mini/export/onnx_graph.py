@@ -169,13 +169,13 @@ def build_graph(model: MiniForCausalLM, share_embedding: bool = True) -> ir.Mode
 
     embedding = op.weight("model.embed_tokens.weight", model.model.embed_tokens.weight)
     hidden_states = op("Gather", embedding, input_ids)
-    turns = rotary_embedding(op, model, position_ids)
+    rotary_table = rotary_embedding(op, model, position_ids)
     mask = causal_mask(op, input_ids, attention_mask)
     for i, layer in enumerate(model.model.layers):
         name = f"model.layers.{i}"
         normed = norm(op, f"{name}.input_layernorm", layer.input_layernorm, hidden_states)
         hidden_states = op(
-            "Add", hidden_states, attention(op, f"{name}.self_attn", layer.self_attn, normed, turns, mask)
+            "Add", hidden_states, attention(op, f"{name}.self_attn", layer.self_attn, normed, rotary_table, mask)
         )
         normed = norm(op, f"{name}.post_attention_layernorm", layer.post_attention_layernorm, hidden_states)
         hidden_states = op("Add", hidden_states, mlp(op, f"{name}.mlp", layer.mlp, normed, config.hidden_act))
@@ -204,7 +204,7 @@ def norm(op: Builder, name: str, module: nn.Module, x: ir.Value) -> ir.Value:
     return op(op_type, x, *weights, axis=-1, epsilon=module.eps)
 
 
-class Turns(NamedTuple):
+class RotaryTable(NamedTuple):
     """Cosine and sine, each (batch, length, rotary_dim / 2)."""
 
     cos: ir.Value
@@ -212,7 +212,7 @@ class Turns(NamedTuple):
     rotary_dim: int
 
 
-def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value) -> Turns:
+def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value) -> RotaryTable:
     # A new module, because the model's own may have changed its frequencies for a long text.
     rotary = MiniRotaryEmbedding(model.config)
     rope, rotary_dim = model.config.rope_parameters, 2 * len(rotary.original_inv_freq)
@@ -239,7 +239,7 @@ def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value
     if rotary.attention_scaling != 1:
         factor = op.scalar(float(rotary.attention_scaling))
         cos, sin = op("Mul", cos, factor), op("Mul", sin, factor)
-    return Turns(cos, sin, rotary_dim)
+    return RotaryTable(cos, sin, rotary_dim)
 
 
 def causal_mask(op: Builder, input_ids: ir.Value, attention_mask: ir.Value) -> ir.Value:
@@ -256,7 +256,9 @@ def causal_mask(op: Builder, input_ids: ir.Value, attention_mask: ir.Value) -> i
     return op("Where", may_look, op.scalar(0.0), op.scalar(float(np.finfo(np.float32).min)))
 
 
-def attention(op: Builder, name: str, module: nn.Module, x: ir.Value, turns: Turns, mask: ir.Value) -> ir.Value:
+def attention(
+    op: Builder, name: str, module: nn.Module, x: ir.Value, rotary_table: RotaryTable, mask: ir.Value
+) -> ir.Value:
     config = module.config
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
     states = {}
@@ -268,8 +270,8 @@ def attention(op: Builder, name: str, module: nn.Module, x: ir.Value, turns: Tur
             per_head = op("Reshape", states[each], op.integers(0, 0, number, config.head_dim))
             normed = norm(op, f"{name}.{each}_norm", getattr(module, f"{each}_norm"), per_head)
             states[each] = op("Reshape", normed, op.integers(0, 0, number * config.head_dim))
-        part = {"rotary_embedding_dim": turns.rotary_dim} if turns.rotary_dim < config.head_dim else {}
-        states[each] = op("RotaryEmbedding", states[each], turns.cos, turns.sin, num_heads=number, **part)
+        part = {"rotary_embedding_dim": rotary_table.rotary_dim} if rotary_table.rotary_dim < config.head_dim else {}
+        states[each] = op("RotaryEmbedding", states[each], rotary_table.cos, rotary_table.sin, num_heads=number, **part)
     cache_shape = (BATCH, config.num_key_value_heads, PAST, config.head_dim)
     past = [
         op.read(f"past_key_values.{module.layer_idx}.{kind}", ir.DataType.FLOAT, *cache_shape)

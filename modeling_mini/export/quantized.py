@@ -5,7 +5,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option, quiet_libraries
+from entry_points_mini import (
+    ArgumentParser,
+    Settings,
+    checkpoint_and_out,
+    one_sentence_errors,
+    option,
+    quantization_of,
+    quiet_libraries,
+)
 from files_mini import destination, new_folder, read_text, writing
 from transformers import PreTrainedModel
 
@@ -34,12 +42,7 @@ class QuantizationArguments(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("Give load_in_8bit or load_in_4bit, not both.")
-
-    @property
-    def kind(self) -> str | None:
-        return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+        self.kind = quantization_of(self)
 
 
 def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments) -> Path:
