@@ -42,6 +42,7 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(OSError, match="No space left"):
         write_text(tmp_path / "a", "two")
     assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "and nothing else"
 
 
 def make_folder(path: Path, content: str) -> Path:

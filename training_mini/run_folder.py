@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from .arguments import Arguments
 from .distributed import Parallel
 
-LOCK = ".lock"
+LOCK, SETTINGS = ".lock", "config.yaml"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # the errors of file systems that have no locks
 
 
@@ -72,21 +72,22 @@ class RunFolder:
             self.path.rmdir()
 
     def empty(self) -> None:
-        """Removes what a run has written."""
-        for path in contents(self.path):
+        """Removes what a run has written; last of all what shows that the folder is a run, if this is killed."""
+        for path in sorted(contents(self.path), key=lambda path: path.name == SETTINGS):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def contents(folder: Path) -> list[Path]:
-    """The files and folders in a folder, without the lock."""
-    return [path for path in folder.iterdir() if path.name != LOCK] if folder.is_dir() else []
+    """The files and folders in a folder, without the lock, and without settings that a process died while writing."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return [path for path in paths if path.name != LOCK and not path.match(f".{SETTINGS}.*.partial")]
 
 
 def check_contents(folder: Path, arguments: Arguments) -> None:
     """Raises `ValueError` if this run would write into another run, or into a folder that is not a run."""
     if not contents(folder) or arguments.run.resume:
         return
-    if not (folder / "config.yaml").is_file():
+    if not (folder / SETTINGS).is_file():
         raise ValueError(f"{str(folder)!r} holds files that are not a run of Mini; choose another --output_dir.")
     if not arguments.run.overwrite:
         raise ValueError(

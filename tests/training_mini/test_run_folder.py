@@ -51,7 +51,29 @@ def test_what_is_there_is_safe(tmp_path: Path) -> None:
 
 def test_the_file_of_a_lock_of_a_run_that_was_killed_is_no_ones_work(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("process 1 on another")
+    (tmp_path / ".config.yaml.1.partial").write_text("size: ti")  # nor what it was about to write first
     claim(tmp_path).release()
+
+
+def test_a_run_that_is_killed_while_it_replaces_another_can_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "config.yaml", "z"):
+        (tmp_path / name).write_text("seed: 1")
+    folder = claim(tmp_path, "--overwrite")
+    unlink, left = Path.unlink, [2]
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", killed)
+        folder.empty()
+    folder.release()
+    claim(tmp_path, "--overwrite").release()
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
