@@ -4,9 +4,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from files_mini import append_text, json_lines, read_json_lines, write_text
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +20,9 @@ from rich.progress import (
 )
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 console = Console()
 warnings_console = Console(stderr=True)
@@ -48,7 +50,7 @@ class Monitor:
         folder: the run folder.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(self, folder: Path, accelerator: "Accelerator") -> None:
         self.folder = folder
         self.accelerator = accelerator
         self.enabled = accelerator.is_main_process
