@@ -120,16 +120,18 @@ def quantization_of(settings: Any) -> str | None:
     return "8bit" if settings.load_in_8bit else "4bit" if settings.load_in_4bit else None
 
 
-def optional_settings(name: str, shape: type) -> type[Settings]:
+def optional_settings(name: str, shape: type, defaults: dict[str, Any] | None = None) -> type[Settings]:
     """
     A group that has every setting of the dataclass `shape`, and `None` for each that was not given; a field that is
-    added there is a setting here.
+    added there is a setting here. The help names the default of the preset, of `defaults`, or of the field.
     """
     fields = []
     for given in dataclasses.fields(shape):
-        default = "the preset's" if given.name in PRESETS["tiny"] else as_yaml(given.default)
-        shown = given.default not in (None, False) or given.name in PRESETS["tiny"]
-        words = f"{given.metadata['help']} (default: {default})" if shown else given.metadata["help"]
+        words, default = given.metadata["help"], (defaults or {}).get(given.name, given.default)
+        if given.name in PRESETS["tiny"]:
+            words += " (default: the preset's)"
+        elif default not in (None, False):
+            words += f" (default: {as_yaml(default)})"
         metadata = {**given.metadata, "help": words}
         fields.append((given.name, given.type | None, dataclasses.field(default=None, metadata=metadata)))
     return dataclasses.make_dataclass(name, fields, bases=(Settings,), namespace={"__doc__": shape.__doc__})

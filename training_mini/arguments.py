@@ -40,17 +40,13 @@ WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is lon
 
 
 @dataclass
-class ModelArguments(optional_settings("ShapeSettings", MiniShape)):
+class ModelArguments(optional_settings("ShapeSettings", MiniShape, NEW_MODEL)):
     """The model to start from; or the shape of a new one: a preset, and any field of MiniShape to replace in it."""
 
     model: str | None = option(
         None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer", common=True
     )
     size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)", common=True)
-    norm_type: str | None = option(None, "normalization: layernorm or rmsnorm (default: rmsnorm)")
-    qk_norm: bool | None = option(
-        None, "normalize queries and keys per head, before the rotary embedding (default: true)"
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
