@@ -235,6 +235,9 @@ class OptimizationArguments(Settings):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     muon_momentum: float = option(0.95, "Muon's momentum", at_least=0, below=1)
     muon_iterations: int = option(5, "polynomials with which Muon orthogonalises a step; fewer are faster", at_least=1)
+    muon_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "precision in which it does that (default: float32 on a CPU, bfloat16 on a GPU)"
+    )
     max_grad_norm: float | None = option(
         None, f"gradients are clipped to this norm; 0 turns clipping off ({defaults_of('max_grad_norm')})", at_least=0
     )

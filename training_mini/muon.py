@@ -3,7 +3,7 @@ Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): a matrix 
 singular value of the momentum was set to about 1.
 
 torch.optim.Muon computes this in bfloat16, for one matrix after the other. Here all matrices of one shape are computed
-together, in float32 where that is faster (on a CPU), with polynomials that need fewer products.
+together, on a CPU in float32 unless it is told otherwise, with polynomials that come nearer to 1.
 """
 
 from collections import defaultdict
@@ -72,6 +72,7 @@ class Muon(torch.optim.Optimizer):
         momentum: the share of the old momentum that each step keeps.
         weight_decay: the share of the weights that a step with learning rate 1 would remove.
         iterations: the number of polynomials in `orthogonalize`.
+        dtype: of the products in `orthogonalize`; `None` is float32 on a CPU and bfloat16 on a GPU.
 
     Raises:
         ValueError: for a parameter that is not a matrix.
@@ -84,9 +85,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         iterations: int = 5,
+        dtype: torch.dtype | None = None,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "iterations": iterations}
         super().__init__(params, defaults)
+        self.dtype = dtype
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter.ndim != 2:
                 raise ValueError(f"Muon takes matrices, got a parameter of shape {tuple(parameter.shape)}.")
@@ -101,7 +104,7 @@ class Muon(torch.optim.Optimizer):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters:
                 updates = self._updates(parameters, group["momentum"])
-                self._apply(parameters, orthogonalized(updates, group["iterations"]), group)
+                self._apply(parameters, orthogonalized(updates, group["iterations"], self.dtype), group)
         return loss
 
     def _updates(self, parameters: list[torch.Tensor], momentum: float) -> list[torch.Tensor]:
@@ -124,16 +127,19 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(weights, shares)
 
 
-def orthogonalized(matrices: list[torch.Tensor], iterations: int) -> list[torch.Tensor]:
+def orthogonalized(
+    matrices: list[torch.Tensor], iterations: int, dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
     """`orthogonalize` for matrices of any shapes, to float32. Those of one shape, or its transpose, go together."""
+    if dtype is None:
+        # A GPU multiplies bfloat16 several times as fast as float32, and a direction does not need more digits.
+        dtype = torch.bfloat16 if matrices[0].device.type == "cuda" else torch.float32
     results: list[torch.Tensor] = [torch.empty(0)] * len(matrices)
     of_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for number, matrix in enumerate(matrices):
         of_shape[tuple(sorted(matrix.shape))].append(number)
     for numbers in of_shape.values():
         wide = [m.mT if (m := matrices[number]).shape[0] > m.shape[1] else m for number in numbers]
-        # A GPU multiplies bfloat16 several times as fast as float32, and a direction does not need more digits.
-        dtype = torch.bfloat16 if wide[0].device.type == "cuda" else torch.float32
         stacked = orthogonalize(torch.stack(wide).to(dtype), iterations).float()
         for number, matrix in zip(numbers, stacked, strict=True):
             results[number] = matrix if matrix.shape == matrices[number].shape else matrix.mT

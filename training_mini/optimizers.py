@@ -72,12 +72,18 @@ def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list
 
 def make_muon(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for the rest: a row of the embedding or the head is one token."""
+    import torch
+
     from .muon import Muon
 
     rest = dict(groups)
     matrices = rest.pop("matrices", None)
-    muon = [Muon([matrices], momentum=settings.muon_momentum, iterations=settings.muon_iterations)] if matrices else []
-    return [*muon, *make_adamw(rest, settings)]
+    adamw = make_adamw(rest, settings)
+    if matrices is None:
+        return adamw
+    dtype = getattr(torch, settings.muon_dtype) if settings.muon_dtype is not None else None
+    muon = Muon([matrices], momentum=settings.muon_momentum, iterations=settings.muon_iterations, dtype=dtype)
+    return [muon, *adamw]
 
 
 OPTIMIZERS: dict[str, Optimizer] = {

@@ -107,11 +107,12 @@ def test_one_product_for_all_of_a_shape(monkeypatch: pytest.MonkeyPatch) -> None
     stacked = []
 
     def record(given: torch.Tensor, iterations: int) -> torch.Tensor:
+        assert given.dtype == torch.bfloat16
         stacked.append(tuple(given.shape))
         return orthogonalize(given, iterations)
 
     monkeypatch.setattr(muon_module, "orthogonalize", record)
-    orthogonalized(matrices(*SHAPES), 5)
+    orthogonalized(matrices(*SHAPES), 5, torch.bfloat16)
     assert sorted(stacked) == [(1, 1, 24), (1, 8, 16), (2, 48, 48), (3, 32, 64)], "tall ones lie among wide ones"
 
 

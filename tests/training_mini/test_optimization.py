@@ -94,8 +94,9 @@ def test_adapters_and_trained_models_are_tuned_by_adamw(tmp_path: Path) -> None:
 def test_muon_takes_all_of_an_adapter_of_matrices() -> None:
     model = small_model().requires_grad_(False)
     model.model.layers[0].self_attn.q_proj.requires_grad_(True)
-    (optimizer,) = make_optimizers(model, OptimizationArguments(optimizer="muon", muon_momentum=0.9, muon_iterations=4))
-    assert type(optimizer) is Muon
+    settings = {"muon_momentum": 0.9, "muon_iterations": 4, "muon_dtype": "bfloat16"}
+    (optimizer,) = make_optimizers(model, OptimizationArguments(optimizer="muon", **settings))
+    assert type(optimizer) is Muon and optimizer.dtype == torch.bfloat16
     assert optimizer.defaults["momentum"] == 0.9 and optimizer.defaults["iterations"] == 4
 
 
