@@ -53,6 +53,26 @@ def find_checkpoint(model: str | None) -> str:
     raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
 
 
+def run_of(folder: Path) -> Path | None:
+    """The run that a folder is `best` or `final` of, by its name."""
+    return folder.parent if folder.name in CHECKPOINTS_OF_A_RUN and folder.parent.name else None
+
+
+def display_name(name_or_path: str) -> str:
+    """
+    What people call a model: its name on the Hub, or of a folder the name, without the folders that it lies in.
+    `runs/NAME/best` is `NAME`, as on the command line; the other folder of a run is `NAME/final`.
+    """
+    folder = Path(name_or_path)
+    if not folder.exists():
+        return name_or_path
+    folder = folder.resolve()
+    run = run_of(folder)
+    if run is None:
+        return folder.name
+    return f"{run.name}/final" if "final" in folder.name else run.name
+
+
 def write_errors() -> tuple[type[BaseException], ...]:
     """What the libraries raise when they cannot write, to be asked for when something was raised: this loads torch."""
     from safetensors import SafetensorError

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from entry_points_mini import quiet_libraries
+from cards_mini import PROMPT
 from modeling_mini.export import export
 from rich.console import Console
 
 from .arguments import SharingArguments, check_name
-from .card import PROMPT, gather, write_card
+from .card import gather, write_card
 from .hub import Hub, check_token
 from .space import write_space
 from .staging import CARD, Source, Staged, check_secrets, files_of, find_source, stage
@@ -83,21 +84,21 @@ def push(
             check_target(target, staged, arguments)
             check_base(hub, staged)
         there = target.text(CARD) if target is not None and not arguments.replace and target.information() else None
-        facts = gather(found, staged, repository, there)
-        license = arguments.license or facts.metadata.get("license") or ask_for_license()
+        card = gather(found, staged, there)
+        license = arguments.license or card.metadata.get("license") or ask_for_license()
         proof = None
         if not arguments.no_verify:
             notify("Loading the folder in a clean process ...")
             prompt = prompt_of(found.run)
             proof = prove(staged, str(staged.folder), prompt, base)
         named = None if arguments.revision == "main" or arguments.create_pr else arguments.revision
-        write_card(facts, staged, license, proof, named)
+        write_card(card, staged, repository, license, proof, named)
         check_secrets(staged, hub.token if hub is not None else arguments.token)
         result = Result(
             repository, arguments, {name: path.stat().st_size for name, path in staged.files.items()},
             (staged.folder / CARD).read_text(encoding="utf-8"),
         )  # fmt: skip
-        if facts.own_text is not None:
+        if card.is_own:
             result.notices.append("README.md is somebody's own: its text stays, and its metadata are completed.")
         if license is None:
             result.notices.append("It has no licence, so nobody else may use it: --license apache-2.0, for instance.")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files_mini import ADAPTER_CONFIG, CHECKPOINTS_OF_A_RUN, MODEL_CONFIG, find_checkpoint, read_json, writing
+from files_mini import ADAPTER_CONFIG, MODEL_CONFIG, find_checkpoint, read_json, run_of, writing
 from huggingface_hub import save_torch_state_dict
 from modeling_mini.remote_code import remote_code_files
 from safetensors import SafetensorError, safe_open
@@ -118,8 +118,9 @@ def find_source(name: str) -> Source:
         if any(folder.glob(pattern)):
             return Source(folder, None, kind)
     folder = Path(find_checkpoint(name))
-    is_of_a_run = folder.name in CHECKPOINTS_OF_A_RUN and (folder.parent / "config.yaml").is_file()
-    run = folder.parent if is_of_a_run else None
+    run = run_of(folder)
+    if run is not None and not (run / "config.yaml").is_file():
+        run = None
     return Source(folder, run, "adapter" if not (folder / MODEL_CONFIG).is_file() else "model")
 
 

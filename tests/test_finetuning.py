@@ -52,7 +52,7 @@ def test_from_a_checkpoint_in_full(quick_run: Path, tmp_path: Path) -> None:
     assert type(trainer.run.unwrapped_model) is MiniForCausalLM
     assert trainer.run.unwrapped_model.model.layers[1].residual_dropout.p == trainer.run.config.residual_dropout == 0.1
     card = (tmp_path / "run" / "best" / "README.md").read_text()
-    assert "`tiny-sample/best`, a small decoder-only language model, fine-tuned on `sample`." in card
+    assert "`tiny-sample`, a small decoder-only language model, fine-tuned on `sample`." in card
     before, after = (load_file(run / "best" / "model.safetensors") for run in (quick_run, tmp_path / "run"))
     assert all(not torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert result.run.folder.name == "run"
@@ -78,8 +78,8 @@ def test_adapter_as_a_user_types_it(quick_run: Path, tmp_path: Path) -> None:
         assert (run / name / "adapter_model.safetensors").stat().st_size < 4 * trainable + 5000
     card = (run / "best" / "README.md").read_text()
     for words in (
-        "library_name: peft", "A LoRA adapter for `tiny-sample/best`, trained on `sample`.", "AutoPeftModelForCausalLM",
-        "| base | tiny-sample/best |", "LoRA of rank 4, alpha 8, on all linear layers of the blocks",
+        "library_name: peft", "A LoRA adapter for `tiny-sample`, trained on `sample`.", "AutoPeftModelForCausalLM",
+        "| base | tiny-sample |", "LoRA of rank 4, alpha 8, on all linear layers of the blocks",
     ):  # fmt: skip
         assert words in card, words
     assert str(tmp_path) not in card and "base_model:" not in card, "a folder of this disk is nothing to share"

@@ -13,12 +13,12 @@ import yaml
 from entry_points_mini import ArgumentParser, Settings, option, optional_settings, quantization_of
 from files_mini import (
     ADAPTER_CONFIG,
-    CHECKPOINTS_OF_A_RUN,
     MODEL_CONFIG,
     RUNS_FOLDER,
     cache_folder,
     find_checkpoint,
     read_text,
+    run_of,
     write_text,
 )
 from shape_mini import PRESETS, MiniShape, nearest_name
@@ -433,8 +433,7 @@ def default_run_name(arguments: Arguments) -> str:
     place of the size, the name of the run or folder that the run starts from; `-lora` at the end for an adapter.
     """
     start = Path(arguments.model.model) if arguments.model.model is not None else Path(arguments.model.size)
-    if start.name in CHECKPOINTS_OF_A_RUN and start.parent.name:
-        start = start.parent
+    start = run_of(start) or start
     stem = Path(arguments.data.dataset.rstrip("/")).name.split(".")[0]
     names = (
         "".join(character if character.isalnum() or character in "-_" else "-" for character in name).strip("-")

@@ -88,7 +88,7 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     with new_folder(target) as partial:
         card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})
         with writing(target):
-            write_card(card, model, partial)
+            write_card(card, model, partial, format)
     return Path(out)
 
 

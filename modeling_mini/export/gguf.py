@@ -24,7 +24,7 @@ from files_mini import writing
 from shape_mini import nearest_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import Card, name_of
+from .card import Card, name_for_files
 from .gguf_vocabulary import Vocabulary
 from .native import checked_native
 
@@ -72,7 +72,7 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
         raise uncomputable("it has QK-norm and attention_bias, and qwen3 there has no bias in o_proj")
     rope = rope_of(native)
     vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
-    name = name_of(model)
+    name = name_for_files(model)
     for type_name in types:
         with writing(out):
             write_file(out / f"{name}-{type_name}.gguf", native, model.config, vocabulary, rope, name, type_name)

@@ -86,18 +86,11 @@ def export_mini(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
     with writing(out):
         mini.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    usage = """
-```python
-from transformers import pipeline
-
-generator = pipeline("text-generation", model="PATH_OR_REPOSITORY", trust_remote_code=True)
-print(generator("The", max_new_tokens=100)[0]["generated_text"])
-```
-"""
     return Card(
-        title=f"Mini, {mini.num_parameters() / 1e6:.1f}M parameters",
-        usage=usage,
+        title="",
+        usage="",
         exactness=f"It computes what the {type(model).__name__} does that it was made of. When this was written, its "
         f"logits on random tokens differed by {difference:.0e} of the largest, which is rounding.",
         library_name="transformers",
+        config=mini.config,
     )

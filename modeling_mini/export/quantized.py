@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from cards_mini import CARD, read_card, render
 from entry_points_mini import (
     ArgumentParser,
     Settings,
@@ -14,15 +15,13 @@ from entry_points_mini import (
     quantization_of,
     quiet_libraries,
 )
-from files_mini import destination, new_folder, read_text, writing
+from files_mini import destination, new_folder, writing
 from transformers import PreTrainedModel
 
 from ..loading.checkpoints import find_checkpoint, load_checkpoint, load_model
 
 PROGRAM = "python -m modeling_mini.export.quantized CHECKPOINT OUT"
-KINDS = {"8bit": "INT8 (LLM.int8)", "4bit": "INT4 (nf4, double quantization)"}
 WEIGHTS = "model*.safetensors"
-CARD_HEADING = "## Quantized"
 
 
 @dataclass
@@ -75,8 +74,7 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
         raise ValueError("Give load_in_8bit or load_in_4bit.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"The adapter {arguments.adapter or checkpoint!r} cannot be merged into {source!r}.")
-    written = Path(source) / "README.md"
-    before = read_text(written).rstrip() if written.is_file() else "# Mini"
+    card = read_card(Path(source) / CARD)
     with new_folder(target) as partial:
         if arguments.kind is not None:
             exact = partial / "exact"  # with the adapter in it, which no folder holds yet
@@ -88,20 +86,9 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
         with writing(target):
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            (partial / "README.md").write_text(card(before, model), encoding="utf-8")
+            text = render(card.facts, card.metadata, model.config.to_dict(), card, trust_remote_code=True)
+            (partial / CARD).write_text(text, encoding="utf-8")
     return Path(out)
-
-
-def card(before: str, model: PreTrainedModel) -> str:
-    """The card of the checkpoint, with a word on what was done to its weights."""
-    if CARD_HEADING in before:
-        return f"{before}\n"
-    kind = "8bit" if model.config.quantization_config.load_in_8bit else "4bit"
-    return (
-        f"{before}\n\n{CARD_HEADING}\n\nThe weights of the layers are quantized to {KINDS[kind]} by bitsandbytes, "
-        "which loading them needs; embedding, head and norms are as they were. Figures above are those of the model "
-        "before.\n"
-    )
 
 
 def main() -> None:

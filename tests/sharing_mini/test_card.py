@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sharing_mini.card
 import yaml
+from cards_mini import read_card
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from modeling_mini.export import quantized
@@ -49,6 +50,35 @@ def test_every_figure_is_that_of_the_run(quick_run: Path) -> None:
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     config = yaml.safe_load((quick_run / "config.yaml").read_text())
     assert settings.items() <= config.items() and "max_steps" in settings and "cache_dir" not in settings
+
+
+def test_the_step_of_a_checkpoint_and_no_figure_finds_its_metrics(quick_run: Path, tmp_path: Path) -> None:
+    """Two evaluations may give the same loss, and a figure may be rounded on its way."""
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    step = read_card(run / "best" / "README.md").facts.step
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [{**line, "eval_loss": 3.0} if "eval_loss" in line else line for line in lines]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    tokens = next(line["tokens"] for line in lines if line["step"] == step and "tokens" in line)
+    assert f"It has read {tokens:,} tokens" in card_of(run)
+    facts = ModelCard(card_of(run)).data.to_dict()["mini"]
+    assert (facts["step"], facts["tokens"]) == (step, tokens) == (40, 40 * 8 * 64)
+
+
+@pytest.mark.parametrize(("name", "step"), [("best", 20), ("final", 40)])
+def test_a_run_from_before_cards_held_facts(quick_run: Path, tmp_path: Path, name: str, step: int) -> None:
+    """Its settings and metrics say what the facts would; the words that somebody added stay."""
+    run = Path(shutil.copytree(quick_run, tmp_path / "run"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    lines = [{**line, "eval_loss": 1.0} if line["step"] == 20 and "eval_loss" in line else line for line in lines]
+    assert {20, 40} <= losses.keys()
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    old = "---\nlicense: mit\n---\n# Mini\n\nUse PATH_OR_REPOSITORY.\n\n| training | 7 steps |\n\n## Notes\n\nBaa.\n"
+    (run / name / "README.md").write_text(old)
+    card = card_of(run / name)
+    assert f"| training | {step} steps of 8 x 64 tokens, adamw" in card and "7 steps" not in card
+    assert f"It has read {step * 8 * 64:,} tokens" in card and "## Notes\n\nBaa." in card and "license: mit" in card
 
 
 def test_metadata_is_what_the_hub_makes_of_it(quick_run: Path) -> None:
@@ -215,9 +245,9 @@ def test_a_folder_beside_somebody_elses_configuration_is_no_run(model: Path) -> 
 def test_sample_is_quoted_whatever_is_in_it(quick_run: Path, tmp_path: Path) -> None:
     source = find_source(str(quick_run))
     staged = stage(source, tmp_path)
-    facts = sharing_mini.card.gather(source, staged, "user/name")
+    gathered = sharing_mini.card.gather(source, staged)
     proof = Proof("def ", [1], [0.0], "def f():\n```\n# Not a heading\n````\n", 66_688)
-    sharing_mini.card.write_card(facts, staged, None, proof, None)
+    sharing_mini.card.write_card(gathered, staged, "user/name", None, proof, None)
     card = (tmp_path / "README.md").read_text()
     assert "`````text\ndef f():\n```\n# Not a heading\n````\n\n`````" in card
     assert "of 66,688 parameters" in card and "Written by these weights after 'def ', with seed 42" in card

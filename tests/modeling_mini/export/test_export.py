@@ -1,10 +1,12 @@
 """The frame of the formats: the command, the card, and what is refused before anything is written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cards_mini import PLACEHOLDER
 from helpers.exports import random_model, same_parameters
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, __main__, export, module_of
@@ -76,15 +78,32 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_card_keeps_what_is_true_of_the_weights(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "README.md").write_text(
-        "---\nlicense: mit\nlibrary_name: transformers\ntags: [mini, other]\n---\n# A\n\n| | |\n|---|---|\n"
-        "| training | 5 steps |\n\n| a | b | c |\n|---|---|---|\n| 1 | 2 | 3 |\n"
+        "---\nlicense: mit\nlibrary_name: transformers\ntags: [mini, other]\nmini:\n  step: 5\n  dataset: books\n"
+        "  settings: {train_batch_size: 8, learning_rate: 0.01, seed: 1}\n---\n"
+        f"{PLACEHOLDER}\n\n| training | 7 steps |\n\n## Training\n\n| training | 6 steps |\n\n## Notes\n\nBaa.\n"
     )
     card = ModelCard.load(export("gguf", checkpoint, tmp_path / "out", types=["F32"]) / "README.md")
     assert card.data.license == "mit"
     assert card.data.library_name == "llama.cpp"
     assert card.data.tags == ["mini", "gguf", "stablelm"]
-    assert "| training | 5 steps |" in card.text and "| 1 | 2" not in card.text
+    assert "| training | 5 steps of 8 x 64 tokens, AdamW, peak learning rate 0.01, seed 1 |" in card.text
+    assert "7 steps" not in card.text and "6 steps" not in card.text, "a fact is never read from Markdown"
+    assert "trained on `books`" in card.text and "## Notes\n\nBaa." in card.text
     assert "checkpoint-F32.gguf" in card.text
+
+
+def test_words_of_a_person_go_along(checkpoint: Path, tmp_path: Path) -> None:
+    """Also of a card that a person wrote as a whole, where the export says other things under the same heading."""
+    (checkpoint / "README.md").write_text("# Sheep\n\nI made this.\n\n## How to use\n\nAsk me.\n")
+    for _ in range(2):  # an export of an export, too
+        out = export("mini", export("native", checkpoint, tmp_path / "native"), tmp_path / "out")
+        text = (out / "README.md").read_text()
+        assert "## The model\n\nI made this." in text and "## How to use (the model)\n\nAsk me." in text
+        assert text.count("\n## How to use\n") == 1 == text.count("# Mini, ") and "trust_remote_code=True" in text
+        assert text.count("## Exactness") == 1 and "It computes what the StableLmForCausalLM does" in text
+        shutil.rmtree(tmp_path / "native")
+        shutil.rmtree(checkpoint)
+        out.rename(checkpoint)
 
 
 def test_an_adapter_is_merged(checkpoint: Path, tmp_path: Path) -> None:
