@@ -1,16 +1,19 @@
 """
 Many prompts from a file into a .jsonl file.
 
-Prompts of like length make up a batch, so that little of it is padding. A batch is written as a whole, and its seed
-comes from its place: a call that was interrupted goes on with the batches that are missing, and ends with the same file
-as one that never was.
+Prompts of similar length make up a batch, so that little of it is padding. Each line of the output names the batch that
+its text was drawn in, and the seed of a batch is a function of its first prompt. So a call that was interrupted goes on
+with what is missing, and ends with the same file as one that never was. Prompts may be added at the end of the file of
+prompts later: they get their texts, and the finished texts stay as they are.
 """
 
 import hashlib
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +29,12 @@ from .text_generation import Stopwatch, context_of, encode_prompt, unknown_chara
 # Flags that say where and how the work is done, and not what comes out of it.
 NOT_OF_THE_TEXT = ("batch_file", "output", "stats", "trust_remote_code", "adapter")
 
+START = b'{"index": '  # of each line
+
 
 class BatchFile:
     """
-    The prompts of a call, and what of them is written already.
+    The prompts of a call, and which of them have their texts already.
 
     Raises:
         ValueError: if a file cannot be read as what it should be, or the output belongs to another call.
@@ -47,56 +52,71 @@ class BatchFile:
             raise ValueError(f"output must be another file than batch_file ({arguments.batch_file!r}).")
         if not self.output.parent.is_dir():
             raise ValueError(f"There is no folder {str(self.output.parent)!r} for output.")
-        self.written = read_written(self.output)
-        for line in self.written:
-            index = line["index"]
-            if index >= len(self.prompts) or line["prompt"] != self.prompts[index]:
+        self.finished = read_finished(self.output)
+        for index, line in sorted(self.finished.items()):
+            if index >= len(self.prompts):
+                raise ValueError(
+                    f"{self.output} holds a text for prompt {index + 1}, and {arguments.batch_file} has "
+                    f"{len(self.prompts)} prompts: name another output."
+                )
+            if line.prompt != self.prompts[index]:
                 raise ValueError(
                     f"{self.output} holds texts for other prompts than those of {arguments.batch_file} (prompt "
-                    f"{index + 1} is the first that differs): name another output."
+                    f"{index + 1} is the first that differs): add prompts at the end only, or name another output."
                 )
 
     def write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, notify: Callable[[str], None]) -> None:
-        """Continues every prompt that is not written yet, and puts the file into the order of the prompts."""
+        """Continues every prompt that has no text yet, and puts the file into the order of the prompts."""
         settings = self.fingerprint(model)
-        if any(line["settings"] != settings for line in self.written):
+        if any(line.settings != settings for line in self.finished.values()):
             raise ValueError(f"{self.output} was written by another model or with other settings: name another output.")
         encoded = [encode_prompt(tokenizer, prompt) for prompt in self.prompts]
-        order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index]), index))
-        size = self.arguments.batch_size
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        done = {line["index"] for line in self.written}
-        # The last batch may have been cut short: it is written anew as a whole, to have the texts of its seed.
-        complete = [batch for batch in batches if done.issuperset(batch)]
-        kept = {index for batch in complete for index in batch}
-        lines = [line for line in self.written if line["index"] in kept]
-        write_text(self.output, as_jsonl(lines))
-        if kept:
-            notify(f"{len(kept):,} of {len(self.prompts):,} prompts are done already.")
+        batches = self.missing_batches(encoded)
+        finished = {index: line.text for index, line in self.finished.items()}
+        if finished:
+            notify(f"{len(finished):,} of {len(self.prompts):,} prompts are done already.")
+        write_text(self.output, "".join(finished.values()))  # without the half line that a killed process has left
         self.tell_what_is_not_read(model, tokenizer, encoded, notify)
         stopwatch, tokens = Stopwatch(), 0
         columns = (TextColumn("writing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         try:
             with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-                task = progress.add_task("writing", total=len(self.prompts), completed=len(kept))
+                task = progress.add_task("writing", total=len(self.prompts), completed=len(finished))
                 for batch in batches:
-                    if kept.issuperset(batch):
-                        continue
                     if self.arguments.seed is not None:
                         set_seed(zlib.crc32(f"{self.arguments.seed} {batch[0]}".encode()))
-                    new_lines = self.lines_of(batch, model, tokenizer, encoded, settings, stopwatch)
-                    append_text(self.output, as_jsonl(new_lines))
-                    lines += new_lines
-                    tokens += sum(text["tokens"] for line in new_lines for text in line["texts"])
-                    progress.advance(task, len(batch))
+                    lines = self.lines_of(batch, model, tokenizer, encoded, settings, stopwatch)
+                    tokens += sum(text["tokens"] for line in lines for text in line["texts"])
+                    # Some may have been written before the batch was cut short; they stay as they are.
+                    new = {line["index"]: as_jsonl(line) for line in lines if line["index"] not in finished}
+                    append_text(self.output, "".join(new.values()))
+                    finished |= new
+                    progress.advance(task, len(new))
         except KeyboardInterrupt:
             notify(
-                f"{len(lines):,} of {len(self.prompts):,} prompts are done; the same call again goes on with the rest."
+                f"{len(finished):,} of {len(self.prompts):,} prompts are done; the same call again goes on with the "
+                f"rest."
             )
             raise
-        write_text(self.output, as_jsonl(sorted(lines, key=lambda line: line["index"])))
+        write_text(self.output, "".join(text for _, text in sorted(finished.items())))
         if self.arguments.stats:
             notify(stopwatch.summary(tokens))
+
+    def missing_batches(self, encoded: list[list[int]]) -> list[list[int]]:
+        """
+        Batches of the prompts that have no text, shortest first.
+
+        The texts of a batch are drawn together, so one that was cut short is written as a whole again: batches are
+        written in this order, so its prompts come first, and make up the same batch.
+        """
+        written = Counter(line.batch for line in self.finished.values())
+        complete = {
+            index for index, line in self.finished.items() if line.batch is None or written[line.batch] >= line.batch[1]
+        }
+        order = sorted(set(range(len(encoded))) - complete, key=lambda index: (len(encoded[index]), index))
+        size = self.arguments.batch_size
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        return [batch for batch in batches if not self.finished.keys() >= set(batch)]
 
     def tell_what_is_not_read(
         self,
@@ -127,18 +147,19 @@ class BatchFile:
             model, tokenizer, [encoded[index] for index in batch], self.arguments, lambda sentence: None,
             stopping_criteria=[stopwatch] if self.arguments.stats else [],
         )  # fmt: skip
-        ways = self.arguments.num_return_sequences
+        per_prompt = self.arguments.num_return_sequences
         return [
             {
                 "index": index,
                 "prompt": self.prompts[index],
                 "texts": [
-                    {"text": result.text, "tokens": len(result.ids), "ended_by": result.ended_by}
-                    for result in results[place * ways : (place + 1) * ways]
+                    {"text": result.text, "tokens": len(result.ids), "finish_reason": result.finish_reason}
+                    for result in results[number * per_prompt : (number + 1) * per_prompt]
                 ],
                 "settings": settings,
+                "batch": [batch[0], len(batch)],
             }
-            for place, index in enumerate(batch)
+            for number, index in enumerate(batch)
         ]
 
     def fingerprint(self, model: PreTrainedModel) -> str:
@@ -180,24 +201,42 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def read_written(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of an earlier call."""
+@dataclass(frozen=True)
+class Line:
+    """
+    A line of an earlier call.
+
+    Attributes:
+        text: the line as it stands in the file.
+        batch: the first prompt and the number of prompts of its batch; earlier versions did not say.
+    """
+
+    text: str
+    prompt: str
+    settings: str
+    batch: tuple[int, int] | None
+
+
+def read_finished(path: Path) -> dict[int, Line]:
+    """The complete lines of earlier calls, by the index of their prompt."""
     if not path.exists():
-        return []
-    *lines, _ = path.read_bytes().split(b"\n")  # a process that was killed may have left half a line at the end
+        return {}
+    *lines, rest = path.read_bytes().split(b"\n")
+    finished = {}  # by index: two calls at once may have written a prompt twice
     try:
-        written = {}  # by index: two calls at once may have written a prompt twice
-        for line in map(json.loads, lines):
-            line["prompt"], line["texts"], line["settings"]
-            if type(line["index"]) is not int or line["index"] < 0:
+        if rest[: len(START)] != START[: len(rest)]:  # else a line that a killed process has left half written
+            raise ValueError(rest)
+        for text in lines:
+            line = json.loads(text)
+            batch = line.get("batch")
+            if type(line["index"]) is not int or line["index"] < 0 or not isinstance(line["texts"], list):
                 raise ValueError(line["index"])
-            written[line["index"]] = line
-    except (ValueError, KeyError, TypeError, RecursionError):
+            batch = None if batch is None else (int(batch[0]), int(batch[1]))
+            finished[line["index"]] = Line(f"{text.decode()}\n", line["prompt"], line["settings"], batch)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} holds something else than texts of generate.py: name another output.") from None
-    if not lines and path.stat().st_size:
-        raise ValueError(f"{path} holds something else than texts of generate.py: name another output.")
-    return list(written.values())
+    return finished
 
 
-def as_jsonl(lines: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def as_jsonl(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"

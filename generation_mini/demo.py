@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import GenerationArguments
-from .text_generation import TextOfTokens, encode_prompt, write_on
+from .text_generation import IncrementalDetokenizer, encode_prompt, write_on
 
 MEASURES = ("entropy", "surprise")
 SECONDS_BETWEEN_VIEWS = 0.05
@@ -64,7 +64,7 @@ class Watcher(LogitsProcessor, BaseStreamer):
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.characters: queue.Queue[Character | str | Exception | None] = queue.Queue()
         self.is_left = False
-        self._text = TextOfTokens(tokenizer)
+        self._text = IncrementalDetokenizer(tokenizer)
         self._entropy: list[float] = []
         self._surprise: list[float] = []
         self._log_probabilities = torch.empty(0)

@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from .arguments import SAMPLING, SHAPING, GenerationArguments
 
 
-class TextOfTokens:
+class IncrementalDetokenizer:
     """
     The text of one sequence, as its tokens come: each character as soon as it is complete, never half a UTF-8
     character. All the pieces together equal `tokenizer.decode` of all the ids, up to the stop string that is complete
@@ -72,12 +72,12 @@ class TextOfTokens:
 
 
 class CharacterStreamer(BaseStreamer):
-    """Hands on the text of one sequence as it is generated, as `TextOfTokens` shows it."""
+    """Hands on the text of one sequence as it is generated, as `IncrementalDetokenizer` shows it."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stop: Sequence[str] = ()
     ) -> None:
-        self.followed = TextOfTokens(tokenizer, stop)
+        self.followed = IncrementalDetokenizer(tokenizer, stop)
         self.write = write
         self._prompt_is_next = True
 
@@ -108,7 +108,7 @@ class CharacterStreamer(BaseStreamer):
 class StopStrings(StoppingCriteria):
     """Ends a row when its text holds a stop string. Reads the characters, so that any tokenizer ends at the same."""
 
-    def __init__(self, texts: list[TextOfTokens], length: int) -> None:
+    def __init__(self, texts: list[IncrementalDetokenizer], length: int) -> None:
         self.texts = texts
         self.length = length
 
@@ -191,13 +191,15 @@ class Continuation:
     """
     What was written after a prompt.
 
-    `ended_by` is "end" where the model ended the text, "stop" before a stop string or by a criterion of the caller, and
-    "length" at `max_new_tokens`. The token that ends a text is not among the ids; those of a stop string are.
+    Attributes:
+        ids: the tokens; those of a stop string are among them, and the one that ends a text is not.
+        finish_reason: "end" where the model ended the text, "stop" before a stop string or by a criterion of the
+            caller, and "length" at `max_new_tokens`.
     """
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    ended_by: str = "length"
+    finish_reason: str = "length"
 
 
 def generation_config(model: PreTrainedModel, arguments: GenerationArguments) -> GenerationConfig:
@@ -256,7 +258,7 @@ def write_on(
         )
     ways = arguments.num_return_sequences
     results = [Continuation() for _ in range(ways * len(prompts))]
-    texts = [TextOfTokens(tokenizer, arguments.stop) for _ in results]
+    texts = [IncrementalDetokenizer(tokenizer, arguments.stop) for _ in results]
     writing = {i: list(prompts[i // ways]) for i in range(len(results))}
     # Beams of one prompt compete, so their number is part of the first window; after it, each text goes on alone.
     config.num_return_sequences = ways if (config.num_beams or 1) > 1 else 1
@@ -290,10 +292,10 @@ def write_on(
                 end = len(texts[i].ids) - len(results[i].ids)
             results[i].ids += new_ids[:end]
             if end is not None:
-                results[i].ended_by = "stop" if stopped else "end"
+                results[i].finish_reason = "stop" if stopped else "end"
                 del writing[i]
             elif len(new_ids) < config.max_new_tokens:
-                results[i].ended_by = "stop"  # by a criterion of the caller
+                results[i].finish_reason = "stop"  # by a criterion of the caller
                 del writing[i]
             else:
                 writing[i] += new_ids
@@ -303,5 +305,5 @@ def write_on(
         text.finish()
         result.text = text.text
         if text.is_stopped:
-            result.ended_by = "stop"
+            result.finish_reason = "stop"
     return results

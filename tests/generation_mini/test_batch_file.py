@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from generation_mini import batch_file
 from generation_mini.__main__ import main
 from generation_mini.arguments import GenerationArguments
-from generation_mini.batch_file import BatchFile, read_prompts, read_written
+from generation_mini.batch_file import BatchFile, read_finished, read_prompts
 from generation_mini.text_generation import Continuation, write_on
+from helpers.exports import random_model
 from helpers.programs import one_sentence, run_program, start_program
+from tokenization import ByteTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = [
     "the " * (1 + index % 7) + str(index) + random.Random(index).choice(["", " é漢", "\t", "  "]) for index in range(40)
@@ -53,7 +57,7 @@ def test_every_prompt_once_and_in_order(quick_run: Path, folder: Path) -> None:
         )  # fmt: skip
         (text,) = line["texts"]
         assert alone.stdout == line["prompt"] + text["text"] + "\n"
-        assert text["ended_by"] in ("length", "end") and 0 <= text["tokens"] <= 12
+        assert text["finish_reason"] in ("length", "end") and 0 <= text["tokens"] <= 12
 
 
 def test_jsonl_prompts_in_several_ways_and_stop(quick_run: Path, folder: Path) -> None:
@@ -65,7 +69,7 @@ def test_jsonl_prompts_in_several_ways_and_stop(quick_run: Path, folder: Path) -
     assert [line["prompt"] for line in lines] == prompts
     texts = [text for line in lines for text in line["texts"]]
     assert len(texts) == 9 and len({text["text"] for text in texts}) > 3
-    assert not any("e" in text["text"] for text in texts) and any(text["ended_by"] == "stop" for text in texts)
+    assert not any("e" in text["text"] for text in texts) and any(text["finish_reason"] == "stop" for text in texts)
 
 
 def test_interrupted_work_goes_on_and_ends_with_the_same_file(quick_run: Path, folder: Path) -> None:
@@ -81,8 +85,99 @@ def test_interrupted_work_goes_on_and_ends_with_the_same_file(quick_run: Path, f
     written = b"".join(lines[index] for index in by_length[:14])
     (folder / "out.jsonl").write_bytes(written + lines[by_length[14]][:25])
     result = batch(quick_run, folder, *SAMPLING)
-    assert result.returncode == 0 and "12 of 40 prompts are done already" in result.stderr
+    assert result.returncode == 0 and "14 of 40 prompts are done already" in result.stderr
     assert (folder / "out.jsonl").read_bytes() == whole
+
+
+@pytest.fixture(scope="module")
+def model() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    return random_model(vocab_size=len(tokenizer)), tokenizer
+
+
+def write_here(model: tuple, folder: Path, prompts: list[str], **settings: object) -> list[str]:
+    """One call in this process; gives its notices."""
+    (folder / "prompts.txt").write_text("".join(f"{each}\n" for each in prompts), encoding="utf-8")
+    arguments = GenerationArguments(**{
+        "batch_file": str(folder / "prompts.txt"), "output": str(folder / "out.jsonl"), "max_new_tokens": 8,
+        "batch_size": 4, **settings,
+    })  # fmt: skip
+    notices: list[str] = []
+    BatchFile(arguments).write(*model, notices.append)
+    return notices
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_prompts_that_were_added_are_written_and_all_else_stays(model: tuple, tmp_path: Path, seed: int | None) -> None:
+    """Also a second and third time, duplicates among them, and shorter than all others."""
+    write_here(model, tmp_path, PROMPTS[:10], seed=seed)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    for added in (["a"], ["", PROMPTS[3], PROMPTS[3]], PROMPTS[10:16]):
+        prompts = [*(line["prompt"] for line in lines_of(tmp_path)), *added]
+        notices = write_here(model, tmp_path, prompts, seed=seed)
+        assert f"{len(prompts) - len(added)} of {len(prompts)} prompts are done already." in notices
+        after = (tmp_path / "out.jsonl").read_bytes()
+        assert after.startswith(before) and [line["prompt"] for line in lines_of(tmp_path)] == prompts
+        assert [line["index"] for line in lines_of(tmp_path)] == list(range(len(prompts)))
+        before = after
+
+
+def test_a_file_of_an_earlier_version_stays_byte_by_byte(model: tuple, tmp_path: Path) -> None:
+    """Its lines say `ended_by`, and name no batch."""
+    write_here(model, tmp_path, PROMPTS[:6], seed=1)
+    old = []
+    for line in lines_of(tmp_path):
+        del line["batch"]
+        line["texts"] = [{"text": t["text"], "tokens": t["tokens"], "ended_by": "length"} for t in line["texts"]]
+        old.append(f"{json.dumps(line)}\n")
+    (tmp_path / "out.jsonl").write_text("".join(old))
+    write_here(model, tmp_path, PROMPTS[:7], seed=1)
+    assert (tmp_path / "out.jsonl").read_text().startswith("".join(old)) and len(lines_of(tmp_path)) == 7
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 6, 12, 13])
+def test_cut_short_anywhere_with_prompts_added_since(model: tuple, tmp_path: Path, kept: int) -> None:
+    """What is written stays, and every prompt has one text; without more prompts, the file is that of one call."""
+    write_here(model, tmp_path, PROMPTS[:13], seed=5)
+    whole = (tmp_path / "out.jsonl").read_bytes()
+    lines = {json.loads(line)["index"]: line for line in whole.splitlines(keepends=True)}
+    written = [lines[index] for index in sorted(lines, key=lambda index: (len(PROMPTS[index].encode()), index))][:kept]
+    for prompts in (PROMPTS[:13], PROMPTS[:15]):
+        (tmp_path / "out.jsonl").write_bytes(b"".join(written) + b'{"index": 3, "pro')
+        write_here(model, tmp_path, prompts, seed=5)
+        assert [line["prompt"] for line in lines_of(tmp_path)] == prompts
+        assert set(written) <= set((tmp_path / "out.jsonl").read_bytes().splitlines(keepends=True))
+        if len(prompts) == 13:
+            assert (tmp_path / "out.jsonl").read_bytes() == whole
+    write_here(model, tmp_path, PROMPTS[:15], seed=5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "words"),
+    [
+        (["one", "two"], {}, "holds a text for prompt 3, and .* has 2 prompts: name another output"),
+        (
+            ["one", "2", "three"],
+            {},
+            r"\(prompt 2 is the first that differs\): add prompts at the end only, or",
+        ),
+        (["one", "three", "two"], {}, "prompt 2 is the first that differs"),
+        (["zero", "one", "two", "three"], {}, "prompt 1 is the first that differs"),
+        (["one", "two", "three", "one"], {"seed": 2}, "by another model or with other settings: name another output"),
+        (["one", "two", "three"], {"batch_size": 2}, "by another model or with other settings"),
+        (["one", "two", "three"], {"max_new_tokens": 9}, "by another model or with other settings"),
+        (["one", "two", "three"], {"stop": ["a"]}, "by another model or with other settings"),
+    ],
+)
+def test_other_changes_are_refused(
+    model: tuple, tmp_path: Path, prompts: list[str], settings: dict, words: str
+) -> None:  # fmt: skip
+    write_here(model, tmp_path, ["one", "two", "three"], seed=1)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        write_here(model, tmp_path, prompts, **{"seed": 1, **settings})
+    assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
 def written_lines(*changed: dict) -> bytes:
@@ -97,12 +192,13 @@ def written_lines(*changed: dict) -> bytes:
 def test_files_of_others_are_not_taken_for_texts(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "out.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match="holds something else than texts"):
-        read_written(tmp_path / "out.jsonl")
+        read_finished(tmp_path / "out.jsonl")
 
 
 def test_a_prompt_that_two_calls_have_written_counts_once(tmp_path: Path) -> None:
     (tmp_path / "out.jsonl").write_bytes(written_lines({}, {"index": 1}, {"settings": "y"}))
-    assert [(line["index"], line["settings"]) for line in read_written(tmp_path / "out.jsonl")] == [(0, "y"), (1, "x")]
+    finished = read_finished(tmp_path / "out.jsonl")
+    assert {index: line.settings for index, line in finished.items()} == {0: "y", 1: "x"}
 
 
 def test_prompts_as_other_systems_write_them(tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ import pytest
 import torch
 from generation_mini import program
 from generation_mini.arguments import SAMPLING, GenerationArguments, parse_arguments
-from generation_mini.text_generation import CharacterStreamer, Continuation, TextOfTokens, generation_config, write_on
+from generation_mini.text_generation import (
+    CharacterStreamer,
+    Continuation,
+    IncrementalDetokenizer,
+    generation_config,
+    write_on,
+)
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import GenerationConfig
@@ -140,7 +146,7 @@ def test_stop_strings_cut_at_the_character(tokenizer: ByteTokenizer) -> None:
     for trial in range(500):
         text = "".join(generator.choices("aabé漢", k=20))
         stop = ["".join(generator.choices("aabé漢", k=generator.randrange(1, 4))) for _ in range(trial % 3)]
-        followed = TextOfTokens(tokenizer, stop)
+        followed = IncrementalDetokenizer(tokenizer, stop)
         shown = ""
         for token_id in tokenizer.encode_corpus(text.encode()).tolist():
             shown += followed.add(token_id)
@@ -166,8 +172,8 @@ def test_stop_strings_end_each_text_on_its_own(model, tokenizer) -> None:
         places = [whole.text.find(each) for each in stop if each in whole.text]
         assert cut.text == (whole.text[: min(places)] if places else whole.text)
         assert cut.ids == whole.ids[: len(cut.ids)] and (places or cut.ids == whole.ids)
-        reasons.append(cut.ended_by)
-        assert cut.ended_by == ("stop" if places else whole.ended_by)
+        reasons.append(cut.finish_reason)
+        assert cut.finish_reason == ("stop" if places else whole.finish_reason)
     assert reasons.count("stop") >= 2
 
     (whole,), _ = write_all(model, tokenizer, [prompts[0]], max_new_tokens=60)
@@ -177,7 +183,7 @@ def test_stop_strings_end_each_text_on_its_own(model, tokenizer) -> None:
     arguments = GenerationArguments(max_new_tokens=60, temperature=0.0, stop=stop)
     (result,) = write_on(model, tokenizer, [prompts[0]], arguments, print, streamer=streamer)
     streamer.finish()
-    assert "".join(pieces) == result.text == whole.text[: whole.text.find(stop[0])] and result.ended_by == "stop"
+    assert "".join(pieces) == result.text == whole.text[: whole.text.find(stop[0])] and result.finish_reason == "stop"
 
 
 def test_prompts_of_any_length_in_one_batch_get_the_texts_they_get_alone(model, tokenizer) -> None:
@@ -248,7 +254,7 @@ def test_least_number_of_tokens_counts_over_windows(model, tokenizer, monkeypatc
     monkeypatch.setattr(model.generation_config, "eos_token_id", plain.ids[place])
     torch.manual_seed(0)
     (short,), _ = write_all(model, tokenizer, [prompt], **settings)
-    assert short.ids == plain.ids[:place] and short.ended_by == "end"
+    assert short.ids == plain.ids[:place] and short.finish_reason == "end"
     (long,), _ = write_all(model, tokenizer, [prompt], min_new_tokens=50, **settings)
     assert len(long.ids) >= 50
 
