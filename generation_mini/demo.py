@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, quiet_libraries
+from files_mini import display_name, find_checkpoint
 from modeling_mini.loading.checkpoints import load_model
 from torch.nn import functional as F
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
@@ -225,7 +226,7 @@ def main() -> None:
         model, tokenizer = load_model(
             arguments.model, adapter=arguments.adapter, trust_remote_code=arguments.trust_remote_code
         )
-        page = build_page(model, tokenizer, model.name_or_path)
+        page = build_page(model, tokenizer, display_name(find_checkpoint(arguments.adapter or arguments.model)))
         theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
         page.launch(
             server_name=arguments.host, server_port=arguments.port, share=arguments.share, theme=theme, css=STYLE,

@@ -139,6 +139,9 @@ def test_in_a_browser(quick_run: Path, tmp_path: Path) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         page = browser.new_page(viewport={"width": 1200, "height": 900})
         page.goto(url)
+        page.wait_for_selector("h3")
+        assert page.title() == "Mini: tiny-sample" and page.inner_text("h3") == "tiny-sample"
+        assert str(quick_run.parent) not in page.content(), "a folder of this machine is nothing to show"
         page.fill("#prompt textarea", "the <b>cat</b> ")
         page.fill("#tokens input[type=number]", "60")
         page.fill("#seed input", "1")
