@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from entry_points_mini import quiet_libraries
 from cards_mini import PROMPT
+from entry_points_mini import quiet_libraries
 from modeling_mini.export import export
 from rich.console import Console
 
