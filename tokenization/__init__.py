@@ -1,10 +1,11 @@
-"""Tokenizers over bytes and characters, with frozen special tokens, that load anywhere with no custom code."""
+"""Tokenizers over bytes, characters and learned merges, with frozen special tokens, that load with no custom code."""
 
 import os
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .base import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID, MiniTokenizer
+from .bpe import BpeTokenizer
 from .byte import ByteTokenizer
 from .char import CharTokenizer
 from .chat import encode_messages, marks_the_assistant
@@ -12,17 +13,16 @@ from .chat import encode_messages, marks_the_assistant
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a checkpoint folder or Hub repository: a `ByteTokenizer` or `CharTokenizer` where it is one, so
-    that it has the raw path for corpora, and otherwise what `AutoTokenizer` gives.
+    The tokenizer of a checkpoint folder or Hub repository: one of Mini's own classes where it is such a one, so that it
+    has the raw path for corpora, and otherwise what `AutoTokenizer` gives.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    vocab = tokenizer.get_vocab()
-    if [tokenizer.convert_ids_to_tokens(i) for i in range(len(SPECIAL_TOKENS))] != list(SPECIAL_TOKENS):
+    if not tokenizer.is_fast:
         return tokenizer
-    if vocab == ByteTokenizer().get_vocab():
-        return ByteTokenizer.from_pretrained(name_or_path)
-    if all(len(token) == 1 for token in vocab if token not in SPECIAL_TOKENS):
-        return CharTokenizer.from_pretrained(name_or_path)
+    for kind in (ByteTokenizer, CharTokenizer, BpeTokenizer):
+        if kind.recognizes(tokenizer.backend_tokenizer):
+            begins_with_bos = tokenizer("").input_ids == [BOS_ID]
+            return kind.from_pretrained(name_or_path, add_bos_token=begins_with_bos)
     return tokenizer
 
 
@@ -33,6 +33,7 @@ __all__ = [
     "PAD_ID",
     "SPECIAL_TOKENS",
     "UNK_ID",
+    "BpeTokenizer",
     "ByteTokenizer",
     "CharTokenizer",
     "MiniTokenizer",

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,9 +28,9 @@ class CharTokenizer(MiniTokenizer):
     Made by `CharTokenizer.from_text(...)` or `CharTokenizer.from_files(...)`.
     """
 
-    def __init__(self, vocab: dict[str, int], **kwargs: Any) -> None:
+    def __init__(self, vocab: dict[str, int], merges: None = None, **kwargs: Any) -> None:
         super().__init__(vocab=vocab, **kwargs)
-        self._characters = [token for token, _ in sorted(vocab.items(), key=lambda item: item[1])][FIRST_CHARACTER_ID:]
+        self._characters = sorted(vocab, key=vocab.__getitem__)[FIRST_CHARACTER_ID:]
         self._warned: set[str] = set()
 
     @classmethod
@@ -77,12 +78,22 @@ class CharTokenizer(MiniTokenizer):
         return cls.from_text(pieces(), **kwargs)
 
     @staticmethod
-    def build_backend(vocab: dict[str, int]) -> Tokenizer:
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=SPECIAL_TOKENS[UNK_ID], fuse_unk=False))
+    def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+        backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=SPECIAL_TOKENS[UNK_ID], fuse_unk=False))
         # Splitting into words changes no id; it makes `word_ids()` and alignment with words work.
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?\S+|\s+"), behavior="isolated")
         backend.decoder = decoders.Fuse()
         return backend
+
+    @staticmethod
+    def owns_vocabulary(vocab: dict[str, int], merges: list[list[str]]) -> bool:
+        tokens = sorted(vocab, key=vocab.__getitem__)
+        special, characters = tuple(tokens[:FIRST_CHARACTER_ID]), tokens[FIRST_CHARACTER_ID:]
+        return special == SPECIAL_TOKENS and not merges and characters == sorted(c for c in characters if len(c) == 1)
+
+    @staticmethod
+    def has_same_words(ours: dict[str, Any], theirs: dict[str, Any] | None) -> bool:
+        return theirs in (ours, None)  # the first ones that were saved had none
 
     def train_new_from_iterator(
         self,
@@ -106,20 +117,8 @@ class CharTokenizer(MiniTokenizer):
         Raises:
             ValueError: as `from_text` does.
         """
-        renamed = {
-            name: (special_tokens_map or {}).get(token, token) for name, token in self.special_tokens_map.items()
-        }
         texts = (text for item in text_iterator for text in ([item] if isinstance(item, str) else item))
-        return type(self).from_text(
-            texts,
-            **renamed,
-            extra_special_tokens=[*self.extra_special_tokens, *(new_special_tokens or [])],
-            model_max_length=self.model_max_length,
-            padding_side=self.padding_side,
-            truncation_side=self.truncation_side,
-            chat_template=self.chat_template,
-            **kwargs,
-        )
+        return type(self).from_text(texts, **self._settings(new_special_tokens, special_tokens_map), **kwargs)
 
     def _warn_of_unknown(self, unknown: set[str]) -> None:
         if new := unknown - self._warned:
@@ -131,12 +130,17 @@ class CharTokenizer(MiniTokenizer):
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> BatchEncoding:
         encoding = super()._encode_plus(text, text_pair, **kwargs)
         if any(UNK_ID in encoded.ids for encoded in encoding.encodings or []):
+            splits = kwargs.get("split_special_tokens")
+            splits = self.split_special_tokens if splits is None else splits
+            tokens = [token for token in self.added_tokens_decoder.values() if not (splits and token.special)]
+            longest_first = sorted((token.content for token in tokens), key=len, reverse=True)
+            added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
             characters: set[str] = set()
             nested = [text, text_pair]
             while nested:
                 item = nested.pop()
                 if isinstance(item, str):
-                    characters.update(item)
+                    characters.update(added.sub("", item))
                 elif item is not None:
                     nested.extend(item)
             self._warn_of_unknown(characters - set(self._characters))
@@ -144,17 +148,24 @@ class CharTokenizer(MiniTokenizer):
 
     def encode_corpus(self, data: bytes, errors: str = "strict") -> np.ndarray:
         """
-        UTF-8 bytes to ids without special tokens.
+        UTF-8 bytes to ids without special tokens, `(tokens,)`: text that looks like a special token stays text.
 
         Raises:
             UnicodeDecodeError: if the bytes are not valid UTF-8 and `errors` is `"strict"`.
         """
-        code_points = np.frombuffer(data.decode("utf-8", errors).encode("utf-32-le"), dtype=np.uint32)
+        return super().encode_corpus(data if errors == "strict" else data.decode("utf-8", errors).encode("utf-8"))
+
+    def _encode_plain(self, data: bytes) -> np.ndarray:
+        code_points = np.frombuffer(data.decode("utf-8").encode("utf-32-le"), dtype=np.uint32)
         ids = self._id_of_code_point[code_points]
         unknown = ids == UNK_ID
         if unknown.any():
             self._warn_of_unknown({chr(code_point) for code_point in np.unique(code_points[unknown])})
         return ids
+
+    def _encode_with_added(self, data: bytes) -> np.ndarray:
+        ids = self(data.decode("utf-8"), add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+        return np.array(ids, dtype=self.id_dtype)
 
     @functools.cached_property
     def _id_of_code_point(self) -> np.ndarray:
@@ -164,16 +175,15 @@ class CharTokenizer(MiniTokenizer):
             table[ord(character)] = FIRST_CHARACTER_ID + i
         return table
 
-    def decode_corpus(self, ids: np.ndarray) -> bytes:
+    @property
+    def _vocabulary_bytes(self) -> list[bytes]:
         """Unknown characters come back as U+FFFD."""
-        text = np.array([0] * UNK_ID + [0xFFFD] + [0] * 4 + [ord(c) for c in self._characters], dtype=np.uint32)
-        has_text = (ids == UNK_ID) | ((ids >= FIRST_CHARACTER_ID) & (ids < len(text)))
-        return text[ids[has_text]].tobytes().decode("utf-32-le").encode("utf-8")
+        special = [b""] * FIRST_CHARACTER_ID
+        special[UNK_ID] = "\ufffd".encode()
+        return special + [character.encode("utf-8") for character in self._characters]
 
     def bytes_per_token(self) -> np.ndarray:
-        """An unknown character counts as one byte, the least that it can have been."""
-        lengths = np.zeros(len(self), dtype=np.int64)
+        """As in the other classes. An unknown character counts as one byte, the least that it can have been."""
+        lengths = super().bytes_per_token()
         lengths[UNK_ID] = 1
-        for i, character in enumerate(self._characters):
-            lengths[FIRST_CHARACTER_ID + i] = len(character.encode("utf-8"))
         return lengths

@@ -1,7 +1,8 @@
 """From messages to ids by a tokenizer's chat template, with what people wrote in them kept apart from its own marks."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -12,7 +13,7 @@ GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
 def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[bool]]:
     """
     The ids of a conversation, and for each whether the assistant says it: its text and the mark that ends its turn.
@@ -21,18 +22,19 @@ def encode_messages(
     Where the template does not mark what the assistant says (by `{% generation %}`), nothing counts as said by it.
 
     Raises:
-        ValueError: if there is no chat template, or it refuses the messages.
+        ValueError: if there is no chat template, or it refuses the messages, or one of them is not text.
     """
     if tokenizer.chat_template is None:
         raise ValueError("The tokenizer has no chat template, so it cannot read messages.")
-    special = [token for token in tokenizer.all_special_tokens if len(token) > 1]
-    used = "".join(message["content"] for message in messages)
+    added = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    special = [token for token in dict.fromkeys([*tokenizer.all_special_tokens, *added]) if len(token) > 1]
+    contents = [text_of(message.get("content")) for message in messages]
+    used = "".join(contents)
     split = next((character for character in NONCHARACTERS if character not in used), None)
     if split is None:
         raise ValueError("The messages hold every noncharacter of Unicode from U+FDD0 to U+FDEF, which no text does.")
     kept_apart = []
-    for message in messages:
-        content = message["content"]
+    for message, content in zip(messages, contents, strict=True):
         for token in special:
             content = content.replace(token, token[0] + split + token[1:])
         kept_apart.append({**message, "content": content})
@@ -60,6 +62,23 @@ def encode_messages(
         ]
         start += len(piece) + len(split)
     return ids, is_said
+
+
+def text_of(content: Any) -> str:
+    """
+    The text of a message: its content, or that of the parts which that has.
+
+    Raises:
+        ValueError: if the content is neither text nor parts of the type text alone.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise ValueError(f"A message needs a content: text, or a list of parts of the type text; got {content!r:.80}.")
+    for part in content:
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            raise ValueError(f"A message is text, and a part of it that is not cannot be read: {part!r:.80}.")
+    return "".join(part["text"] for part in content)
 
 
 def marks_the_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:

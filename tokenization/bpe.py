@@ -1,0 +1,168 @@
+"""BpeTokenizer: bytes, and longer and longer runs of them that a corpus has often."""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import pre_tokenizers, trainers
+
+from .base import SPECIAL_TOKENS
+from .byte import VOCAB, ByteLevelTokenizer, valid_stretches
+
+SMALLEST_VOCABULARY = len(VOCAB) + 1
+# A pair that occurs once teaches nothing: its token would be in one place of the corpus.
+LEAST_FREQUENCY = 2
+# `learn_merges` hands text on in parts of this many bytes. The library holds 256 of them at a time.
+PART_SIZE = 1 << 16
+
+# Text can be cut before ASCII white space that follows anything but white space, and both sides have the ids that they
+# have together: white space always begins a new piece there. Beyond ASCII, Unicode has these white spaces.
+WIDE_SPACE = rb"(?:%s)" % b"|".join(
+    rb"(?<=%s)" % space
+    for space in (
+        rb"\xc2[\x85\xa0]",
+        rb"\xe1\x9a\x80",
+        rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]",
+        rb"\xe2\x81\x9f",
+        rb"\xe3\x80\x80",
+    )
+)
+CUT = re.compile(rb"(?<![\t-\r ])(?!%(wide)s)(?=[\t-\r ])" % {b"wide": WIDE_SPACE})
+# ASCII as far as it can be cut; or white space and a word, or some, that are not all ASCII.
+STRETCHES = re.compile(
+    rb"([\x00-\x7f]+(?:(?<![\t-\r ])(?=[\t-\r ])|\Z))|([\t-\r ]*[^\t-\r ]+(?:%(wide)s[\t-\r ]+[^\t-\r ]*)*)"
+    % {b"wide": WIDE_SPACE}
+)
+# The pieces that the library's ByteLevel cuts ASCII into, none of which merges with another.
+ASCII_PIECES = re.compile(
+    rb"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
+# Pieces of text repeat, and the ids of each are kept, for at most so many pieces of at most so many bytes.
+KEPT_PIECES, KEPT_PIECE_SIZE = 1 << 18, 64
+
+
+class BpeTokenizer(ByteLevelTokenizer):
+    """
+    The ids of `ByteTokenizer`, and behind them one for each of the merges that a corpus has taught: the pair of tokens
+    that occurs most becomes a token, again and again. No merge goes beyond a word with the space in front of it, a
+    number, a run of signs or a run of white space, in which the indentation of code is one.
+
+    Made by `BpeTokenizer.train(...)`. Decoding is exact for any bytes, as that of `ByteTokenizer` is.
+    """
+
+    # transformers looks into each class for one: only then does it take a saved tokenizer apart for it.
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], **kwargs: Any) -> None:
+        super().__init__(vocab=vocab, merges=merges, **kwargs)
+
+    @classmethod
+    def train(cls, texts: Iterable[str | bytes], vocab_size: int, **kwargs: Any) -> "BpeTokenizer":
+        """
+        The tokenizer of texts; those that are bytes need not be UTF-8. A generator is read once and never held whole,
+        but each different word is.
+
+        Args:
+            texts: documents, or parts of them.
+            vocab_size: how many tokens there shall be, the 264 special tokens and bytes among them.
+            kwargs: settings of the tokenizer, such as `padding_side`.
+
+        Raises:
+            ValueError: if `vocab_size` is below 265 or more than the texts can fill, or a text has a lone surrogate.
+        """
+        if vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocab_size must be at least {SMALLEST_VOCABULARY} (the {len(VOCAB)} special tokens and bytes, and a "
+                f"merge), got {vocab_size}."
+            )
+        tokenizer = cls.from_merges(learn_merges(texts, vocab_size), **kwargs)
+        if tokenizer.vocab_size < vocab_size:
+            raise ValueError(
+                f"The text can fill a vocabulary of {tokenizer.vocab_size}, in which every pair that occurs twice is "
+                f"merged; vocab_size is {vocab_size}."
+            )
+        return tokenizer
+
+    @classmethod
+    def from_merges(cls, merges: list[tuple[str, str]], **kwargs: Any) -> "BpeTokenizer":
+        """The tokenizer with these merges, in their order."""
+        vocab = dict(VOCAB)
+        for first, second in merges:
+            vocab.setdefault(first + second, len(vocab))
+        return cls(vocab=vocab, merges=merges, **kwargs)
+
+    @staticmethod
+    def owns_vocabulary(vocab: dict[str, int], merges: list[list[str]]) -> bool:
+        tokens = set(vocab) - set(VOCAB)
+        return (
+            bool(merges)
+            and vocab.items() >= VOCAB.items()
+            and {first + second for first, second in merges} == tokens
+            and sorted(vocab.values()) == list(range(len(vocab)))
+        )
+
+    def _encode_plain(self, data: bytes) -> np.ndarray:
+        pieces: list[bytes] = []
+        for ascii_text, other in STRETCHES.findall(data):
+            if ascii_text:
+                pieces += ASCII_PIECES.findall(ascii_text)
+            else:
+                pieces.append(other)
+        ids = b"".join(map(self._ids_of_piece.__getitem__, pieces))
+        return np.frombuffer(ids, dtype=self._ids_of_piece.dtype)
+
+    @functools.cached_property
+    def _ids_of_piece(self) -> "PieceIds":
+        return PieceIds(self._encode_with_added, self.id_dtype)
+
+
+class PieceIds(dict[bytes, bytes]):
+    """From pieces of text to the bytes of their ids, which are found out when they are asked for."""
+
+    def __init__(self, encode: Callable[[bytes], np.ndarray], dtype: np.dtype) -> None:
+        super().__init__()
+        self.encode, self.dtype = encode, dtype
+
+    def __missing__(self, piece: bytes) -> bytes:
+        ids = self.encode(piece).tobytes()
+        if len(piece) <= KEPT_PIECE_SIZE:
+            if len(self) == KEPT_PIECES:
+                self.clear()
+            self[piece] = ids
+        return ids
+
+
+def learn_merges(texts: Iterable[str | bytes], vocab_size: int) -> list[tuple[str, str]]:
+    """
+    The merges of a vocabulary of at most `vocab_size` tokens, the 264 special tokens and bytes among them. The same
+    texts give the same merges, on any number of threads: ties are decided by the tokens.
+
+    Raises:
+        ValueError: if a text has a lone surrogate.
+    """
+    backend = ByteLevelTokenizer.build_backend({}, [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=LEAST_FREQUENCY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(valid_parts(texts), trainer)
+    return [tuple(merge) for merge in json.loads(backend.to_str())["model"]["merges"]]
+
+
+def valid_parts(texts: Iterable[str | bytes]) -> Iterator[str]:
+    """All that is UTF-8, in parts that can be encoded one by one."""
+    for text in texts:
+        try:
+            data = text if isinstance(text, bytes) else text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            surrogate = ord(text[error.start])
+            raise ValueError(f"The text has a lone surrogate, U+{surrogate:04X}, which is no character.") from None
+        start = 0
+        while start < len(data):
+            cut = CUT.search(data, start + PART_SIZE)
+            end = cut.start() if cut else len(data)
+            yield from (part for part, _ in valid_stretches(data[start:end]) if part)
+            start = end
