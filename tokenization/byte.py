@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +24,15 @@ ESCAPED_BYTES = re.compile("([\udc80-\udcff]+)")  # how Python decodes bytes tha
 
 
 class ByteLevelTokenizer(MiniTokenizer):
-    """What tokenizers have in common whose tokens are written in the 256 characters that stand for bytes."""
+    """
+    What tokenizers have in common whose tokens are written in the 256 characters that stand for bytes.
+
+    With `add_prefix_space=True` a text gets a space in front, where it has none; a corpus stays as it is.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]] | None = None, **kwargs: Any) -> None:
+        super().__init__(vocab=vocab, merges=merges, **kwargs)
+        self._tokenizer.pre_tokenizer.add_prefix_space = self.add_prefix_space
 
     @staticmethod
     def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
@@ -32,6 +40,16 @@ class ByteLevelTokenizer(MiniTokenizer):
         # Words with the space in front of them, numbers, signs and white space are apart, as in GPT-2.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
+        return backend
+
+    @staticmethod
+    def has_same_words(ours: dict[str, Any], theirs: dict[str, Any] | None) -> bool:
+        return theirs is not None and ours | {"add_prefix_space": theirs.get("add_prefix_space")} == theirs
+
+    @functools.cached_property
+    def _corpus_backend(self) -> Tokenizer:
+        backend = super()._corpus_backend
+        backend.pre_tokenizer.add_prefix_space = False
         return backend
 
     @property
@@ -92,34 +110,23 @@ class ByteLevelTokenizer(MiniTokenizer):
 
         texts = (text for item in text_iterator for text in ([item] if isinstance(item, str) else item))
         merges = learn_merges(texts, vocab_size)
-        return BpeTokenizer.from_merges(merges, **self._settings(new_special_tokens, special_tokens_map))
+        settings = self._settings(new_special_tokens, special_tokens_map)
+        return BpeTokenizer.from_merges(merges, add_prefix_space=self.add_prefix_space, **settings)
 
 
 class ByteTokenizer(ByteLevelTokenizer):
     """
     Byte b has id b + 8, after the eight special tokens: 264 ids in all.
 
-    A byte-level BPE without merges, so decoding equals `bytes.decode("utf-8", errors="replace")` for any bytes. With
-    `add_prefix_space=True` a text gets a space in front, where it has none.
+    A byte-level BPE without merges, so decoding equals `bytes.decode("utf-8", errors="replace")` for any bytes.
     """
 
     def __init__(self, vocab: dict[str, int] | None = None, merges: None = None, **kwargs: Any) -> None:
         super().__init__(vocab=VOCAB, **kwargs)
-        self._tokenizer.pre_tokenizer.add_prefix_space = self.add_prefix_space
 
     @staticmethod
     def owns_vocabulary(vocab: dict[str, int], merges: list[list[str]]) -> bool:
         return vocab == VOCAB and not merges
-
-    @staticmethod
-    def has_same_words(ours: dict[str, Any], theirs: dict[str, Any] | None) -> bool:
-        return theirs is not None and ours | {"add_prefix_space": theirs.get("add_prefix_space")} == theirs
-
-    @functools.cached_property
-    def _corpus_backend(self) -> Tokenizer:
-        backend = super()._corpus_backend
-        backend.pre_tokenizer.add_prefix_space = False  # a corpus stays as it is
-        return backend
 
     def _encode_plain(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint8).astype(self.id_dtype) + self.id_dtype.type(FIRST_BYTE_ID)

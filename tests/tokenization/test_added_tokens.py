@@ -101,10 +101,15 @@ def test_invalid_bytes_beside_added_tokens_stay(tmp_path: Path) -> None:
         assert tokenizer.decode_corpus(ids) == data and (ids == len(tokenizer) - 1).sum() == 1
 
 
-def test_no_space_comes_into_a_corpus_before_an_added_token() -> None:
-    tokenizer = ByteTokenizer(add_prefix_space=True)
-    tokenizer.add_tokens(["€"])
-    assert tokenizer.decode_corpus(tokenizer.encode_corpus("a€b".encode())) == "a€b".encode()
+def test_no_space_comes_into_a_corpus(tmp_path: Path) -> None:
+    for tokenizer in (ByteTokenizer(add_prefix_space=True), BpeTokenizer.train([TEXT], 266, add_prefix_space=True)):
+        assert tokenizer("the").input_ids == tokenizer(" the").input_ids
+        tokenizer.add_tokens(["€"])
+        tokenizer.save_pretrained(tmp_path)
+        for text in ("the fox", "a€b"):
+            for one in (tokenizer, load_tokenizer(tmp_path)):
+                assert type(one) is type(tokenizer)
+                assert one.decode_corpus(one.encode_corpus(text.encode())) == text.encode()
 
 
 @pytest.mark.parametrize("token", ["é", "café", "ÿ", "Ġthe"])
