@@ -21,6 +21,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 # before punctuation.
 SPLIT_AS_BYTE_LEVEL, SPLIT_WITHOUT_MERGES = "trillion", "qwen2"
 # llama.cpp refuses an empty list of merges. This merge of two <|pad|> never applies, because text is read as bytes.
+SPLIT_AS_BYTE_LEVEL, SPLIT_WITHOUT_MERGES = "trillion", "qwen2"
+# llama.cpp refuses an empty list of merges. This merge of two <|pad|> never applies, because text is read as bytes.
 NO_MERGE = "<|pad|> <|pad|>"
 END_OF_TURN = "<|end|>"
 
