@@ -11,6 +11,8 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import TokenizersBackend
 
+from .raw_encoding import RawEncoder
+
 # The eight special tokens, in the order of their frozen ids: every checkpoint depends on them.
 SPECIAL_TOKENS = ("<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = range(4)
@@ -168,13 +170,9 @@ class MiniTokenizer(TokenizersBackend):
         return [token.content.encode("utf-8") for token in self.added_tokens_decoder.values() if not token.special]
 
     @functools.cached_property
-    def _corpus_backend(self) -> Tokenizer:
-        """The backend as a corpus needs it: special tokens stay text, and nothing is cut or filled up."""
-        backend = Tokenizer.from_str(self._tokenizer.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = True
-        return backend
+    def raw_encoder(self) -> RawEncoder:
+        """What encodes a corpus where numpy alone cannot: by the tokenizer itself, but without special tokens."""
+        return RawEncoder(plain_backend(self), self.id_dtype, first_byte_id=None, added=self._added_texts)
 
     def _add_tokens(self, new_tokens: Iterable[str | AddedToken], special_tokens: bool = False) -> int:
         number = super()._add_tokens(list(new_tokens), special_tokens=special_tokens)
@@ -215,3 +213,12 @@ class MiniTokenizer(TokenizersBackend):
                 config["tokenizer_class"] = "PreTrainedTokenizerFast"
                 path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         return super()._save_pretrained(save_directory, file_names, **kwargs)
+
+
+def plain_backend(tokenizer: TokenizersBackend) -> Tokenizer:
+    """A copy of a tokenizer's backend as a corpus needs it: special tokens stay text, nothing is cut or filled up."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend

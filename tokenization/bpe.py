@@ -1,47 +1,23 @@
 """BpeTokenizer: bytes, and longer and longer runs of them that a corpus has often."""
 
+import dataclasses
 import functools
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from tokenizers import pre_tokenizers, trainers
 
 from .base import SPECIAL_TOKENS
-from .byte import VOCAB, ByteLevelTokenizer, valid_stretches
+from .byte import VOCAB, ByteLevelTokenizer
+from .raw_encoding import CUT, RawEncoder, valid_stretches
 
 SMALLEST_VOCABULARY = len(VOCAB) + 1
 # A pair that occurs once teaches nothing: its token would be in one place of the corpus.
 LEAST_FREQUENCY = 2
 # `learn_merges` hands text on in parts of this many bytes. The library holds 256 of them at a time.
 PART_SIZE = 1 << 16
-
-# Text can be cut before ASCII white space that follows anything but white space, and both sides have the ids that they
-# have together: white space always begins a new piece there. Beyond ASCII, Unicode has these white spaces.
-WIDE_SPACE = rb"(?:%s)" % b"|".join(
-    rb"(?<=%s)" % space
-    for space in (
-        rb"\xc2[\x85\xa0]",
-        rb"\xe1\x9a\x80",
-        rb"\xe2\x80[\x80-\x8a\xa8\xa9\xaf]",
-        rb"\xe2\x81\x9f",
-        rb"\xe3\x80\x80",
-    )
-)
-CUT = re.compile(rb"(?<![\t-\r ])(?!%(wide)s)(?=[\t-\r ])" % {b"wide": WIDE_SPACE})
-# ASCII as far as it can be cut; or white space and a word, or some, that are not all ASCII.
-STRETCHES = re.compile(
-    rb"([\x00-\x7f]+(?:(?<![\t-\r ])(?=[\t-\r ])|\Z))|([\t-\r ]*[^\t-\r ]+(?:%(wide)s[\t-\r ]+[^\t-\r ]*)*)"
-    % {b"wide": WIDE_SPACE}
-)
-# The pieces that the library's ByteLevel cuts ASCII into, none of which merges with another.
-ASCII_PIECES = re.compile(
-    rb"'(?:[sdmt]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\t-\r ]+|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
-)
-# Pieces of text repeat, and the ids of each are kept, for at most so many pieces of at most so many bytes.
-KEPT_PIECES, KEPT_PIECE_SIZE = 1 << 18, 64
 
 
 class BpeTokenizer(ByteLevelTokenizer):
@@ -103,34 +79,11 @@ class BpeTokenizer(ByteLevelTokenizer):
         )
 
     def _encode_plain(self, data: bytes) -> np.ndarray:
-        pieces: list[bytes] = []
-        for ascii_text, other in STRETCHES.findall(data):
-            if ascii_text:
-                pieces += ASCII_PIECES.findall(ascii_text)
-            else:
-                pieces.append(other)
-        ids = b"".join(map(self._ids_of_piece.__getitem__, pieces))
-        return np.frombuffer(ids, dtype=self._ids_of_piece.dtype)
+        return self.raw_encoder.encode(data)
 
     @functools.cached_property
-    def _ids_of_piece(self) -> "PieceIds":
-        return PieceIds(self._encode_with_added, self.id_dtype)
-
-
-class PieceIds(dict[bytes, bytes]):
-    """From pieces of text to the bytes of their ids, which are found out when they are asked for."""
-
-    def __init__(self, encode: Callable[[bytes], np.ndarray], dtype: np.dtype) -> None:
-        super().__init__()
-        self.encode, self.dtype = encode, dtype
-
-    def __missing__(self, piece: bytes) -> bytes:
-        ids = self.encode(piece).tobytes()
-        if len(piece) <= KEPT_PIECE_SIZE:
-            if len(self) == KEPT_PIECES:
-                self.clear()
-            self[piece] = ids
-        return ids
+    def raw_encoder(self) -> RawEncoder:
+        return dataclasses.replace(super().raw_encoder, in_pieces=True)
 
 
 def learn_merges(texts: Iterable[str | bytes], vocab_size: int) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """ByteTokenizer: one id for each byte, so that any text, and any file, is in vocabulary."""
 
+import dataclasses
 import functools
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .base import SPECIAL_TOKENS, MiniTokenizer
+from .raw_encoding import RawEncoder
 
 if TYPE_CHECKING:
     from .bpe import BpeTokenizer
@@ -20,7 +21,6 @@ VOCAB = {
     **{token: i for i, token in enumerate(SPECIAL_TOKENS)},
     **{character: FIRST_BYTE_ID + byte for character, byte in BYTE_OF_CHARACTER.items()},
 }
-ESCAPED_BYTES = re.compile("([\udc80-\udcff]+)")  # how Python decodes bytes that are no UTF-8, when told to keep them
 
 
 class ByteLevelTokenizer(MiniTokenizer):
@@ -47,10 +47,10 @@ class ByteLevelTokenizer(MiniTokenizer):
         return theirs is not None and ours | {"add_prefix_space": theirs.get("add_prefix_space")} == theirs
 
     @functools.cached_property
-    def _corpus_backend(self) -> Tokenizer:
-        backend = super()._corpus_backend
-        backend.pre_tokenizer.add_prefix_space = False
-        return backend
+    def raw_encoder(self) -> RawEncoder:
+        encoder = super().raw_encoder
+        encoder.backend.pre_tokenizer.add_prefix_space = False
+        return dataclasses.replace(encoder, first_byte_id=FIRST_BYTE_ID)
 
     @property
     def _vocabulary_bytes(self) -> list[bytes]:
@@ -59,11 +59,7 @@ class ByteLevelTokenizer(MiniTokenizer):
         return special + [bytes(map(BYTE_OF_CHARACTER.__getitem__, token)) for token in tokens[len(SPECIAL_TOKENS) :]]
 
     def _encode_with_added(self, data: bytes) -> np.ndarray:
-        ids: list[int] = []
-        for text, invalid in valid_stretches(data):
-            ids += self._corpus_backend.encode(text, add_special_tokens=False).ids
-            ids += [FIRST_BYTE_ID + byte for byte in invalid]
-        return np.array(ids, dtype=self.id_dtype)
+        return self.raw_encoder.encode(data)
 
     def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         """
@@ -130,11 +126,3 @@ class ByteTokenizer(ByteLevelTokenizer):
 
     def _encode_plain(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint8).astype(self.id_dtype) + self.id_dtype.type(FIRST_BYTE_ID)
-
-
-def valid_stretches(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """The text of bytes that may not all be UTF-8, in stretches, each with the invalid bytes that follow it."""
-    # Text and escaped bytes take turns; text comes first and last.
-    parts = [*ESCAPED_BYTES.split(data.decode("utf-8", "surrogateescape")), ""]
-    for text, escaped in zip(parts[::2], parts[1::2], strict=True):
-        yield text, escaped.encode("utf-8", "surrogateescape")

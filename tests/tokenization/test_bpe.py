@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tokenization import SPECIAL_TOKENS, BpeTokenizer, ByteTokenizer, encode_messages, load_tokenizer
 from tokenization import bpe as bpe_module
+from tokenization import raw_encoding
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
@@ -110,9 +111,9 @@ def test_wide_white_space_is_what_the_library_takes_for_it() -> None:
     spaces = [piece for piece, _ in split.pre_tokenize_str("".join(map(chr, range(128, 0xD800))))]
     assert len(spaces) == 19
     for space in spaces:
-        assert not bpe_module.CUT.search(f"a{space} b".encode()), hex(ord(space))
+        assert not raw_encoding.CUT.search(f"a{space} b".encode()), hex(ord(space))
     for character in "é日。、\u200b\u2018\u2060ÿ\U000e0020":
-        assert bpe_module.CUT.search(f"a{character} b".encode()), hex(ord(character))
+        assert raw_encoding.CUT.search(f"a{character} b".encode()), hex(ord(character))
 
 
 def test_any_bytes_come_back(tokenizer: BpeTokenizer) -> None:
@@ -141,12 +142,12 @@ def test_pieces_that_were_seen_are_forgotten_when_there_are_too_many(
     tokenizer: BpeTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = pickle.loads(pickle.dumps(tokenizer))
-    monkeypatch.setattr(bpe_module, "KEPT_PIECES", 7)
+    monkeypatch.setattr(raw_encoding, "KEPT_PIECES", 7)
     for text in CORPUS:
         assert copy.encode_corpus(text.encode()).tolist() == tokenizer.encode_corpus(text.encode()).tolist()
-    assert 0 < len(copy._ids_of_piece) <= 7
+    assert 0 < len(copy.raw_encoder.known) <= 7
     copy.encode_corpus(b"x" * 1_000)
-    assert not any(len(piece) > bpe_module.KEPT_PIECE_SIZE for piece in copy._ids_of_piece)
+    assert not any(len(piece) > raw_encoding.KEPT_PIECE_SIZE for piece in copy.raw_encoder.known)
 
 
 def test_streaming_never_shows_half_a_character(tokenizer: BpeTokenizer) -> None:
