@@ -216,9 +216,8 @@ class MiniTokenizer(TokenizersBackend):
 
 
 def plain_backend(tokenizer: TokenizersBackend) -> Tokenizer:
-    """A copy of a tokenizer's backend as a corpus needs it: special tokens stay text, nothing is cut or filled up."""
+    """A copy of a tokenizer's backend as a corpus needs it, in which nothing is cut or filled up."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
     return backend

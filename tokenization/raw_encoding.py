@@ -51,7 +51,7 @@ class RawEncoder:
     The ids of bytes. Those that are not UTF-8 get the ids of bytes.
 
     Attributes:
-        backend: the tokenizer, with `encode_special_tokens` set, so that what looks like a special token stays text.
+        backend: the tokenizer. It is set so that what looks like a special token stays text.
         dtype: of the ids.
         first_byte_id: the id of byte 0; nothing where the tokenizer has no ids of bytes, and all text has to be UTF-8.
         in_pieces: whether the tokenizer is a byte-level BPE that cuts text as GPT-2's does. Then the ids of pieces of
@@ -66,6 +66,7 @@ class RawEncoder:
     added: Sequence[bytes] = ()
 
     def __post_init__(self) -> None:
+        self.backend.encode_special_tokens = True  # which a copy of a tokenizer forgets
         self.known = KnownPieces(self)
 
     def encode(self, data: bytes) -> np.ndarray:
@@ -155,7 +156,7 @@ class EncoderProcess:
 
 
 def main() -> None:
-    """Reads the attributes of a `RawEncoder` and then lists of texts, and answers each list with the ids of its texts."""
+    """Reads the attributes of a `RawEncoder` and then lists of texts, and answers each list with their ids."""
     encoder = RawEncoder(**pickle.load(sys.stdin.buffer))
     while True:
         try:

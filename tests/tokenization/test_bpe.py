@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenization import SPECIAL_TOKENS, BpeTokenizer, ByteTokenizer, encode_messages, load_tokenizer
+from tokenization import SPECIAL_TOKENS, BpeTokenizer, ByteTokenizer, encode_messages, load_tokenizer, raw_encoding
 from tokenization import bpe as bpe_module
-from tokenization import raw_encoding
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
