@@ -1,5 +1,6 @@
 """train_accelerate.py as a user types it: what a run leaves behind, how it goes on, and what wrong input says."""
 
+import math
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ from accelerate.utils import write_basic_config
 from helpers.programs import ROOT, one_sentence, one_sentence_of, run_program, start_program
 from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
 from modeling_mini.remote_code import remote_code_files
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def test_what_a_run_leaves_behind(quick_run: Path) -> None:
@@ -208,6 +209,29 @@ def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
     assert "(The model does not know '!' '?', and reads <|unk|> instead.)" in written.stderr
 
 
+def test_learned_merges_end_to_end(tmp_path: Path) -> None:
+    arguments = ("--tokenizer", "bpe", "--vocab_size", 400, "--output_dir", "run", "--save_steps", 10)
+    result = train(tmp_path, *arguments, "--max_steps", 20)
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "run"
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    assert (settings["tokenizer"], settings["vocab_size"]) == ("bpe", 400)
+    evaluation = metrics(run)[-1]
+    tokenizer = AutoTokenizer.from_pretrained(run / "best")
+    assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(run / "best").config.vocab_size == 400
+    assert (run / "best" / "README.md").read_text().count("merges of them that the training text has taught") == 1
+    # A token stands for several bytes, and the bits are those of each byte.
+    bits_per_token = evaluation["eval_loss"] / math.log(2)
+    assert 3 < bits_per_token / evaluation["eval_bits_per_byte"] < 8
+    result = run_program("train_accelerate.py", "--resume", "--max_steps", 24, "--output_dir", "run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(losses(run)) == 24
+    result = run_program("train_accelerate.py", "--resume", "--vocab_size", 500, "--output_dir", "run", cwd=tmp_path)
+    assert "was trained on another corpus: another tokenizer;" in one_sentence(result)
+    written = run_program("generate.py", "--model", run, "--prompt", "The cat é", "--max_tokens", 9, cwd=tmp_path)
+    assert written.returncode == 0 and written.stdout.startswith("The cat é")
+
+
 BAD_INPUT = [
     (["--dataset", "missing.txt"], "There is no file or directory 'missing.txt'."),
     (["--dataset", "empty.txt"], "There is no text in 'empty.txt'."),
@@ -217,7 +241,13 @@ BAD_INPUT = [
     (["--dataset", "python-stdlbi"], "did you mean 'python-stdlib'?"),
     (["--size", "tinny"], "There is no preset 'tinny'; the presets are tiny, small, medium, large, gpt2, did you mean"),
     (["--num_attention_heads", "3"], "hidden_size (64) must be divisible by num_attention_heads (3)"),
-    (["--tokenizer", "nonsense"], "--tokenizer 'nonsense' is neither byte nor char"),
+    (["--tokenizer", "nonsense"], "--tokenizer 'nonsense' is neither byte, char nor bpe"),
+    (
+        ["--vocab_size", "300"],
+        "vocab_size is the size that --tokenizer bpe learns: add that, or leave out --vocab_size",
+    ),
+    (["--tokenizer", "bpe", "--vocab_size", "264"], "vocab_size must be at least 265"),
+    (["--tokenizer", "bpe", "--dataset", "letter.txt"], "The text can fill a vocabulary of 264"),
     (["--learning_rat", "1"], "There is no flag '--learning_rat', did you mean 'learning_rate'?"),
     (["--learning_rate", "fast"], "invalid float value: 'fast'"),
     (["--learning_rate", "-1"], "learning_rate must be above 0"),

@@ -8,7 +8,7 @@ from .base import BOS_ID, CHAT_TEMPLATE, EOS_ID, PAD_ID, SPECIAL_TOKENS, UNK_ID,
 from .bpe import BpeTokenizer
 from .byte import ByteTokenizer
 from .char import CharTokenizer
-from .chat import encode_messages, marks_the_assistant
+from .chat import encode_messages, marks_the_assistant, text_of
 
 
 def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
@@ -40,4 +40,5 @@ __all__ = [
     "encode_messages",
     "load_tokenizer",
     "marks_the_assistant",
+    "text_of",
 ]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,9 @@ SMALLEST_VOCABULARY = len(VOCAB) + 1
 LEAST_FREQUENCY = 2
 # `learn_merges` hands text on in parts of this many bytes. The library holds 256 of them at a time.
 PART_SIZE = 1 << 16
+# Longer runs without a space, or of spaces, are learned from in parts of this length: for one of a megabyte the library
+# takes hours, because each merge moves all that stands behind it.
+LONG_RUN = re.compile(r"\S{256}|\s{256}")
 
 
 class BpeTokenizer(ByteLevelTokenizer):
@@ -106,7 +111,7 @@ def learn_merges(texts: Iterable[str | bytes], vocab_size: int) -> list[tuple[st
 
 
 def valid_parts(texts: Iterable[str | bytes]) -> Iterator[str]:
-    """All that is UTF-8, in parts that can be encoded one by one."""
+    """All that is UTF-8, in parts with the words that the whole has, but for very long ones."""
     for text in texts:
         try:
             data = text if isinstance(text, bytes) else text.encode("utf-8")
@@ -117,5 +122,7 @@ def valid_parts(texts: Iterable[str | bytes]) -> Iterator[str]:
         while start < len(data):
             cut = CUT.search(data, start + PART_SIZE)
             end = cut.start() if cut else len(data)
-            yield from (part for part, _ in valid_stretches(data[start:end]) if part)
+            for part, _ in valid_stretches(data[start:end]):
+                ends = [*(run.end() for run in LONG_RUN.finditer(part)), len(part)]
+                yield from (part[begin:end] for begin, end in itertools.pairwise([0, *ends]) if begin < end)
             start = end

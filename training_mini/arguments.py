@@ -132,6 +132,9 @@ class AdapterArguments(Settings):
         return quantization_of(self)
 
 
+DEFAULT_VOCABULARY = 2048  # of --tokenizer bpe
+
+
 @dataclass
 class DataArguments(Settings):
     """What text to learn from, and how it becomes token ids."""
@@ -149,7 +152,17 @@ class DataArguments(Settings):
     streaming: bool = option(False, "read the dataset as a stream while training, and store none of it")
     text_column: str | None = option(None, "column of files of records or Hub data (default: found by name)")
     tokenizer: str | None = option(
-        None, "byte, char, or the folder or Hub name of any tokenizer (default: byte, or that of --model)", common=True
+        None,
+        "byte, char, bpe (bytes, and merges of them that are learned from the text), or the folder or Hub name of any "
+        "tokenizer (default: byte, or that of --model)",
+        common=True,
+    )
+    vocab_size: int | None = option(
+        None,
+        "with --tokenizer bpe, how many tokens there are, the 264 special tokens and bytes among them; merges are "
+        f"learned from the training part, or 16 MB that lie evenly in it (default: {DEFAULT_VOCABULARY})",
+        at_least=265,
+        common=True,
     )
     encoding: str = option("utf-8", "encoding of the files that are not UTF-8, such as cp1252 or utf-16")
     errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")
@@ -167,6 +180,13 @@ class DataArguments(Settings):
         super().__post_init__()
         check_named(self, "dataset", "dataset_config", "dataset_split", "text_column", "tokenizer", "cache_dir")
         self.encoding = encoding_called(self.encoding)
+        if self.tokenizer == "bpe":
+            self.vocab_size = self.vocab_size or DEFAULT_VOCABULARY
+        elif self.vocab_size is not None:
+            raise ValueError(
+                f"vocab_size is the size that --tokenizer bpe learns: add that, or leave out --vocab_size "
+                f"{self.vocab_size}."
+            )
 
 
 def defaults_of(setting: str) -> str:

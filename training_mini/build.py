@@ -27,7 +27,8 @@ from .checkpoints import (
 )
 from .cpu_kernels import onednn_is_faster, use_onednn
 from .data.batches import Batch, Batches
-from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, make_tokenizer, tokenizer_key
+from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, tokenizer_key
+from .data.encoding import make_tokenizer
 from .distributed import Parallel, blocks_of
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .lora import adapt, describe
@@ -258,7 +259,7 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
             known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
         corpus = {}
         if not is_encoded(arguments.data):  # otherwise the tokenizer lies with the encoded corpus
-            corpus["tokenizer"] = tokenizer_key(make_tokenizer(arguments.data))
+            corpus["tokenizer"] = tokenizer_key(arguments.data, make_tokenizer(arguments.data))
         check_state(arguments.output_dir, state, corpus, known, methods_of(arguments), order_of(arguments, False))
 
 

@@ -16,11 +16,9 @@ import gguf
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-# How llama.cpp splits text. With merges, the split must be that of ByteLevel, which "gpt-2" and "trillion" name. Without
-# merges, no split changes an id. Both names here leave text as it is: with "gpt-2", `llama_detokenize` drops spaces
-# before punctuation.
-SPLIT_AS_BYTE_LEVEL, SPLIT_WITHOUT_MERGES = "trillion", "qwen2"
-# llama.cpp refuses an empty list of merges. This merge of two <|pad|> never applies, because text is read as bytes.
+# How llama.cpp splits text. With merges, the split must be that of ByteLevel, whose names are "gpt-2" and "trillion".
+# Without merges, no split changes an id. Both names here leave text as it is: with "gpt-2", `llama_detokenize` drops
+# spaces before punctuation.
 SPLIT_AS_BYTE_LEVEL, SPLIT_WITHOUT_MERGES = "trillion", "qwen2"
 # llama.cpp refuses an empty list of merges. This merge of two <|pad|> never applies, because text is read as bytes.
 NO_MERGE = "<|pad|> <|pad|>"

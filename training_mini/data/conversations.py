@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenization import CharTokenizer, MiniTokenizer, encode_messages, marks_the_assistant
+from tokenization import BpeTokenizer, CharTokenizer, MiniTokenizer, encode_messages, marks_the_assistant, text_of
 from transformers import PreTrainedTokenizerBase
 
+from ..arguments import DataArguments
+from .encoding import sampled
 from .records import Record, kind_of_examples
 from .shards import ShardedIds, ShardWriter
 from .sources import DocumentSource
@@ -71,9 +73,12 @@ def check_messages(name: str, messages: Any) -> list[dict[str, str]]:
             raise ValueError(
                 f"{name}: a message of the {role} has tool_calls, which are not learned: write them into its content."
             )
-        if not isinstance(role, str) or not isinstance(content, str):
+        if not isinstance(role, str):
             raise ValueError(f"{name}: a message needs a role and a content that is text, got {str(message)[:80]}.")
-        checked.append({"role": role, "content": content})
+        try:
+            checked.append({"role": role, "content": text_of(content)})
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
     return checked
 
 
@@ -115,19 +120,42 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
-def character_tokenizer(source: DocumentSource) -> CharTokenizer:
-    """A character tokenizer with all characters of the examples."""
+def texts_of(record: Record) -> Iterator[str]:
+    """All texts of an example."""
+    name, columns = record
+    for column in ("messages", "prompt", "completion"):
+        value = columns.get(column)
+        if isinstance(value, str):
+            yield value
+        elif value is not None:
+            yield from (message["content"] for message in check_messages(name, value))
 
-    def texts() -> Iterator[str]:
-        for name, columns in source.records():
-            for column in ("messages", "prompt", "completion"):
-                value = columns.get(column)
-                if isinstance(value, str):
-                    yield value
-                elif value is not None:
-                    yield from (message["content"] for message in check_messages(name, value))
 
-    return CharTokenizer.from_text(texts())
+def learned_tokenizer(source: DocumentSource, arguments: DataArguments) -> CharTokenizer | BpeTokenizer:
+    """
+    A tokenizer with all characters of the examples, or with merges of those that are trained on.
+
+    Raises:
+        ValueError: if the text cannot fill the vocabulary.
+    """
+    if arguments.tokenizer == "char":
+        return CharTokenizer.from_text(text for record in source.records() for text in texts_of(record))
+
+    def training_texts() -> Iterator[bytes]:
+        for split, record in assigned(source, arguments.validation_ratio):
+            if split == "train":
+                yield from (text.encode("utf-8", "replace") for text in texts_of(record))
+
+    return BpeTokenizer.train(sampled(training_texts(), sum(map(len, training_texts()))), arguments.vocab_size)
+
+
+def assigned(source: DocumentSource, validation_ratio: float) -> Iterator[tuple[str, Record]]:
+    """Each record with its split. It is "validation" if that brings the held-out share nearer to the ratio."""
+    held_out = 0
+    for number, record in enumerate(source.records()):
+        split = "validation" if held_out + 0.5 <= validation_ratio * (number + 1) else "train"
+        held_out += split == "validation"
+        yield split, record
 
 
 def write_examples(
@@ -139,8 +167,8 @@ def write_examples(
     advance: Callable[[int], object],
 ) -> dict[str, Any]:
     """
-    Encodes all examples into files in `folder`, and returns facts about them. An example goes to validation if that
-    brings the held-out share nearer to the ratio. `advance` is called with the number of examples that are done.
+    Encodes all examples into files in `folder`, and returns facts about them. `advance` is called with the number of
+    examples that are done.
 
     Raises:
         ValueError: for a record that is not an example, or for too few examples.
@@ -159,10 +187,8 @@ def write_examples(
             ]
             for split in SPLITS
         }
-        for record in source.records():
+        for split, record in assigned(source, validation_ratio):
             ids, mask = encode_example(tokenizer, beginning, record)
-            held_out, total = len(lengths["validation"]), sum(map(len, lengths.values()))
-            split = "validation" if held_out + 0.5 <= validation_ratio * (total + 1) else "train"
             for writer, values in zip(writers[split], (ids, mask), strict=True):
                 writer.write(np.array(values, dtype=writer.dtype))
             lengths[split].append(len(ids))

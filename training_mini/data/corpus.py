@@ -19,21 +19,16 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from files_mini import read_json, replace_folder, write_text
-from tokenization import (
-    CHAT_TEMPLATE,
-    ByteTokenizer,
-    MiniTokenizer,
-    encode_messages,
-    load_tokenizer,
-)
+from tokenization import CHAT_TEMPLATE, MiniTokenizer, encode_messages, load_tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, DataArguments
 from ..evaluation import HeldOut, HeldOutText
 from ..monitoring import progress_bar
 from .batches import Batches, Collator, TrainingBatches
-from .conversations import Examples, character_tokenizer, kind_of, open_examples, write_examples
-from .documents import encode_pieces, write_documents
+from .conversations import Examples, kind_of, learned_tokenizer, open_examples, write_examples
+from .documents import write_documents
+from .encoding import LEARNED_BYTES, bytes_per_token, encode_pieces, make_tokenizer
 from .files import number_of_files
 from .packing import ExampleBatches, ExampleCollator, HeldOutExamples
 from .shards import ShardedIds
@@ -214,6 +209,8 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
     if arguments.streaming:
         return stream_corpus(arguments, max_eval_tokens)
     if is_encoded(arguments):
+        if arguments.tokenizer == "bpe":
+            raise ValueError(f"{arguments.dataset!r} is encoded and has a tokenizer of its own: leave out --tokenizer.")
         return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
     source = open_source(arguments)
     kind = kind_of(source, arguments.text_column)
@@ -223,7 +220,7 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
     settings = {
         "format": FORMAT,
         "content": content_digest(source, cache, show_progress),
-        "tokenizer": tokenizer_key(tokenizer),
+        "tokenizer": tokenizer_key(arguments, tokenizer),
         "validation_ratio": arguments.validation_ratio,
         "errors": arguments.errors,
         "text_column": arguments.text_column,
@@ -312,11 +309,13 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpu
     A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
 
     Raises:
-        ValueError: for characters as tokens, which would need the whole text, and without `max_eval_tokens`.
+        ValueError: for a tokenizer that would have to be learned from the text first, and without `max_eval_tokens`.
     """
     tokenizer = make_tokenizer(arguments)
     if tokenizer is None:
-        raise ValueError("--tokenizer char needs to read the whole text first, so it cannot go with --streaming.")
+        raise ValueError(
+            f"--tokenizer {arguments.tokenizer} needs to read the whole text first, so it cannot go with --streaming."
+        )
     if not max_eval_tokens:
         raise ValueError("--streaming holds out the first max_eval_tokens tokens, so --max_eval_tokens cannot be 0.")
 
@@ -330,7 +329,7 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpu
     settings = {
         "dataset": [arguments.dataset, arguments.dataset_config, arguments.dataset_split],
         "content": hashlib.sha256(validation.tobytes()).hexdigest()[:20],
-        "tokenizer": tokenizer_key(tokenizer),
+        "tokenizer": tokenizer_key(arguments, tokenizer),
         "errors": arguments.errors,
         "text_column": arguments.text_column,
     }
@@ -347,31 +346,15 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpu
     )
 
 
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A hash of all that decides the ids that a tokenizer gives."""
-    return short_hash(tokenizer.backend_tokenizer.to_str() if tokenizer is not None else "char")
+def tokenizer_key(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """A hash of what decides, beside the text, the ids that a tokenizer gives; `None` stands for one that is learned."""
+    if tokenizer is not None:
+        return short_hash(tokenizer.backend_tokenizer.to_str())
+    return short_hash("char" if arguments.tokenizer == "char" else f"bpe {arguments.vocab_size} {LEARNED_BYTES}")
 
 
 def short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was asked for; `None` for characters, which are known only when the text has been read."""
-    if arguments.tokenizer in (None, "byte"):
-        return ByteTokenizer()
-    if arguments.tokenizer == "char":
-        return None
-    try:
-        tokenizer = load_tokenizer(arguments.tokenizer)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--tokenizer {arguments.tokenizer!r} is neither byte nor char, and no tokenizer could be loaded from it "
-            f"({' '.join(str(error).split())[:200]})."
-        ) from None
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"The tokenizer {arguments.tokenizer!r} has no eos token to put between documents.")
-    return tokenizer
 
 
 def content_digest(source: DocumentSource, cache: Path, show_progress: bool) -> str:
@@ -400,25 +383,8 @@ def encode_corpus(
     if kind is None:
         tokenizer, facts = write_documents(source, tokenizer, arguments, folder, show_progress)
     else:
-        tokenizer = tokenizer or character_tokenizer(source)
+        tokenizer = tokenizer or learned_tokenizer(source, arguments)
         with progress_bar(f"Encoding {source.name}", None, "examples", show_progress) as advance:
             facts = write_examples(source, kind, tokenizer, arguments.validation_ratio, folder, advance)
     tokenizer.save_pretrained(folder / "tokenizer")
     write_text(folder / FACTS, json.dumps({"dataset": source.name, **facts, "settings": settings}, indent=2) + "\n")
-
-
-def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """
-    Bytes of text per id, `(len(tokenizer),)`, 0 for special tokens. Exact for bytes, characters and byte-level BPE; for
-    others, the length of the decoded token.
-    """
-    if isinstance(tokenizer, MiniTokenizer):
-        return tokenizer.bytes_per_token()
-    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
-    special = set(tokenizer.all_special_ids)
-    lengths = np.zeros(len(tokenizer), dtype=np.int64)
-    for i in range(len(tokenizer)):
-        if i not in special and (token := tokenizer.convert_ids_to_tokens(i)) is not None:
-            # In the byte-level alphabet each character stands for one byte.
-            lengths[i] = len(token) if is_byte_level else len(tokenizer.decode([i]).encode("utf-8"))
-    return lengths

@@ -1,23 +1,26 @@
 """Documents become token ids on the disk: in shards, with a part of them held out."""
 
 import codecs
+import collections
 import contextlib
 import itertools
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenization import ByteTokenizer, CharTokenizer
+from tokenization import BpeTokenizer, ByteTokenizer, CharTokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
 from ..monitoring import progress_bar
+from .encoding import Chunk, chunks_of, cut_between_words, encode_chunks, sampled
 from .files import printable
 from .formats import PIECE_SIZE, decoded, guess_of_encoding, with_end
-from .shards import ShardWriter, shard_name
+from .records import Document
+from .shards import ShardedIds, ShardWriter, shard_name
 from .sources import DocumentSource
 
 SHARD_TOKENS = 2**29  # 1 GiB of 16-bit ids
@@ -36,50 +39,59 @@ def write_documents(
 
     A document goes to validation whenever that brings the share held out nearer to the ratio. Where whole documents
     cannot make the ratio (there is one, or a few long ones), the rest is taken from the end of the training ids, by
-    position.
+    position: counted in tokens, or in bytes with learned merges, so that these are not learned from it.
     """
-    passes = 2 if tokenizer is None else 1
+    ratio = arguments.validation_ratio
+    passes = 1 if tokenizer is not None else 2 if arguments.tokenizer == "char" else 3
     total = source.total_bytes and source.total_bytes * passes
     with progress_bar(f"Encoding {source.name}", total, "bytes", show_progress) as advance:
 
-        def documents() -> Iterator[tuple[str, Iterator[bytes]]]:
+        def documents() -> Iterator[Document]:
             for name, pieces in source.read():
                 yield name, (advance(len(piece)) or piece for piece in pieces)
 
-        if tokenizer is None:
+        if tokenizer is None and arguments.tokenizer == "char":
             texts = (text for name, pieces in documents() for text in decoded(name, pieces, "utf-8", arguments.errors))
             tokenizer = CharTokenizer.from_text(texts)
+        elif tokenizer is None:
+            tokenizer = learn_merges(documents, ratio, arguments.vocab_size)
         id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        separator = np.array([tokenizer.eos_token_id], dtype=id_dtype)
         read_bytes = {"train": 0, "validation": 0}
         number_of_documents = 0
         not_utf8: list[tuple[str, str]] = []  # document, and a guess at its encoding
+
+        def chunks() -> Iterator[Chunk]:
+            nonlocal number_of_documents
+            for split, name, pieces in assigned(documents(), ratio, read_bytes):
+                if isinstance(
+                    tokenizer, (ByteTokenizer, BpeTokenizer)
+                ):  # the others refuse or replace what is not UTF-8
+                    pieces = noticing(name, pieces, not_utf8)
+                for chunk in chunks_of(tokenizer, name, pieces, arguments.errors):
+                    yield split, chunk
+                yield split, None
+                number_of_documents += 1
+
         writers = {
             "train": ShardWriter(folder, "train", id_dtype, SHARD_TOKENS),
             "validation": ShardWriter(folder, "validation", id_dtype, sys.maxsize),
         }
-        with contextlib.closing(writers["train"]), contextlib.closing(writers["validation"]):
-            for name, pieces in documents():
-                first = next(pieces, b"")
-                if not first:
-                    continue
-                # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
-                held_out = read_bytes["validation"] + len(first) / 2
-                is_due = held_out <= arguments.validation_ratio * (sum(read_bytes.values()) + len(first))
-                split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
-                all_pieces = counted(first, pieces, read_bytes, split)
-                if isinstance(tokenizer, ByteTokenizer):  # the others refuse or replace what is not UTF-8
-                    all_pieces = noticing(name, all_pieces, not_utf8)
-                for ids in encode_pieces(tokenizer, name, all_pieces, arguments.errors):
-                    writers[split].write(ids)
-                writers[split].write(separator)
-                number_of_documents += 1
+        encoded = encode_chunks(tokenizer, chunks())
+        with contextlib.ExitStack() as stack:
+            for closable in (*writers.values(), encoded):
+                stack.enter_context(contextlib.closing(closable))
+            for split, ids in encoded:
+                writers[split].write(ids)
         if not number_of_documents:
             raise ValueError(f"There is no text in {source.name!r}.")
     tokens = {split: sum(writer.lengths) for split, writer in writers.items()}
-    by_position = move_tail(
-        folder, writers["train"].lengths, tokens["validation"], arguments.validation_ratio, id_dtype
-    )
+    lengths = writers["train"].lengths
+    if isinstance(tokenizer, BpeTokenizer):
+        tail = share_to_move(sum(read_bytes.values()), read_bytes["validation"], ratio)
+        by_position = ids_at_end(folder, lengths, id_dtype, tokenizer.bytes_per_token(), tail)
+    else:
+        by_position = share_to_move(sum(tokens.values()), tokens["validation"], ratio)
+    move_tail(folder, lengths, by_position, id_dtype)
     tokens = {"train": tokens["train"] - by_position, "validation": tokens["validation"] + by_position}
     if not tokens["train"] or not tokens["validation"]:
         total = sum(tokens.values())
@@ -87,7 +99,7 @@ def write_documents(
     facts = {
         "documents": number_of_documents,
         "train_tokens": tokens["train"],
-        "train_shards": writers["train"].lengths,
+        "train_shards": lengths,
         "validation_tokens": tokens["validation"],
         "validation_tokens_by_position": by_position,
         "dtype": id_dtype.name,
@@ -100,6 +112,23 @@ def write_documents(
     return tokenizer, facts
 
 
+def assigned(
+    documents: Iterable[Document], ratio: float, read_bytes: dict[str, int]
+) -> Iterator[tuple[str, str, Iterator[bytes]]]:
+    """
+    The split, the name and the pieces of each document that is not empty. The pieces have to be read before the next
+    document is asked for; their bytes are counted in `read_bytes`, by split.
+    """
+    for name, pieces in documents:
+        first = next(pieces, b"")
+        if first:
+            # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
+            held_out = read_bytes["validation"] + len(first) / 2
+            is_due = held_out <= ratio * (sum(read_bytes.values()) + len(first))
+            split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
+            yield split, name, counted(first, pieces, read_bytes, split)
+
+
 def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
     """A piece that was read ahead and those behind it, their bytes counted under `split`."""
     for piece in itertools.chain([first], rest):
@@ -107,16 +136,59 @@ def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: 
         yield piece
 
 
-def move_tail(folder: Path, lengths: list[int], held_out: int, ratio: float, id_dtype: np.dtype) -> int:
+def learn_merges(documents: Callable[[], Iterator[Document]], ratio: float, vocab_size: int) -> BpeTokenizer:
     """
-    Moves the end of the training ids to validation where that, with `held_out` ids, has less than half its share.
-    Shortens `lengths`, the ids in each training shard, by what it moved, and returns that.
+    The tokenizer of merges of the documents that are trained on.
+
+    Raises:
+        ValueError: if their text cannot fill the vocabulary.
     """
-    target = int((sum(lengths) + held_out) * ratio)
+    read_bytes = {"train": 0, "validation": 0}
+    for _, _, pieces in assigned(documents(), ratio, read_bytes):
+        collections.deque(pieces, maxlen=0)  # reads them, so that they are counted
+    size = read_bytes["train"] - share_to_move(sum(read_bytes.values()), read_bytes["validation"], ratio)
+
+    def training_text() -> Iterator[bytes]:
+        left = size
+        for split, _, pieces in assigned(documents(), ratio, {"train": 0, "validation": 0}):
+            for chunk in cut_between_words(pieces):
+                if split == "train":
+                    yield chunk[:left]
+                    left -= min(left, len(chunk))
+
+    return BpeTokenizer.train(sampled(training_text(), size), vocab_size)
+
+
+def share_to_move(total: int, held_out: int, ratio: float) -> int:
+    """How much of the training part is to be held out too: nothing if `held_out` has half of its share of `total`."""
+    target = int(total * ratio)
     missing = target - held_out
-    if missing <= target / 2:
-        return 0
-    left = missing
+    return missing if missing > target / 2 else 0
+
+
+def ids_at_end(folder: Path, lengths: list[int], id_dtype: np.dtype, bytes_of_id: np.ndarray, number: int) -> int:
+    """How many of the last training ids, which lie in shards of `lengths`, stand for at most `number` bytes."""
+    ids = ShardedIds(folder, "train", id_dtype, lengths)
+    end = len(ids)
+    while number and end:
+        start = max(0, end - SHARD_TOKENS // 64)
+        sizes = np.cumsum(bytes_of_id[ids[start:end]][::-1])
+        fitting = int(np.searchsorted(sizes, number, side="right"))
+        end -= fitting
+        if fitting < len(sizes):
+            break
+        number -= int(sizes[-1])
+    return len(ids) - end
+
+
+def move_tail(folder: Path, lengths: list[int], number: int, id_dtype: np.dtype) -> None:
+    """
+    Moves so many ids from the end of the training ids to validation. Shortens `lengths`, the ids in each training
+    shard, by them.
+    """
+    if not number:
+        return
+    left = number
     moves = []  # from the last shard backwards: which, and where to cut it
     for number in reversed(range(len(lengths))):
         part = min(left, lengths[number])
@@ -135,7 +207,6 @@ def move_tail(folder: Path, lengths: list[int], held_out: int, ratio: float, id_
                 path.unlink()
     while lengths and not lengths[-1]:
         lengths.pop()
-    return missing
 
 
 def noticing(name: str, pieces: Iterable[bytes], found: list[tuple[str, str]]) -> Iterator[bytes]:
@@ -151,19 +222,3 @@ def noticing(name: str, pieces: Iterable[bytes], found: list[tuple[str, str]]) -
                 found.append((printable(name), guess_of_encoding(error.object)))
         if piece:
             yield piece
-
-
-def encode_pieces(
-    tokenizer: PreTrainedTokenizerBase, name: str, pieces: Iterable[bytes], errors: str
-) -> Iterator[np.ndarray]:
-    """The ids of a document, piece by piece."""
-    if isinstance(tokenizer, ByteTokenizer):
-        yield from map(tokenizer.encode_corpus, pieces)
-    elif isinstance(tokenizer, CharTokenizer):
-        for text in decoded(name, pieces, "utf-8", errors):
-            yield tokenizer.encode_corpus(text.encode("utf-8"))
-    else:
-        # Any other tokenizer sees one piece at a time: a token across two pieces (4 MiB) is cut in two.
-        for text in decoded(name, pieces, "utf-8", errors):
-            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-            yield np.array(ids["input_ids"], dtype=np.int64)

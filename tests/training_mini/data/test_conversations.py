@@ -161,6 +161,24 @@ def test_characters_of_examples(tmp_path: Path) -> None:
     assert len(corpus.tokenizer) == 8 + len("qüa")
 
 
+def test_text_in_parts_is_joined(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "qü"}, {"type": "text", "text": " r"}]
+    corpus = corpus_of(tmp_path, [{"messages": [{"role": "user", "content": parts}, chat("", "a")["messages"][1]]}] * 5)
+    assert corpus.text_of(corpus.train.ids[: int(corpus.train.ends[0])]) == "qü ra".encode()
+
+
+def test_merges_are_learned_from_the_examples_that_are_trained_on(tmp_path: Path) -> None:
+    records = [chat(f"question {i}", "the answer is the answer") for i in range(9)]
+    merges = []
+    for last in ("zzzz" * 20, "yyyy" * 20):
+        # The fifth goes to validation.
+        corpus = corpus_of(tmp_path, records[:4] + [chat(last, last)] + records[4:], tokenizer="bpe", vocab_size=280)
+        assert last.encode() in corpus.text_of(corpus.validation.ids[:])
+        merges.append(corpus.tokenizer.get_vocab())
+    assert merges[0] == merges[1] and len(merges[0]) == 280 and "zz" not in merges[0]
+    assert len(corpus.tokenizer("the answer", add_special_tokens=False).input_ids) < 4
+
+
 @pytest.mark.parametrize("name", ["chat-sample", "instruction-sample"])
 def test_samples(name: str, tmp_path: Path) -> None:
     corpus = load_corpus(DataArguments(dataset=name, cache_dir=str(tmp_path)))
@@ -177,7 +195,9 @@ def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"messages": []}, "must have a list of messages"),
-        ({"messages": [{"role": "user"}]}, "a message needs a role and a content that is text"),
+        ({"messages": [{"role": "user"}]}, "A message needs a content: text, or a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of it that is not cannot be read"),
+        ({"messages": [{"content": "x"}]}, "a message needs a role and a content that is text"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "has tool_calls, which are not"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "must be system, user or assistant, got bot"),
         ({"prompt": "x", "completion": None}, "must have messages, or a prompt and a completion"),

@@ -240,7 +240,7 @@ def test_any_other_tokenizer(load, tmp_path: Path) -> None:
 
 
 def test_tokenizer_that_does_not_exist(load) -> None:
-    with pytest.raises(ValueError, match="--tokenizer 'bite' is neither byte nor char"):
+    with pytest.raises(ValueError, match="--tokenizer 'bite' is neither byte, char nor bpe"):
         load("sample", tokenizer="bite")
 
 
