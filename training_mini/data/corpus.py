@@ -347,7 +347,7 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpu
 
 
 def tokenizer_key(arguments: DataArguments, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A hash of what decides, beside the text, the ids that a tokenizer gives; `None` stands for one that is learned."""
+    """A hash of what decides, beside the text, the ids that a tokenizer gives. `None` is a learned one."""
     if tokenizer is not None:
         return short_hash(tokenizer.backend_tokenizer.to_str())
     return short_hash("char" if arguments.tokenizer == "char" else f"bpe {arguments.vocab_size} {LEARNED_BYTES}")

@@ -63,9 +63,7 @@ def write_documents(
         def chunks() -> Iterator[Chunk]:
             nonlocal number_of_documents
             for split, name, pieces in assigned(documents(), ratio, read_bytes):
-                if isinstance(
-                    tokenizer, (ByteTokenizer, BpeTokenizer)
-                ):  # the others refuse or replace what is not UTF-8
+                if isinstance(tokenizer, (ByteTokenizer, BpeTokenizer)):  # the others refuse or replace such bytes
                     pieces = noticing(name, pieces, not_utf8)
                 for chunk in chunks_of(tokenizer, name, pieces, arguments.errors):
                     yield split, chunk
