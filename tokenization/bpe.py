@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import AddedToken, pre_tokenizers, trainers
 
 from .base import SPECIAL_TOKENS
-from .byte import VOCAB, ByteLevelTokenizer
+from .byte_level import VOCAB, ByteLevelTokenizer
 from .raw_encoding import CUT, RawEncoder, valid_stretches
 
 SMALLEST_VOCABULARY = len(VOCAB) + 1
@@ -72,6 +72,34 @@ class BpeTokenizer(ByteLevelTokenizer):
         for first, second in merges:
             vocab.setdefault(first + second, len(vocab))
         return cls(vocab=vocab, merges=merges, **kwargs)
+
+    def train_new_from_iterator(
+        self,
+        text_iterator: Iterable[str] | Iterable[list[str]],
+        vocab_size: int,
+        length: int | None = None,
+        new_special_tokens: list[str | AddedToken] | None = None,
+        special_tokens_map: dict[str, str] | None = None,
+    ) -> "BpeTokenizer":
+        """
+        A tokenizer of merges that are learned from another corpus, with the settings of this one.
+
+        Args:
+            text_iterator: texts, or lists of texts.
+            vocab_size: the most tokens that there can be, before `new_special_tokens`. There are less where the corpus
+                has no more pairs that occur twice, and never less than the 264 special tokens and bytes.
+            length: not needed; part of transformers' interface.
+            new_special_tokens: added after the merges.
+            special_tokens_map: new names for special tokens. The frozen ids keep the old ones, so a token with a new
+                name is added after the merges as well.
+
+        Raises:
+            ValueError: for text that UTF-8 cannot hold (a lone surrogate).
+        """
+        texts = (text for item in text_iterator for text in ([item] if isinstance(item, str) else item))
+        merges = learn_merges(texts, vocab_size)
+        settings = self._settings(new_special_tokens, special_tokens_map)
+        return BpeTokenizer.from_merges(merges, add_prefix_space=self.add_prefix_space, **settings)
 
     @staticmethod
     def owns_vocabulary(vocab: dict[str, int], merges: list[list[str]]) -> bool:

@@ -1,113 +1,11 @@
 """ByteTokenizer: one id for each byte, so that any text, and any file, is in vocabulary."""
 
-import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from .base import SPECIAL_TOKENS, MiniTokenizer
-from .raw_encoding import RawEncoder
-
-if TYPE_CHECKING:
-    from .bpe import BpeTokenizer
-
-FIRST_BYTE_ID = len(SPECIAL_TOKENS)
-BYTE_OF_CHARACTER = {character: byte for byte, character in bytes_to_unicode().items()}
-VOCAB = {
-    **{token: i for i, token in enumerate(SPECIAL_TOKENS)},
-    **{character: FIRST_BYTE_ID + byte for character, byte in BYTE_OF_CHARACTER.items()},
-}
-
-
-class ByteLevelTokenizer(MiniTokenizer):
-    """
-    What tokenizers have in common whose tokens are written in the 256 characters that stand for bytes.
-
-    With `add_prefix_space=True` a text gets a space in front, where it has none; a corpus stays as it is.
-    """
-
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]] | None = None, **kwargs: Any) -> None:
-        super().__init__(vocab=vocab, merges=merges, **kwargs)
-        self._tokenizer.pre_tokenizer.add_prefix_space = self.add_prefix_space
-
-    @staticmethod
-    def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-        backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        # Words with the space in front of them, numbers, signs and white space are apart, as in GPT-2.
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-        backend.decoder = decoders.ByteLevel()
-        return backend
-
-    @staticmethod
-    def has_same_words(ours: dict[str, Any], theirs: dict[str, Any] | None) -> bool:
-        return theirs is not None and ours | {"add_prefix_space": theirs.get("add_prefix_space")} == theirs
-
-    @functools.cached_property
-    def raw_encoder(self) -> RawEncoder:
-        encoder = super().raw_encoder
-        encoder.backend.pre_tokenizer.add_prefix_space = False
-        return dataclasses.replace(encoder, first_byte_id=FIRST_BYTE_ID)
-
-    @property
-    def _vocabulary_bytes(self) -> list[bytes]:
-        tokens = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
-        special = [b""] * len(SPECIAL_TOKENS)
-        return special + [bytes(map(BYTE_OF_CHARACTER.__getitem__, token)) for token in tokens[len(SPECIAL_TOKENS) :]]
-
-    def _encode_with_added(self, data: bytes) -> np.ndarray:
-        return self.raw_encoder.encode(data)
-
-    def add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
-        """
-        As in transformers.
-
-        Raises:
-            ValueError: for a token that would not come back when it is decoded. In tokens of a byte-level vocabulary
-                letters such as "é" stand for bytes, so one that is written in such letters alone cannot be told apart.
-        """
-        tokens = new_tokens if isinstance(new_tokens, (list, tuple)) else [new_tokens]
-        # While a saved tokenizer is loaded, it gets the tokens that it has.
-        for text in map(str, tokens if self._is_built else ()):
-            if text not in self.get_added_vocab() and self._tokenizer.decoder.decode([text]) != text:
-                raise ValueError(
-                    f"The token {text!r} cannot be added: a byte-level tokenizer would decode its letters beyond ASCII "
-                    f"as bytes. A token with a space, or with a character such as € or 日, can be."
-                )
-        return super().add_tokens(new_tokens, special_tokens=special_tokens)
-
-    def train_new_from_iterator(
-        self,
-        text_iterator: Iterable[str] | Iterable[list[str]],
-        vocab_size: int,
-        length: int | None = None,
-        new_special_tokens: list[str | AddedToken] | None = None,
-        special_tokens_map: dict[str, str] | None = None,
-    ) -> "BpeTokenizer":
-        """
-        A tokenizer of merges that are learned from another corpus, with the settings of this one.
-
-        Args:
-            text_iterator: texts, or lists of texts.
-            vocab_size: the most tokens that there can be, before `new_special_tokens`. There are less where the corpus
-                has no more pairs that occur twice, and never less than the 264 special tokens and bytes.
-            length: not needed; part of transformers' interface.
-            new_special_tokens: added after the merges.
-            special_tokens_map: new names for special tokens. The frozen ids keep the old ones, so a token with a new
-                name is added after the merges as well.
-
-        Raises:
-            ValueError: for text that UTF-8 cannot hold (a lone surrogate).
-        """
-        from .bpe import BpeTokenizer, learn_merges  # which is built upon this module
-
-        texts = (text for item in text_iterator for text in ([item] if isinstance(item, str) else item))
-        merges = learn_merges(texts, vocab_size)
-        settings = self._settings(new_special_tokens, special_tokens_map)
-        return BpeTokenizer.from_merges(merges, add_prefix_space=self.add_prefix_space, **settings)
+from .bpe import BpeTokenizer
+from .byte_level import FIRST_BYTE_ID, VOCAB, ByteLevelTokenizer
 
 
 class ByteTokenizer(ByteLevelTokenizer):
@@ -126,3 +24,6 @@ class ByteTokenizer(ByteLevelTokenizer):
 
     def _encode_plain(self, data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint8).astype(self.id_dtype) + self.id_dtype.type(FIRST_BYTE_ID)
+
+    # Learning makes a tokenizer of merges out of one of bytes too.
+    train_new_from_iterator = BpeTokenizer.train_new_from_iterator
