@@ -408,8 +408,9 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (batch, length), the same tokens as `input_ids`. They are shifted here, and -100 is ignored. If
-                `shift_labels` is given too, those targets are used without a shift.
+            labels: (batch, length), the same tokens as `input_ids`. They are shifted here. Ignored are -100, and what
+                follows a position that `attention_mask` leaves out. If `shift_labels` is given too, those targets are
+                used without a shift.
             logits_to_keep: the number of last positions whose logits are computed; 0 computes all.
 
         Returns:
@@ -428,6 +429,8 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
         loss = None
         if labels is not None:
+            if "shift_labels" not in kwargs and attention_mask is not None and attention_mask.shape == labels.shape:
+                labels = ignore_predictions_of_padding(labels, attention_mask, kwargs)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -436,6 +439,20 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def ignore_predictions_of_padding(
+    labels: torch.LongTensor, attention_mask: torch.Tensor, loss_arguments: dict[str, Any]
+) -> torch.LongTensor:
+    """
+    Labels, (batch, length), without those that are predicted from padding: a collator that pads on the left leaves one
+    for the first token of each shorter text. `num_items_in_batch`, where it is given, counts them, and loses its share.
+    """
+    kept = labels.masked_fill(nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0)), -100)
+    if (number := loss_arguments.get("num_items_in_batch")) is not None:
+        counts = [(targets[:, 1:] != -100).sum().clamp(min=1) for targets in (kept, labels)]
+        loss_arguments["num_items_in_batch"] = number * counts[0] / counts[1]
+    return kept
 
 
 # The classes whose computation decoding.py repeats in one function.

@@ -21,10 +21,11 @@ def text_data(tokenizer: ByteTokenizer, rows: int = 160) -> Dataset:
     return data.map(lambda row: tokenizer(row["text"]), remove_columns="text")
 
 
-def train(folder: Path, resume: str | None = None, **settings: object) -> tuple[Trainer, float]:
+def train(
+    folder: Path, resume: str | None = None, padding_side: str = "left", **settings: object
+) -> tuple[Trainer, float]:
     """A run of transformers' Trainer, and its mean training loss."""
-    # From the left, as generation has it, the first token of the shorter texts would be predicted from padding.
-    tokenizer = ByteTokenizer(padding_side="right")
+    tokenizer = ByteTokenizer(padding_side=padding_side)
     arguments = {
         "output_dir": str(folder), "max_steps": 20, "per_device_train_batch_size": 8, "learning_rate": 3e-3,
         "logging_steps": 1, "save_steps": 10, "report_to": "none", "use_cpu": True, "disable_tqdm": True,
@@ -60,7 +61,7 @@ def test_trainer_learns_saves_and_resumes_bit_by_bit(tmp_path: Path) -> None:
 
 def test_accumulation_and_checkpointing_in_trainer_change_nothing_but_rounding(tmp_path: Path) -> None:
     """Texts are of different lengths: this holds only because the loss honours num_items_in_batch."""
-    settings = {"max_steps": 6, "save_strategy": "no"}
+    settings = {"max_steps": 6, "save_strategy": "no", "padding_side": "right"}
     plain, _ = train(tmp_path / "plain", **settings)
     parts, _ = train(
         tmp_path / "parts", per_device_train_batch_size=2, gradient_accumulation_steps=4,
@@ -69,6 +70,16 @@ def test_accumulation_and_checkpointing_in_trainer_change_nothing_but_rounding(t
     assert losses(parts) == pytest.approx(losses(plain), abs=2e-4)
     for name, tensor in plain.model.state_dict().items():
         torch.testing.assert_close(parts.model.state_dict()[name], tensor, rtol=0, atol=2e-4)
+
+
+def test_padding_of_either_side_is_learned_from_alike(tmp_path: Path) -> None:
+    """On the left, as generation has it, the first token of a shorter text stands behind padding, and is no target."""
+    settings = {"max_steps": 6, "save_strategy": "no"}
+    left, right = (train(tmp_path / side, padding_side=side, **settings)[0] for side in ("left", "right"))
+    assert losses(left) == pytest.approx(losses(right), abs=2e-4)
+    assert left.evaluate()["eval_loss"] == pytest.approx(right.evaluate()["eval_loss"], abs=2e-4)
+    batch = left.data_collator([left.train_dataset[i] for i in (0, 150)])
+    assert batch["labels"][0, 0] == -100 and (batch["labels"] == 1).sum() == 2, "the collator counts both bos"
 
 
 @pytest.mark.parametrize("packing", [False, True])

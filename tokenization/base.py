@@ -59,8 +59,9 @@ class MiniTokenizer(TokenizersBackend):
     A prompt gets `<|bos|>` and no `<|eos|>`. What `save_pretrained` writes loads with `AutoTokenizer` anywhere: all
     that a text needs is in `tokenizer.json`. These classes add only the raw path from corpora to ids.
 
-    Padding is on the left, which generation with a batch of prompts needs. A collator that pads for training wants
-    `padding_side="right"`: from the left, the first token of each shorter text would count as predicted from padding.
+    Padding is on the left, which generation with a batch of prompts needs. A collator may pad so for training too:
+    `MiniForCausalLM` counts no prediction of padding. For another class of model give it `padding_side="right"`, or the
+    first token of each shorter text counts as predicted from padding.
 
     Args:
         vocab: the id of each token, without tokens that were added later.

@@ -1,4 +1,4 @@
-"""What the tokenizers of bytes and of learned merges share: their tokens are written in characters that stand for bytes."""
+"""What byte-level tokenizers share: their tokens are written in 256 characters, each of which stands for a byte."""
 
 import dataclasses
 import functools

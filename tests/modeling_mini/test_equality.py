@@ -328,6 +328,29 @@ def test_loss_is_the_mean_cross_entropy_of_the_next_token() -> None:
     close(shifted, outputs.loss, 1e-6)
 
 
+def test_nothing_is_predicted_from_padding() -> None:
+    model, ids = make_model(), random_ids(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    expected = labels.clone()
+    expected[1, 4] = -100  # the first token behind the padding
+    outputs = model(ids, attention_mask=mask, labels=labels)
+    close(outputs.loss, model.loss_function(outputs.logits, expected, model.config.vocab_size))
+    # What a trainer counts by the labels, it counts with that token.
+    number = (labels[:, 1:] != -100).sum()
+    close(model(ids, attention_mask=mask, labels=labels, num_items_in_batch=number).loss, outputs.loss, 1e-6)
+    summed = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=int(number)).loss
+    close(summed, outputs.loss, 1e-6)
+    nothing = torch.full_like(ids, -100)
+    assert model(ids, attention_mask=mask, labels=nothing, num_items_in_batch=3).loss == 0
+    # Padding on the right changes nothing.
+    right = mask.flip(1)
+    labels = ids.masked_fill(right == 0, -100)
+    outputs = model(ids, attention_mask=right, labels=labels)
+    close(outputs.loss, model.loss_function(outputs.logits, labels, model.config.vocab_size))
+
+
 def test_hidden_states_and_attentions() -> None:
     model, ids = make_model("eager"), random_ids(2, LENGTH)
     with torch.no_grad():
