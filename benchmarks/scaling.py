@@ -23,7 +23,7 @@ from entry_points_mini import option
 from measuring import OutputSettings, machine, run_benchmark
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenization import ByteTokenizer
 from training_mini.arguments import DataArguments, parse_arguments
 from training_mini.checkpoints import damage_of, states_of
 from training_mini.data.batches import Collator, TrainingBatches
@@ -32,7 +32,6 @@ from training_mini.data.sources import standard_library_files
 from training_mini.data.streaming import StreamBatches
 from training_mini.evaluation import compressor_bits_per_byte
 from training_mini.trainer import Trainer
-from transformers import PreTrainedTokenizerFast
 
 WINDOWS, CONTEXT = 512, 1024
 BPE_ENTRIES = 8000
@@ -72,14 +71,7 @@ def write_text(path: Path, sources: list[str], megabytes: int, form: Callable[[s
 
 
 def save_bpe(folder: Path, sources: list[str]) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=BPE_ENTRIES, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(sources, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    ByteTokenizer().train_new_from_iterator(sources, BPE_ENTRIES).save_pretrained(folder)
 
 
 def corpus_of(dataset: Path, cache: Path, **settings: Any):

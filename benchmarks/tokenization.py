@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from rich.console import Console
 from rich.table import Table
 from tokenization import ByteTokenizer, CharTokenizer
+from training_mini.data.encoding import encode_chunks, number_of_processors
 from training_mini.data.formats import PIECE_SIZE
 from training_mini.data.samples import sample_documents
 
@@ -35,12 +36,18 @@ def main() -> None:
     per_piece = max(1, PIECE_SIZE // len(text)) * len(text)
     pieces = [data[i : i + per_piece] for i in range(0, len(data), per_piece)]
     byte, char = ByteTokenizer(), CharTokenizer.from_text(text.decode("utf-8"))
+    bpe = byte.train_new_from_iterator([text[: 16 * 10**6].decode("utf-8", "ignore")], 2048)
+    chunks = [("train", data[i : i + 2**20]) for i in range(0, len(data), 2**20)]
+    processes = f"learned merges, {number_of_processors()} processes"
     small = text[: 2**20].decode("utf-8", "ignore")
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "bytes, raw path": (lambda: [byte.encode_corpus(piece) for piece in pieces], len(data)),
         "characters, raw path": (lambda: [char.encode_corpus(piece) for piece in pieces], len(data)),
+        "learned merges, raw path": (lambda: [bpe.encode_corpus(chunk) for _, chunk in chunks], len(data)),
+        processes: (lambda: list(encode_chunks(bpe, chunks)), len(data)),
         "bytes, tokenizer": (lambda: byte(small, add_special_tokens=False), len(small.encode())),
         "characters, tokenizer": (lambda: char(small, add_special_tokens=False), len(small.encode())),
+        "learned merges, tokenizer": (lambda: bpe(small, add_special_tokens=False), len(small.encode())),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(arguments.rounds + 1):

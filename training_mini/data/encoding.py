@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -23,8 +24,8 @@ SAMPLED_BYTES = 1 << 16
 
 # Text of so many bytes goes to an encoding process at a time.
 BATCH_BYTES = 1 << 20
-# Up to here, encoding in one process is done before others have started.
-ALONE_BYTES = 4 << 20
+# What one process encodes in so many seconds is not worth the start of others.
+ALONE_SECONDS = 3.0
 
 Chunk = tuple[str, bytes | None]  # the split, and text that is encoded by itself; `None` at the end of a document
 
@@ -130,11 +131,10 @@ def encode_chunks(tokenizer: PreTrainedTokenizerBase, chunks: Iterable[Chunk]) -
     waiting: collections.deque[tuple[list[Chunk], Future]] = collections.deque()
     with contextlib.ExitStack() as stack:
         submit: Callable[[list[bytes]], Future] | None = None
-        seen, workers = 0, number_of_processors()
+        began, workers = time.monotonic(), number_of_processors()
         for batch in batches(chunks):
             texts = [data for _, data in batch if data is not None]
-            if encoder is None or workers == 1 or seen < ALONE_BYTES:
-                seen += sum(map(len, texts))
+            if encoder is None or workers == 1 or time.monotonic() - began < ALONE_SECONDS:
                 yield from joined(batch, (encode_chunk(tokenizer, text) for text in texts))
                 continue
             if submit is None:

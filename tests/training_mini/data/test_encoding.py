@@ -159,7 +159,7 @@ def several_processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(encoding, "EncoderProcess", Recorded)
     monkeypatch.setattr(encoding, "number_of_processors", lambda: 3)
-    monkeypatch.setattr(encoding, "ALONE_BYTES", 2_000)
+    monkeypatch.setattr(encoding, "ALONE_SECONDS", 0.0)
     monkeypatch.setattr(encoding, "BATCH_BYTES", 700)
     return started
 
