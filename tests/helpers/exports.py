@@ -8,7 +8,7 @@ import torch
 from configuration_mini import MiniConfig
 from helpers.random_models import SHAPE
 from modeling_mini import MiniForCausalLM
-from tokenization import ByteTokenizer
+from tokenization import BpeTokenizer, ByteTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import TokenizersBackend
 
@@ -31,6 +31,13 @@ def bpe_tokenizer() -> TokenizersBackend:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return TokenizersBackend(tokenizer_object=backend, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+
+
+def learned_merges() -> BpeTokenizer:
+    """Merges of the text of this file, and of some that is not English."""
+    return BpeTokenizer.train(
+        [Path(__file__).read_text(encoding="utf-8"), "héllo 日本語, 日本。 über größe\n" * 9], 320
+    )
 
 
 def random_model(**fields: Any) -> MiniForCausalLM:

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 from configuration_mini import MiniConfig
@@ -20,6 +21,7 @@ from transformers import (
     TextIteratorStreamer,
     WatermarkDetector,
     WatermarkingConfig,
+    pipeline,
 )
 from transformers.utils import is_optimum_quanto_available
 
@@ -218,6 +220,15 @@ def test_streamer(model: MiniForCausalLM) -> None:
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     text = model.generate(PROMPT[:1], **GREEDY, suppress_tokens=NOT_ASCII, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(text[0, 9:])
+
+
+def test_pipeline_reads_messages_whose_text_is_in_parts(model: MiniForCausalLM) -> None:
+    write = pipeline("text-generation", model=model, tokenizer=ByteTokenizer(), do_sample=False, max_new_tokens=4)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]
+    answers = [write(messages)[0]["generated_text"][-1] for messages in (parts, [{"role": "user", "content": "hi"}])]
+    assert answers[0] == answers[1] and answers[0]["role"] == "assistant"
+    with pytest.raises(jinja2.TemplateError, match="A message is text, and a part of it that is not cannot be read"):
+        write([{"role": "user", "content": [{"type": "image", "url": "a.png"}]}])
 
 
 # What changes the scores.

@@ -1,5 +1,7 @@
 """The GGUF files themselves, read with the `gguf` package; test_llama_cpp.py runs them."""
 
+import itertools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +9,14 @@ import gguf
 import jinja2
 import numpy as np
 import pytest
+import regex
 import torch
-from helpers.exports import bpe_tokenizer, random_model, write
+from helpers.exports import bpe_tokenizer, learned_merges, random_model, write
 from modeling_mini.export import export
 from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
 from tokenization import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
 from transformers import AutoModelForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
 def value_of(reader: gguf.GGUFReader, key: str) -> Any:
@@ -149,6 +153,40 @@ def test_merges_go_along() -> None:
     assert vocabulary.split == "trillion"  # the split of GPT-2, and text that comes back as it is
     assert vocabulary.merges[:3] == ["h e", "l l", "he ll"]
     assert not vocabulary.add_bos
+
+
+def test_learned_merges_are_in_the_file(tmp_path: Path) -> None:
+    """What llama.cpp does with the file, written down again: the split of `trillion`, and the first merge first."""
+    tokenizer = learned_merges()
+    model = random_model(vocab_size=len(tokenizer))
+    reader = gguf.GGUFReader(
+        export("gguf", write(model, tmp_path / "m", tokenizer), tmp_path / "out", types=["F16"]) / "m-F16.gguf"
+    )
+    tokens = value_of(reader, "tokenizer.ggml.tokens")
+    assert tokens == tokenizer.convert_ids_to_tokens(list(range(320)))
+    assert value_of(reader, "tokenizer.ggml.pre") == "trillion"
+    assert value_of(reader, "tokenizer.ggml.add_bos_token") is True
+    assert set(value_of(reader, "tokenizer.ggml.token_type")[8:]) == {gguf.TokenType.NORMAL}
+    ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(value_of(reader, "tokenizer.ggml.merges"))}
+    ids = {token: i for i, token in enumerate(tokens)}
+    words = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s")
+
+    def encode(text: str) -> list[int]:
+        result = []
+        for word in words.findall(text):
+            symbols = [bytes_to_unicode()[byte] for byte in word.encode()]
+            while pairs := [pair for pair in itertools.pairwise(symbols) if pair in ranks]:
+                place = list(itertools.pairwise(symbols)).index(min(pairs, key=ranks.__getitem__))
+                symbols[place : place + 2] = ["".join(symbols[place : place + 2])]
+            result += [ids[symbol] for symbol in symbols]
+        return result
+
+    source = Path(__file__).read_text(encoding="utf-8")
+    draw = random.Random(0)
+    texts = [source[i : i + 200] for i in range(0, 4000, 200)]
+    texts += ["".join(draw.choices(" \n\thelo日本ü.'s12_(\u3000", k=20)) for _ in range(200)]
+    for text in texts:
+        assert encode(text) == tokenizer(text, add_special_tokens=False).input_ids, text
 
 
 def test_the_chat_template_is_what_others_can_parse() -> None:

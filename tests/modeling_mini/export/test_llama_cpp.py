@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.exports import HALF_TURNED, bpe_tokenizer, random_model, write
+from helpers.exports import HALF_TURNED, bpe_tokenizer, learned_merges, random_model, write
 from modeling_mini.export import export
 from tokenization import SPECIAL_TOKENS, ByteTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -122,7 +122,7 @@ def random_text(draw: random.Random) -> str:
     return "".join(pieces)
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe_tokenizer()], ids=["byte", "bpe"])
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), bpe_tokenizer(), learned_merges()], ids=["byte", "gpt2", "bpe"])
 def test_any_text_has_the_same_ids_and_comes_back(tokenizer: Any, tmp_path: Path) -> None:
     folder = write(random_model(vocab_size=len(tokenizer), eos_token_id=0), tmp_path / "m", tokenizer)
     out = export("gguf", folder, tmp_path / "out", types=["Q8_0"])

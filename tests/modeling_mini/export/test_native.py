@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from configuration_mini import PRESETS, ROPE_TYPES, MiniConfig
-from helpers.exports import HALF_TURNED, random_model, same_parameters, without_dtype
+from helpers.exports import HALF_TURNED, learned_merges, random_model, same_parameters, without_dtype, write
 from modeling_mini.export import export
 from modeling_mini.export.mini import mini_config, to_mini
 from modeling_mini.export.native import (
@@ -21,6 +21,7 @@ from modeling_mini.export.native import (
     to_native,
 )
 from safetensors.torch import load_file
+from tokenization import load_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -195,6 +196,18 @@ def test_trained_weights(quick_run: Path, tmp_path: Path) -> None:
     ids = torch.randint(8, 264, (4, 64))
     torch.testing.assert_close(logits_of(native, ids), logits_of(ours, ids), atol=1e-5, rtol=1e-5)
     assert native.generation_config.to_dict() == ours.generation_config.to_dict()
+
+
+def test_learned_merges_go_along(tmp_path: Path) -> None:
+    tokenizer = learned_merges()
+    model = random_model(vocab_size=len(tokenizer))
+    out = export("native", write(model, tmp_path / "m", tokenizer), tmp_path / "out")
+    native, theirs = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    text = "def learned_merges(): héllo 日本\n\n    return <|eos|>"
+    assert theirs(text).input_ids == tokenizer(text).input_ids and len(theirs) == native.config.vocab_size == 320
+    assert type(load_tokenizer(out)) is type(tokenizer)
+    prompt = theirs(text, return_tensors="pt")
+    torch.testing.assert_close(native(**prompt).logits, model(**prompt).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:

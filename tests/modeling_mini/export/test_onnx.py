@@ -18,6 +18,7 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from filelock import FileLock
+from helpers.exports import learned_merges
 from modeling_mini import MiniForCausalLM
 from modeling_mini.export import export, onnx
 from modeling_mini.export.__main__ import run
@@ -312,13 +313,17 @@ def in_node(node_modules: Path, code: str, *arguments: str) -> str:
 def test_in_node(node_modules: Path, checkpoint: Path, exported: Path, tmp_path: Path) -> None:
     """transformers.js: the same ids, the same chat, the same text as Mini; a padded batch, and the card's snippet."""
     texts = ["", "héllo 日本\n 🎉\t x", "<|eos|> is text <|user|>", "\x00\x7f\u2028 é", "unknown: ß"]
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
     characters = CharTokenizer.from_text("".join(texts[:4]))
-    onnx.write_tokenizer(characters, tmp_path)
-    request = {"folder": str(exported), "tokenizers": [str(exported), str(tmp_path)], "tokens": 60}
+    merges = learned_merges()
+    folders = [exported, tmp_path / "characters", tmp_path / "merges"]
+    for tokenizer, folder in zip((characters, merges), folders[1:], strict=True):
+        folder.mkdir()
+        onnx.write_tokenizer(tokenizer, folder)
+    request = {"folder": str(exported), "tokenizers": list(map(str, folders)), "tokens": 60}
     request |= {"prompts": PROMPTS, "texts": texts, "messages": messages}
     answer = json.loads(in_node(node_modules, IN_NODE, json.dumps(request)))
-    for tokenizer, theirs in zip((ByteTokenizer(), characters), answer["tokenized"], strict=True):
+    for tokenizer, theirs in zip((ByteTokenizer(), characters, merges), answer["tokenized"], strict=True):
         ids = [tokenizer(text).input_ids for text in texts]
         assert theirs["ids"] == ids
         assert theirs["decoded"] == [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
