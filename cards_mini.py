@@ -454,6 +454,8 @@ def data_section(facts: Facts) -> str:
         described = {
             "byte": "Its tokens are bytes, so it takes any text in any script.",
             "char": "Its tokens are the characters of the training text; others are read as `<|unk|>`.",
+            "bpe": "Its tokens are bytes, and merges of them that were learned from the training text, so it takes any "
+            "text in any script.",
         }
         lines.append(described.get(tokenizer, f"Its tokenizer is that of `{tokenizer}`."))
     return section_of("Data and tokenizer", " ".join(lines))

@@ -219,6 +219,7 @@ def test_learned_merges_end_to_end(tmp_path: Path) -> None:
     evaluation = metrics(run)[-1]
     tokenizer = AutoTokenizer.from_pretrained(run / "best")
     assert len(tokenizer) == AutoModelForCausalLM.from_pretrained(run / "best").config.vocab_size == 400
+    assert "merges of them that were learned from the training text" in (run / "best" / "README.md").read_text()
     # A token stands for several bytes, and the bits are those of each byte.
     bits_per_token = evaluation["eval_loss"] / math.log(2)
     assert 3 < bits_per_token / evaluation["eval_bits_per_byte"] < 8
