@@ -162,7 +162,6 @@ class DataArguments(Settings):
         "with --tokenizer bpe, how many tokens there are, the 264 special tokens and bytes among them; merges are "
         f"learned from the training part, or 16 MB that lie evenly in it (default: {DEFAULT_VOCABULARY})",
         at_least=265,
-        common=True,
     )
     encoding: str = option("utf-8", "encoding of the files that are not UTF-8, such as cp1252 or utf-16")
     errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")

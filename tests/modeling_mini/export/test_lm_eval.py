@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate import Accelerator
-from helpers.exports import random_model
+from helpers.exports import learned_merges, random_model
 from modeling_mini.export import export
 from tokenization import BOS_ID, ByteTokenizer, CharTokenizer, load_tokenizer
 from training_mini.data.batches import Collator
@@ -49,8 +49,9 @@ def by_mini(folder: Path, text: str) -> float:
         (ByteTokenizer(), TEXT),
         (ByteTokenizer(), "Ein Bär läuft über die Straße. 日本語\n" * 60),
         (CharTokenizer.from_text(TEXT), TEXT),
+        (learned_merges(), TEXT),
     ],
-    ids=["bytes", "bytes of several", "characters"],
+    ids=["bytes", "bytes of several", "characters", "merges"],
 )
 def test_equal_to_our_own_evaluation(tokenizer: Any, text: str, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
