@@ -51,17 +51,17 @@ def encode_messages(
         raise ValueError(f"The chat template refuses the messages: {error}") from None
     said = spans[0] if spans else []
     ids: list[int] = []
-    is_said: list[bool] = []
+    assistant_mask: list[bool] = []
     start = 0
     for piece in texts[0].split(split):
         encoding = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids += encoding["input_ids"]
-        is_said += [
+        assistant_mask += [
             any(first <= start + begin and start + end <= last for first, last in said)
             for begin, end in encoding["offset_mapping"]
         ]
         start += len(piece) + len(split)
-    return ids, is_said
+    return ids, assistant_mask
 
 
 def text_of(content: Any) -> str:

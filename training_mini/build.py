@@ -31,8 +31,8 @@ from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, tokeniz
 from .data.encoding import make_tokenizer
 from .distributed import Parallel, blocks_of
 from .evaluation import HeldOut, compressor_bits_per_byte
-from .lora import adapt, describe
-from .optimization import WeightAverage, make_optimizers
+from .lora import add_lora, describe
+from .optimization import ExponentialMovingAverage, make_optimizers
 from .run_folder import RunFolder
 
 
@@ -65,7 +65,7 @@ class Run:
     unwrapped_model: PreTrainedModel
     blocks: list[nn.Module]
     optimizers: list[torch.optim.Optimizer]
-    ema: WeightAverage | None
+    ema: ExponentialMovingAverage | None
     state: TrainerState
     problems: list[str]
 
@@ -137,7 +137,7 @@ def build_run(arguments: Arguments) -> Run:
             unwrapped_model=unwrapped,
             blocks=blocks,
             optimizers=optimizers,
-            ema=WeightAverage(unwrapped, decay) if decay else None,
+            ema=ExponentialMovingAverage(unwrapped, decay) if decay else None,
             state=state,
             problems=[folder.problem] if folder.problem else [],
         )
@@ -276,7 +276,7 @@ def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
         model.generation_config.eos_token_id = [*known, *new]
     if arguments.run.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return adapt(model, arguments.adapter) if arguments.adapter.lora_r else model
+    return add_lora(model, arguments.adapter) if arguments.adapter.lora_r else model
 
 
 def new_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:

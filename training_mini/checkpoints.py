@@ -33,8 +33,8 @@ from transformers import PreTrainedConfig
 
 from .arguments import Arguments
 from .distributed import Parallel
-from .lora import is_adapted
-from .optimization import WeightAverage
+from .lora import has_lora
+from .optimization import ExponentialMovingAverage
 
 PARTS_OF_AN_ADAPTER = (
     "lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"
@@ -89,11 +89,11 @@ class Weights:
     parallel: Parallel
     model: nn.Module
     optimizers: list[torch.optim.Optimizer]
-    ema: WeightAverage | None
+    ema: ExponentialMovingAverage | None
 
     @property
-    def is_adapted(self) -> bool:
-        return is_adapted(self.parallel.accelerator.unwrap_model(self.model))
+    def has_lora(self) -> bool:
+        return has_lora(self.parallel.accelerator.unwrap_model(self.model))
 
     def save(self, folder: Path) -> None:
         if self.parallel.is_deepspeed:
@@ -112,7 +112,7 @@ class Weights:
             # Without the settings: another version of Mini may have had others.
             state = {"state": tensors["optimizer"]["state"]}
             dcp.load({**tensors, "optimizer": state}, checkpoint_id=folder)
-        if self.is_adapted:  # the tensors are the parameters themselves, and have been loaded in place
+        if self.has_lora:  # the tensors are the parameters themselves, and have been loaded in place
             set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
         else:
             set_state_dict(
@@ -123,7 +123,7 @@ class Weights:
             )
 
     def _tensors(self) -> dict[str, Any]:
-        if self.is_adapted:
+        if self.has_lora:
             # Weights that are not trained are in the checkpoint that the run started from.
             unwrapped = self.parallel.accelerator.unwrap_model(self.model)
             model = {name: p.detach() for name, p in unwrapped.named_parameters() if p.requires_grad}

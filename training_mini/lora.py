@@ -22,7 +22,7 @@ from .arguments import AdapterArguments, Arguments
 MIB = 2**20
 
 
-def adapt(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedModel:
+def add_lora(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedModel:
     """
     Wraps `model` in a peft model in which only the adapter is trained.
 
@@ -54,8 +54,8 @@ def lora_alpha(arguments: AdapterArguments) -> float:
     return arguments.lora_alpha if arguments.lora_alpha is not None else 2 * arguments.lora_r
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether `adapt` made it."""
+def has_lora(model: nn.Module) -> bool:
+    """Whether `add_lora` made it."""
     return hasattr(model, "peft_config")
 
 
@@ -129,7 +129,7 @@ def leave_unpacked(model: PreTrainedModel) -> None:
 def blank_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A model of the same shape, with the same adapter or none. Its weights are still to be loaded."""
     copy = AutoModelForCausalLM.from_config(model.config)
-    if is_adapted(model):
+    if has_lora(model):
         from peft import get_peft_model
 
         copy = get_peft_model(copy, model.peft_config["default"])
@@ -187,7 +187,7 @@ def kept_by_adapters(model: nn.Module, tokens: int) -> float:
     With dropout: the inputs after dropout, and the mask, which on a GPU takes one byte for each. With DoRA: the outputs
     of layer and adapter, and the identity matrix that peft multiplies by the adapter.
     """
-    if not is_adapted(model):
+    if not has_lora(model):
         return 0
     config = model.peft_config["default"]
     layers = [module for module in model.modules() if hasattr(module, "lora_A")]

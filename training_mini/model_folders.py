@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .arguments import AdapterArguments, Arguments
 from .checkpoints import TrainerState
 from .evaluation import Evaluation
-from .lora import is_adapted, lora_alpha
+from .lora import has_lora, lora_alpha
 from .optimizers import OPTIMIZERS
 
 
@@ -23,7 +23,7 @@ def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     partial = folder.with_name(f".{folder.name}.partial")
     with writing(folder):
         shutil.rmtree(partial, ignore_errors=True)
-        if is_adapted(model):
+        if has_lora(model):
             # An adapter does not change the embedding, and peft would write it all the same.
             model.save_pretrained(partial, save_embedding_layers=False)
             model.generation_config.save_pretrained(partial)
@@ -45,7 +45,7 @@ def model_card(
     adapter, base, dataset = arguments.adapter, arguments.model.model, arguments.data.dataset
     optimizer = arguments.optimization.optimizer
     name = Path(dataset).name or dataset
-    has_adapter = is_adapted(model)
+    has_adapter = has_lora(model)
     data = ModelCardData(
         library_name="peft" if has_adapter else "transformers",
         pipeline_tag="text-generation",

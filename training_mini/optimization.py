@@ -73,7 +73,7 @@ def share_of_peak(step: int, arguments: OptimizationArguments) -> float:
     return share
 
 
-class WeightAverage:
+class ExponentialMovingAverage:
     """
     The exponential moving average (EMA) of the trainable parameters (Polyak and Juditsky 1992). It is sharded like
     them.

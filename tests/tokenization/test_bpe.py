@@ -163,7 +163,7 @@ def test_chat_template_and_marks_of_the_assistant(tokenizer: BpeTokenizer) -> No
     ids, said = encode_messages(tokenizer, messages)
     assert tokenizer.decode(ids) == "<|bos|><|user|>spam<|end|>?<|end|><|assistant|> eggs\n<|end|>"
     assert [i for i in ids if i < 8] == [1, 5, 7, 6, 7]
-    assert tokenizer.decode([i for i, is_said in zip(ids, said, strict=True) if is_said]) == " eggs\n<|end|>"
+    assert tokenizer.decode([i for i, is_learned in zip(ids, said, strict=True) if is_learned]) == " eggs\n<|end|>"
 
 
 def test_saved_folder_loads_with_auto_tokenizer(tokenizer: BpeTokenizer, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.analysis.cost import ModelCost
 from training_mini.arguments import AdapterArguments
-from training_mini.lora import adapt, describe, kept_by_adapters
+from training_mini.lora import add_lora, describe, kept_by_adapters
 
 ROWS, LENGTH = 4, 256
 
@@ -13,7 +13,7 @@ ROWS, LENGTH = 4, 256
 def adapted(**settings: object) -> torch.nn.Module:
     torch.manual_seed(0)
     config = MiniConfig.preset("tiny", num_hidden_layers=2, num_key_value_heads=2, intermediate_size=192)
-    return adapt(MiniForCausalLM(config), AdapterArguments(lora_r=4, **settings)).train()
+    return add_lora(MiniForCausalLM(config), AdapterArguments(lora_r=4, **settings)).train()
 
 
 def bytes_kept(model: torch.nn.Module) -> int:

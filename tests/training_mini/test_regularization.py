@@ -5,7 +5,7 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
 from training_mini.arguments import OptimizationArguments
-from training_mini.optimization import WeightAverage, dropout_at, regularized_loss, set_dropout
+from training_mini.optimization import ExponentialMovingAverage, dropout_at, regularized_loss, set_dropout
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -65,7 +65,7 @@ def test_dropout_is_set_everywhere_it_acts() -> None:
 
 def test_weight_average() -> None:
     model = nn.Linear(1, 1, bias=False)
-    average = WeightAverage(model, decay=0.9)
+    average = ExponentialMovingAverage(model, decay=0.9)
     expected = model.weight.item()
     for step in range(1, 200):
         with torch.no_grad():
