@@ -17,8 +17,8 @@ def test_figures(tmp_path: Path) -> None:
     assert figures == json.loads((tmp_path / "out.json").read_text())
     assert all(value > 0 for name, value in figures.items() if name != "machine")
     assert 2 < figures["bytes_per_bpe_token"] < 6, "BPE was what encoded"
-    # Weights and two moments in float32, and their names.
-    assert 12 < figures["checkpoint_bytes_per_parameter"] < 14
+    # Weights and one momentum in float32 (two moments for the embedding and the vectors), and their names.
+    assert 8 < figures["checkpoint_bytes_per_parameter"] < 9
     assert figures["encoding_bytes_megabytes_per_second"] > figures["encoding_bpe_megabytes_per_second"]
 
 
