@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -277,10 +278,18 @@ def test_a_subclass_is_not_saved_as_if_it_were_mini(louder: type, tmp_path: Path
         assert "auto_map" not in config
 
 
-def test_a_registered_subclass_carries_its_own_file(
-    louder: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def own_code_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Code of checkpoints is copied to a folder of this test. Later tests import theirs from the usual place again."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "code"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("own_code_cache")
+def test_a_registered_subclass_carries_its_own_file(louder: type, tmp_path: Path) -> None:
     louder.register_for_auto_class("AutoModelForCausalLM")
     make_model().save_pretrained(tmp_path / "plain")
     for name, model in (("fresh", make_model(louder)), ("loaded", louder.from_pretrained(tmp_path / "plain").eval())):
