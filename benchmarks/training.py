@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import nn
 from training_mini.arguments import OptimizationArguments
 from training_mini.cpu_kernels import linear_product, onednn_is_faster, use_onednn
-from training_mini.optimization import make_optimizers
+from training_mini.optimizers import make_adamw
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from measuring import (  # isort: skip
@@ -164,6 +164,18 @@ def synchronize(settings: Settings) -> None:
         torch.cuda.synchronize()
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    """The trainer's AdamW, for models that know nothing of transformers too: matrices decay, vectors do not."""
+    settings = OptimizationArguments(optimizer="adamw")
+    rate = settings.learning_rate
+    groups = {}
+    for kind, decay in (("matrices", settings.weight_decay), ("vectors", 0.0)):
+        parameters = [p for p in model.parameters() if (p.ndim >= 2) == (kind == "matrices")]
+        groups[kind] = {"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay}
+    (optimizer,) = make_adamw(groups, settings)
+    return optimizer
+
+
 class Contender:
     """
     A model in training.
@@ -180,7 +192,7 @@ class Contender:
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.flops_per_token = training_flops_per_token(name, self.model, settings)
         self.products = Counter((layer.in_features, layer.out_features) for layer in linear_layers(self.model))
-        (self.optimizer,) = make_optimizers(self.model, OptimizationArguments(optimizer="adamw"))
+        self.optimizer = make_optimizer(self.model)
         if mode == "compiled":
             self.model.compile()
         # The same tokens for all. One more than the context, so that nanoGPT has its targets.
