@@ -83,7 +83,7 @@ def test_the_command(server: HubServer, pushed: str, quick_run: Path) -> None:
     assert len(read) > 10 and set(read) == {""}, "the last look was that of a stranger"
     card = repository.files()["README.md"].decode()
     sample = card.split("Written by these weights after '\\n', with seed 42:\n\n```text\n")[1].split("\n```\n")[0]
-    assert len(sample) > 20 and "of 66,688 parameters" in card
+    assert len(sample) > 20 and "of 66,496 parameters" in card
 
 
 def test_a_stranger_loads_and_generates(server: HubServer, pushed: str, quick_run: Path, tmp_path: Path) -> None:
