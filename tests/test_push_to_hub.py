@@ -162,7 +162,7 @@ console.log(JSON.stringify({ files, parameterCount, id: (await modelInfo({ name:
     answer = json.loads(output)
     files = server.model("user/name").files()
     assert answer["files"] == {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    assert answer["id"] == "user/name" and answer["parameterCount"] == {"F32": 66_688}
+    assert answer["id"] == "user/name" and answer["parameterCount"] == {"F32": 66_496}
 
 
 def test_dry_run_touches_nothing(

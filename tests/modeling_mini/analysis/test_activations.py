@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -264,8 +265,8 @@ def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path: Path, mo
     path = tmp_path / "a.png"
     path.write_bytes(b"before")
 
-    def half(self: Figure, file: Path, **settings: object) -> None:
-        Path(file).write_bytes(b"half")
+    def half(self: Figure, file: IO[bytes], **settings: object) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", half)
