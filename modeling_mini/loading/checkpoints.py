@@ -1,6 +1,5 @@
 """Finds and loads the model and the tokenizer that a user names."""
 
-import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..integrations import check_quantized_layers
 from .adapters import base_of_adapter, with_adapter
@@ -65,12 +64,17 @@ def load_model(
         if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():
             raise
     vocabulary = 0
-    if not Path(adapter).is_dir() or (Path(adapter) / "tokenizer.json").is_file():
-        with contextlib.suppress(OSError):  # many adapters on the Hub have no tokenizer
-            own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
-            if len(own) > len(tokenizer):  # tokens were added before it was trained
-                tokenizer, vocabulary = own, len(own)
+    if has_tokenizer(adapter):
+        own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
+        if len(own) > len(tokenizer):  # tokens were added before it was trained
+            tokenizer, vocabulary = own, len(own)
     return with_adapter(base, adapter, merge_quantized, vocabulary), tokenizer
+
+
+def has_tokenizer(adapter: str) -> bool:
+    """Whether an adapter, in a folder or on the Hub, has a tokenizer of its own; many have none."""
+    without_errors = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(adapter, "tokenizer.json", **without_errors) is not None
 
 
 def load_checkpoint(
