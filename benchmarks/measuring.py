@@ -114,8 +114,10 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def processor_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    """The name with family, model and vector extensions: processors of one name may differ in speed by half."""
+    with contextlib.suppress(OSError, KeyError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()  # of the first core
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        vectors = [flag for flag in facts["flags"].split() if flag.startswith(("avx", "amx"))]
+        return f"{facts['model name']}, family {facts['cpu family']} model {facts['model']}, {' '.join(vectors)}"
     return platform.processor() or platform.machine()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
-from files_mini import append_text, write_text
+from files_mini import append_text, json_lines, write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ class BatchFile:
                     lines = self.lines_of(batch, model, tokenizer, encoded, settings, stopwatch)
                     tokens += sum(text["tokens"] for line in lines for text in line["texts"])
                     # Some may have been written before the batch was cut short; they stay as they are.
-                    new = {line["index"]: as_jsonl(line) for line in lines if line["index"] not in finished}
+                    new = {line["index"]: json_lines([line]) for line in lines if line["index"] not in finished}
                     append_text(self.output, "".join(new.values()))
                     finished |= new
                     progress.advance(task, len(new))
@@ -236,7 +236,3 @@ def read_finished(path: Path) -> dict[int, Line]:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} holds something else than texts of generate.py: name another output.") from None
     return finished
-
-
-def as_jsonl(line: dict[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"

@@ -1,7 +1,6 @@
 """What a push knows of a model: the facts of its card, the run beside it, and what the Hub has already."""
 
 import dataclasses
-import json
 import math
 import subprocess
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import yaml
 from cards_mini import CARD, OLD_MARK_OF_EXPORTS, Card, parse_card, public_settings, read_card, render
-from files_mini import read_text
+from files_mini import read_json_lines, read_text
 from modeling_mini.remote_code import ROOT_FILES, remote_code_files
 
 from .staging import CURVES, Source, Staged
@@ -75,17 +74,9 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 
 def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` that name a step; a crash may have cut one short."""
-    path = run / "metrics.jsonl"
-    lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
+    """The lines of `metrics.jsonl` that name a step."""
+    lines = read_json_lines(run / "metrics.jsonl")
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def progress_at(lines: list[dict[str, Any]], step: int | None) -> dict[str, Any]:

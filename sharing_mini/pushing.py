@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cards_mini import PROMPT
+from cards_mini import CARD, PROMPT
 from entry_points_mini import quiet_libraries
 from modeling_mini.export import export
 from rich.console import Console
@@ -16,7 +16,7 @@ from .arguments import SharingArguments, check_name
 from .card import gather, write_card
 from .hub import Hub, check_token
 from .space import write_space
-from .staging import CARD, Source, Staged, check_secrets, files_of, find_source, stage
+from .staging import Source, Staged, check_secrets, files_of, find_source, stage
 from .upload import Pushed, Repository, check_architecture, check_card
 from .verification import Proof, check_listing, check_same, prove
 

@@ -19,7 +19,7 @@ from modeling_mini.remote_code import remote_code_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-CARD, CURVES = "README.md", "curves.png"
+CURVES = "curves.png"
 COMMON = [r"README\.md", r"LICENSE(\.txt|\.md)?", r"curves\.png"]
 TOKENIZER = [
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json",

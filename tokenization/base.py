@@ -52,6 +52,11 @@ CHAT_TEMPLATE = """\
 """
 
 
+def id_dtype_of(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integer type for the ids of a vocabulary of this size."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
 class MiniTokenizer(TokenizersBackend):
     """
     A fast tokenizer with the frozen special tokens, which has an id for each of its characters or bytes.
@@ -162,8 +167,7 @@ class MiniTokenizer(TokenizersBackend):
 
     @property
     def id_dtype(self) -> np.dtype:
-        """The smallest unsigned integer type that holds every id."""
-        return np.dtype(np.uint16 if len(self) <= 2**16 else np.uint32)
+        return id_dtype_of(len(self))
 
     @functools.cached_property
     def _added_texts(self) -> list[bytes]:

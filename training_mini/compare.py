@@ -3,6 +3,8 @@ Compares runs: `python -m training_mini.compare runs/a runs/b ...` prints one ta
 by step, by tokens and by time. Runs whose settings differ in the seed alone are one row, with mean and spread.
 """
 
+import io
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 
 import yaml
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
-from files_mini import read_text, writing
+from files_mini import read_text, write_bytes, writing
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -113,11 +115,7 @@ class RunRecord:
                     shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118 (no dict)
             except (OSError, SafetensorError):
                 continue
-            sizes = [1] * len(shapes)
-            for i, shape in enumerate(shapes):
-                for side in shape:
-                    sizes[i] *= side
-            return sum(sizes)
+            return sum(map(math.prod, shapes))
         return None
 
     def curve(self, figure: str, axis: str) -> list[tuple[float, float]]:
@@ -257,11 +255,11 @@ def draw(groups: list[Group], path: Path) -> None:
     if held_out:  # training begins at 8 bits; let it leave the picture, so that the rest can be read
         figure.axes[0].set_ylim(min(held_out) - 0.1, max(held_out) + 0.3)
     figure.axes[0].set_ylabel("bits per byte (thin: training)")
-    partial = path.with_name(f".partial.{path.name}")
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format=path.suffix.removeprefix("."))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=120)
-        partial.replace(path)
+        write_bytes(path, content.getvalue())
 
 
 def compare(folders: list[Path], out: Path) -> None:

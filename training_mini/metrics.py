@@ -40,9 +40,8 @@ class LogWindow:
     ) -> None:
         self.accelerator, self.tokens_per_step, self.tokens_per_byte = accelerator, tokens_per_step, tokens_per_byte
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.loss_sum = torch.zeros(
-            (), device=accelerator.device
-        )  # stays on the device, because reading it would wait for the device
+        # It stays on the device: to read it is to wait for the device.
+        self.loss_sum = torch.zeros((), device=accelerator.device)
         self.steps = self.counted_steps = self.clipped_steps = 0
         self.grad_norm = math.nan  # of the last step
         self.began = time.monotonic()

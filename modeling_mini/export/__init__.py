@@ -5,7 +5,7 @@ Writes a checkpoint in the format of another program.
 
 Each format is a module with its name. The module has a dataclass `Options` with the flags of the format, and a function
 `export_FORMAT`, which gets the model, the tokenizer, a folder to write into and the options by name, and returns the
-`Card` of the result. A module is imported only when it is used, because some need a library of their own.
+`ExportCard` of the result. A module is imported only when it is used, because some need a library of their own.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from modeling_mini.loading.checkpoints import find_checkpoint, load_model
 from shape_mini import nearest_name
 from transformers import PreTrainedModel
 
-from .card import Card, write_card
+from .card import ExportCard, write_card
 
 FORMATS = {
     "native": "as Llama, Qwen3 or StableLM, which load without custom code",
@@ -92,4 +92,4 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     return Path(out)
 
 
-__all__ = ["FORMATS", "Card", "export"]
+__all__ = ["FORMATS", "ExportCard", "export"]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 @dataclass
-class Card:
+class ExportCard:
     """
     What a format says of itself.
 
@@ -35,7 +35,7 @@ class Card:
     config: MiniConfig | None = None
 
 
-def write_card(card: Card, model: PreTrainedModel, folder: Path, format: str) -> None:
+def write_card(card: ExportCard, model: PreTrainedModel, folder: Path, format: str) -> None:
     """Writes `README.md`. What the model's own card says of data, training and evaluation goes along."""
     texts = {"Exactness": section_of("Exactness", card.exactness)}
     if card.usage:

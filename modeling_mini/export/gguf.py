@@ -24,7 +24,7 @@ from files_mini import writing
 from shape_mini import nearest_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import Card, name_for_files
+from .card import ExportCard, name_for_files
 from .gguf_vocabulary import Vocabulary
 from .native import checked_native
 
@@ -57,7 +57,7 @@ class Options(Settings):
                 raise ValueError(f"types must be among {', '.join(TYPES)}, got {name!r}{hint}")
 
 
-def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, types: list[str]) -> Card:
+def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, types: list[str]) -> ExportCard:
     """
     Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`.
 
@@ -94,7 +94,7 @@ llama = Llama("{smallest}", n_ctx={config.max_position_embeddings}, verbose=Fals
 print(llama("def ", max_tokens=100)["choices"][0]["text"])
 ```
 """
-    return Card(
+    return ExportCard(
         title=f"Mini for llama.cpp, {model.num_parameters() / 1e6:.1f}M parameters",
         usage=usage,
         exactness=f"The architecture `{config.model_type}` of llama.cpp computes what Mini does. F32 holds the "

@@ -17,7 +17,7 @@ from files_mini import writing
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .card import Card
+from .card import ExportCard
 
 # In Unicode these code points, and all after them, are for private use. There are 131,072 of them.
 FIRST_CODE_POINT, NUMBER_OF_CODE_POINTS = 0xF0000, 0x110000 - 0xF0000
@@ -93,7 +93,7 @@ def tokenizer_of_ids(tokenizer: PreTrainedTokenizerBase, size: int) -> PreTraine
 
 def export_lm_eval(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, text_file: str, task_name: str
-) -> Card:
+) -> ExportCard:
     """
     Writes a task into the folder `out`: its YAML, the documents, and the tokenizer to read them with.
 
@@ -144,7 +144,7 @@ lm_eval --model hf --include_path TASK_FOLDER --tasks {task_name} --batch_size 1
     --model_args pretrained=CHECKPOINT,tokenizer=TASK_FOLDER/tokenizer,trust_remote_code=True
 ```
 """
-    return Card(
+    return ExportCard(
         title=f"Bits per byte on {Path(text_file).name}",
         usage=usage,
         exactness=f"The text is {len(documents):,} documents of at most {config.max_position_embeddings} tokens, one "

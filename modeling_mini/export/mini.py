@@ -15,7 +15,7 @@ from entry_points_mini import Settings
 from files_mini import writing
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import Card
+from .card import ExportCard
 from .native import FIELDS_OF_MINI_ALONE, LARGEST_DIFFERENCE, SHARED_FIELDS, relative_difference, with_weights_of
 
 
@@ -72,7 +72,7 @@ def to_mini(native: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def export_mini(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> Card:
+def export_mini(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> ExportCard:
     """
     Writes the Mini checkpoint of a native model into the folder `out`.
 
@@ -86,7 +86,7 @@ def export_mini(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
     with writing(out):
         mini.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    return Card(
+    return ExportCard(
         title="",
         usage="",
         exactness=f"It computes what the {type(model).__name__} does that it was made of. When this was written, its "

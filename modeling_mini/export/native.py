@@ -27,7 +27,7 @@ from transformers import (
     StableLmConfig,
 )
 
-from .card import Card
+from .card import ExportCard
 
 # No native class has these fields. They are kept as additional entries for the way back, and others ignore them.
 FIELDS_OF_MINI_ALONE = ("embedding_dropout", "residual_dropout")
@@ -152,7 +152,7 @@ def checked_native(model: PreTrainedModel) -> tuple[PreTrainedModel, float]:
     return native, difference
 
 
-def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> Card:
+def export_native(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> ExportCard:
     """
     Writes a native checkpoint into the folder `out`.
 
@@ -181,7 +181,7 @@ Or behind the protocol of OpenAI:
 transformers serve PATH_OR_REPOSITORY
 ```
 """
-    return Card(
+    return ExportCard(
         title=f"Mini as {name.removesuffix('ForCausalLM')}, {model.num_parameters() / 1e6:.1f}M parameters",
         usage=usage,
         exactness=f"`{name}` computes what Mini does. When this was written, its logits on random tokens differed by "

@@ -27,7 +27,7 @@ from modeling_mini import MiniForCausalLM
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .card import Card
+from .card import ExportCard
 from .native import SHARED_FIELDS
 from .onnx_graph import build_graph
 
@@ -74,7 +74,7 @@ def export_onnx(
     out: Path,
     q8: bool = False,
     node_modules: str | None = None,
-) -> Card:
+) -> ExportCard:
     """
     Writes the graph, the files that transformers.js needs, and the page into the folder `out`.
 
@@ -111,7 +111,7 @@ def export_onnx(
             f" Those of `model_quantized.onnx` ({quantized.stat().st_size / path.stat().st_size:.0%} of the size) "
             f"differed by {largest_difference(model, quantized):.0e}."
         )
-    return Card(
+    return ExportCard(
         title=f"Mini in ONNX, {model.num_parameters() / 1e6:.1f}M parameters",
         usage=USAGE,
         exactness=exactness,

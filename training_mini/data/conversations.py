@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from tokenization import BpeTokenizer, CharTokenizer, MiniTokenizer, encode_messages, marks_the_assistant, text_of
+from tokenization.base import id_dtype_of
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
@@ -175,7 +176,7 @@ def write_examples(
     """
     if kind == "messages" and tokenizer.chat_template is None:
         raise ValueError(f"{source.name!r} has messages, and the tokenizer has no chat template to write them by.")
-    id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+    id_dtype = id_dtype_of(len(tokenizer))
     beginning = tokenizer("").input_ids
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     ends: set[int] = set()

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from tokenization import BpeTokenizer, ByteTokenizer, CharTokenizer
+from tokenization.base import id_dtype_of
 from transformers import PreTrainedTokenizerBase
 
 from ..arguments import DataArguments
@@ -55,7 +56,7 @@ def write_documents(
             tokenizer = CharTokenizer.from_text(texts)
         elif tokenizer is None:
             tokenizer = learn_merges(documents, ratio, arguments.vocab_size)
-        id_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        id_dtype = id_dtype_of(len(tokenizer))
         read_bytes = {"train": 0, "validation": 0}
         number_of_documents = 0
         not_utf8: list[tuple[str, str]] = []  # document, and a guess at its encoding
