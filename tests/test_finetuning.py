@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cards_mini import CARD, read_card
 from datasets import Dataset
 from helpers.programs import run_program
 from helpers.runs import forked, losses
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from training_mini import distributed
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import states_of
+from training_mini.evaluation import Evaluation
 from training_mini.trainer import Trainer, TrainingResult
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
@@ -144,6 +146,13 @@ def test_kinds_of_adapters_learn_and_merge(flags: list[object], quick_run: Path,
         assert layer.scaling["default"] == 4 / 4**0.5
     changed = not torch.equal(merged.lm_head.weight, load_checkpoint(f"{quick_run}/best")[0].lm_head.weight)
     assert changed == ("--lora_modules_to_save" in flags)
+    # A worse end of the run is not what the card of the merged model, which has the best adapter, is about.
+    trainer.state.step += 5
+    trainer.save_model("merged", Evaluation(result.evaluation.loss * 2, result.evaluation.bits_per_byte * 2))
+    best, of_merged = (read_card(tmp_path / "run" / name / CARD) for name in ("best", "merged"))
+    assert of_merged.facts.step == best.facts.step and of_merged.facts.sequences == best.facts.sequences
+    figures = [card.metadata["model-index"][0]["results"][0]["metrics"] for card in (best, of_merged)]
+    assert [m["value"] for m in figures[1]] == pytest.approx([m["value"] for m in figures[0]])
 
 
 def test_rounded_base_learns_nearly_as_well_and_evaluation_does_not_end_it(quick_run: Path, tmp_path: Path) -> None:

@@ -170,6 +170,11 @@ def load_state(run: Run) -> None:
     check_state(run.folder, state, new.corpus, new.architecture, new.methods, new.order)
     if state.sequences is None:
         state.sequences = state.step * run.batches.batch_size
+        if state.methods.get("optimizer") == "muon":
+            problems.append(
+                "This run began with torch's Muon. Mini has its own now, whose steps have another size at the same "
+                "learning_rate: watch the loss, or begin anew with --overwrite."
+            )
     if not state.order:
         state.order = new.order
     run.weights.load(found)

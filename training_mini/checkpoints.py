@@ -58,6 +58,7 @@ class TrainerState:
         sequences: sequences that they read; `None` in a checkpoint of before this was counted.
         best_loss: the lowest validation loss so far, in nats per token.
         best_step: where it was reached.
+        best_sequences: sequences that had been read by then; `None` in a checkpoint of before this was kept.
         evaluated_step: where the last evaluation was.
         evaluations_since_best: how many evaluations since then were no better.
         skipped_steps: steps whose gradients were not finite.
@@ -74,6 +75,7 @@ class TrainerState:
     sequences: int | None = 0
     best_loss: float = float("inf")
     best_step: int = 0
+    best_sequences: int | None = None
     evaluated_step: int = 0
     evaluations_since_best: int = 0
     skipped_steps: int = 0

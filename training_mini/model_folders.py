@@ -1,5 +1,6 @@
 """Checkpoint folders to use and share: self-contained, with a card of facts."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,18 @@ def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenize
         tokenizer.save_pretrained(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
         replace_folder(partial, folder)
+
+
+def at_best(state: TrainerState, evaluation: Evaluation) -> tuple[TrainerState, Evaluation]:
+    """
+    The state and the evaluation of the best step, for the card of its weights.
+
+    Args:
+        evaluation: of any step. Bits per byte are the loss times the same number at each of them.
+    """
+    bits_per_byte = evaluation.bits_per_byte * state.best_loss / evaluation.loss
+    best = dataclasses.replace(state, step=state.best_step, sequences=state.best_sequences)
+    return best, Evaluation(state.best_loss, bits_per_byte)
 
 
 def model_card(

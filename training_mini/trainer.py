@@ -17,7 +17,7 @@ from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .lora import merged_model
 from .metrics import inner_metrics, make_log_window, size_metrics, update_metrics
-from .model_folders import model_card, save_checkpoint_folder
+from .model_folders import at_best, model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
 from .sampling import write_samples
@@ -275,7 +275,7 @@ class Trainer:
         self.monitor.say(f"step {state.step}: {evaluation.description(run.compressors)}{best}")
         state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
         if is_best and self.written(lambda: self.save_model("best", evaluation)):
-            state.best_loss, state.best_step = evaluation.loss, state.step
+            state.best_loss, state.best_step, state.best_sequences = evaluation.loss, state.step, state.sequences
         if accelerator.is_main_process:
             with self.monitor.warning_of_errors("curves.png"):
                 draw_curves(run.folder, f"{run.folder.name}: {run.corpus.name}", run.compressors)
@@ -305,7 +305,9 @@ class Trainer:
         Writes a checkpoint folder to use and share: `best`, `final`, or `merged`, which is the model that the run
         started from with the best adapter in it. If it fails on the main process, every process raises.
         """
-        run, error = self.run, None
+        run, state, error = self.run, self.state, None
+        if name == "merged":
+            state, evaluation = at_best(state, evaluation)
         with run.ema_weights():
             check_is_finite(run.folder, self.state, self.parallel, run.model)
             try:
@@ -314,7 +316,7 @@ class Trainer:
                 else:
                     model = merged_model(self.arguments, run.folder / "best") if self.monitor.enabled else None
                 if model is not None:
-                    card = model_card(model, self.arguments, self.state, evaluation, run.compressors)
+                    card = model_card(model, self.arguments, state, evaluation, run.compressors)
                     save_checkpoint_folder(model, run.corpus.tokenizer, run.folder / name, card)
             except Exception as caught:  # the other processes wait for the outcome
                 error = caught

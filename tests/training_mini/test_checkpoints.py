@@ -47,7 +47,9 @@ def test_resumed_at_another_batch_size_nothing_is_left_out_or_read_twice(second:
     assert f"20 steps with {64 * count:,} tokens in all, the last of {second} x 64 tokens" in card
 
 
-def test_a_checkpoint_of_before_sequences_were_counted_goes_on_exactly(tmp_path: Path) -> None:
+def test_a_checkpoint_of_before_sequences_were_counted_goes_on_exactly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train_here(tmp_path / "whole", "--max_steps", 8, "--save_steps", 4)
     train_here(tmp_path / "parts", "--max_steps", 8, "--save_steps", 4)
     states = tmp_path / "parts" / "checkpoints"
@@ -60,6 +62,8 @@ def test_a_checkpoint_of_before_sequences_were_counted_goes_on_exactly(tmp_path:
     sums = json.loads((old / CHECKSUMS).read_text())
     (old / CHECKSUMS).write_text(json.dumps(sums | {STATE: sha256(old / STATE)}))
     assert damage_of(old) == "" and read_state(old).sequences is None
+    capsys.readouterr()
     train_here(tmp_path / "parts", "--resume", "--max_steps", 8)
+    assert "This run began with torch's Muon" in capsys.readouterr().err, "as every run by Muon of that time did"
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert read_state(states / "step_8").sequences == 64 and read_state(states / "step_8").order == {"seed": 42}

@@ -4,7 +4,7 @@ from helpers.random_models import make_model
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import TrainerState
 from training_mini.evaluation import Evaluation
-from training_mini.model_folders import model_card
+from training_mini.model_folders import at_best, model_card
 
 
 def test_the_card_names_the_optimizer() -> None:
@@ -25,3 +25,13 @@ def test_the_card_of_a_run_whose_batch_size_changed_says_what_was_read() -> None
     ):
         state = TrainerState(corpus={}, architecture={}, step=10, sequences=sequences)
         assert words in model_card(model, arguments, state, evaluation, {"gzip": 2.0})
+
+
+def test_the_card_of_the_best_weights_has_the_figures_of_their_step() -> None:
+    last = Evaluation(loss=2.0, bits_per_byte=3.0)
+    state = TrainerState(
+        corpus={}, architecture={}, step=10, sequences=80, best_loss=1.0, best_step=4, best_sequences=32
+    )
+    at_step, evaluation = at_best(state, last)
+    assert (at_step.step, at_step.sequences) == (4, 32) and evaluation == Evaluation(loss=1.0, bits_per_byte=1.5)
+    assert (state.step, state.sequences) == (10, 80), "the run goes on from its last step"
