@@ -2,17 +2,21 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from cards_mini import PLACEHOLDER
+from cards_mini import PLACEHOLDER, read_card
+from entry_points_mini import Settings, option
 from helpers.exports import random_model, same_parameters
 from huggingface_hub import ModelCard
-from modeling_mini.export import FORMATS, __main__, export, module_of
+from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def test_the_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -37,6 +41,31 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
         __main__.run(["gguf", "--help"])
     shown = capsys.readouterr().out
     assert "--types" in shown and "--overwrite" in shown
+
+
+def test_a_format_is_a_module_and_a_line_in_the_list(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A made-up format has its flags, its help and its card."""
+
+    @dataclass
+    class Options(Settings):
+        shouted: bool = option(False, "write in capital letters")
+
+    def export_names(model: PreTrainedModel, tokenizer: object, out: Path, shouted: bool) -> ExportCard:
+        names = "\n".join(name for name, _ in model.named_parameters())
+        (out / "names.txt").write_text(names.upper() if shouted else names)
+        return ExportCard(title="Names of weights", usage="Read `names.txt`.", exactness="All names are there.")
+
+    module = SimpleNamespace(Options=Options, export_names=export_names)
+    monkeypatch.setitem(sys.modules, "modeling_mini.export.names", module)
+    monkeypatch.setitem(FORMATS, "names", "as a list of names")
+    __main__.run([])
+    assert "names    as a list of names" in capsys.readouterr().out
+    __main__.run(["names", str(checkpoint), str(tmp_path / "out"), "--shouted"])
+    assert "MODEL.NORM.WEIGHT" in (tmp_path / "out" / "names.txt").read_text()
+    card = read_card(tmp_path / "out" / "README.md")
+    assert card.facts.kind == "names" and "Read `names.txt`." in card.sections["How to use"]
 
 
 @pytest.mark.parametrize(
