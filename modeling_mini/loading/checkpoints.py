@@ -45,8 +45,8 @@ def load_model(
         checkpoint, adapter = None, checkpoint
     if adapter is not None and Path(adapter).is_dir():
         adapter = find_checkpoint(adapter)
+    named = base_of_adapter(adapter) if adapter is not None else None  # refuses what is no adapter, before any loading
     if checkpoint is None:
-        named = base_of_adapter(adapter)
         try:
             base, tokenizer = load_checkpoint(find_checkpoint(named), **loading)
         except ValueError as error:
