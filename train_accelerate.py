@@ -33,6 +33,9 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
         )
     baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in run.compressors.items())
     steps = run.state.step
+    valid = []
+    if result.valid_functions is not None:
+        valid = [f"Of 100 functions that it began with 'def ', {100 * result.valid_functions:.0f} are valid Python."]
     early = "" if steps >= run.arguments.optimization.max_steps else " (stopped early: no better for a while)"
     samples = "\n----------------\n".join(result.samples)
     return "\n".join(
@@ -40,6 +43,7 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
             f"\nTrained {steps} steps in {format_seconds(result.seconds)}{early}.",
             f"Bits per byte on {run.held_out_bytes:,} held-out bytes: Mini {result.evaluation.bits_per_byte:.3f}, "
             f"{baselines}.",
+            *valid,
             f"\n--- a sample ---\n{samples}\n----------------\n",
             f"Best model   {folder}/best  (step {run.state.best_step})",
             f"Last model   {folder}/final",

@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,15 @@ class Run:
     def ema_weights(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, the model has the moving average as its weights, if there is one."""
         return self.ema.in_place() if self.ema is not None else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def full_model(self) -> Iterator[PreTrainedModel | None]:
+        """
+        The model to write with, whole and with the moving average if there is one, on the main process, and `None` on
+        the others. Every process enters it.
+        """
+        with self.ema_weights():
+            yield self.parallel.gather_full_model(self.model)
 
 
 def build_run(arguments: Arguments) -> Run:

@@ -113,6 +113,8 @@ class Monitor:
 
     def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Adds lines to `samples.jsonl`. Lines of this step or later, from an interrupted run, are replaced."""
+        if not self.enabled:
+            return
         path = self.folder / "samples.jsonl"
         lines = [line for line in read_json_lines(path) if line["step"] < step]
         lines += [{"step": step, **sample} for sample in samples]

@@ -1,10 +1,34 @@
-"""The samples that a model writes during training."""
+"""The samples that a model writes during training, and how many of its Python functions are valid."""
+
+import ast
+import warnings
 
 import torch
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data.corpus import Corpus
+from .build import Run
+from .data.corpus import PYTHON_PROMPT, Corpus
+
+FUNCTIONS = 100  # so that a share of them is a whole number of percent
+LONGEST_FUNCTION = 256  # tokens
+
+
+def samples_of_run(run: Run) -> list[dict[str, str]]:
+    """A sample for each prompt of a run, up to the length of the context; every process calls it, one gets them."""
+    prompts = run.corpus.make_prompts(run.held_out, run.arguments.monitoring.sample_prompts)
+    with run.full_model() as model:
+        if model is None:
+            return []
+        return write_samples(model, run.corpus, prompts, run.config.max_position_embeddings, run.arguments.run.seed)
+
+
+def functions_of_run(run: Run) -> float | None:
+    """`share_of_valid_functions` of a run on Python; every process calls it, and one gets it."""
+    if not run.corpus.is_python:
+        return None
+    with run.full_model() as model:
+        return share_of_valid_functions(model, run.corpus.tokenizer) if model is not None else None
 
 
 def write_samples(
@@ -30,3 +54,77 @@ def write_samples(
             samples.append({"prompt": prompt, "text": text})
     model.train(was_training)
     return samples
+
+
+def share_of_valid_functions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int = FUNCTIONS,
+    seed: int = 0,
+    max_new_tokens: int = LONGEST_FUNCTION,
+    max_seconds: float = 20.0,
+) -> float:
+    """
+    How well a model knows the grammar of Python, in a number that everybody understands: it writes `count` functions,
+    each begun with `def `, and this is the share of them, from 0 to 1, that `ast.parse` accepts.
+
+    The functions are written in one batch, as `generate` samples with the model's own settings; the first call on a
+    model and the second give the same. The model and the global random state do not change.
+
+    Args:
+        max_new_tokens: of one function, if the context has room for them; see `first_function` for a longer one.
+        max_seconds: after so much time the functions stay as long as they are, so that a large model on a slow machine
+            does not keep anybody waiting.
+    """
+    ids = torch.tensor([tokenizer(PYTHON_PROMPT).input_ids] * count, device=model.device)  # (count, prompt)
+    room = model.config.max_position_embeddings - ids.shape[1]
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        # A compiled model would compile again for this shape.
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            torch.manual_seed(seed)
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                max_new_tokens=min(max_new_tokens, room),
+                max_time=max_seconds,
+            )
+    finally:
+        model.train(was_training)
+    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    end = torch.tensor(model.generation_config.eos_token_id, device=output.device)  # one or several
+    has_ended = torch.isin(output[:, ids.shape[1] :], end).any(dim=1).tolist()
+    functions = [first_function(text, is_whole) for text, is_whole in zip(texts, has_ended, strict=True)]
+    return sum(map(is_valid_python, functions)) / count
+
+
+def first_function(text: str, is_whole: bool) -> str:
+    """
+    The function that a text begins with: up to the first line that is indented less than its body. Of a text that was
+    cut off (`is_whole` is false) before that, the last statement of the body is left out, because it may lack its end.
+    """
+    lines = text.split("\n")
+    body = next((number for number, line in enumerate(lines, start=1) if line.rstrip().endswith(":")), len(lines))
+    depth, last = None, 0
+    for number, line in enumerate(lines[body:], start=body):
+        if line.strip():
+            indentation = len(line) - len(line.lstrip())
+            depth = indentation if depth is None else depth
+            if indentation < depth:
+                return "\n".join(lines[:number])
+            if indentation == depth:
+                last = number
+    return text if is_whole else "\n".join(lines[:last])
+
+
+def is_valid_python(source: str) -> bool:
+    """Whether `ast.parse` accepts it. It has at least a statement."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of backslashes in strings
+        try:
+            return bool(ast.parse(source).body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # MemoryError: nested too deeply
+            return False

@@ -16,7 +16,7 @@ import torch
 from .arguments import Arguments
 from .build import Run
 from .evaluation import evaluate
-from .sampling import write_samples
+from .sampling import LONGEST_FUNCTION, share_of_valid_functions, write_samples
 
 UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
 REHEARSED_SHARE = 0.03  # the share of the time that is used to time steps
@@ -38,6 +38,7 @@ class Costs:
     checkpoint: float
     model_folder: float
     samples: float
+    functions: float = 0.0
 
     def of(self, steps: int, arguments: Arguments) -> float:
         """The seconds for so many steps, with all evaluations, samples and writes between them and at the end."""
@@ -53,6 +54,7 @@ class Costs:
             + checkpoints * self.checkpoint
             + folders * self.model_folder
             + sampled * self.samples
+            + self.functions
         )
 
 
@@ -120,7 +122,7 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
     evaluate(run.model, run.held_out, batch_size, accelerator, lambda: next(asked) > EVALUATED_BATCHES)
     evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)
     # Only the first tokens of the first sample are timed.
-    began, samples = time.monotonic(), 0.0
+    began, samples, functions = time.monotonic(), 0.0, 0.0
     model = run.parallel.gather_full_model(run.model)
     if model is not None:
         prompts = run.corpus.make_prompts(run.held_out, arguments.monitoring.sample_prompts)
@@ -128,11 +130,15 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
         length = min(whole, len(prompts[0][1]) + SAMPLED_TOKENS)
         write_samples(model, run.corpus, prompts[:1], length, arguments.run.seed)
         samples = (time.monotonic() - began) * len(prompts) * max(1.0, whole / SAMPLED_TOKENS)
+        if run.corpus.is_python:
+            began = time.monotonic()
+            share_of_valid_functions(model, run.corpus.tokenizer, max_new_tokens=SAMPLED_TOKENS)
+            functions = (time.monotonic() - began) * min(whole, LONGEST_FUNCTION) / SAMPLED_TOKENS
     size = 4 * run.unwrapped_model.num_parameters()
     folder = SECONDS_OF_A_FOLDER + size / WRITTEN_BYTES_PER_SECOND
     # A checkpoint has the weights and two moments for each of them.
     checkpoint = SECONDS_OF_A_FOLDER + 3 * size / WRITTEN_BYTES_PER_SECOND
-    return Costs(step, evaluation, checkpoint, folder, samples)
+    return Costs(step, evaluation, checkpoint, folder, samples, functions)
 
 
 @contextlib.contextmanager

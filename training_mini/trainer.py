@@ -4,7 +4,8 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from entry_points_mini import quiet_libraries
@@ -20,7 +21,7 @@ from .metrics import inner_metrics, make_log_window, size_metrics, update_metric
 from .model_folders import at_best, model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
-from .sampling import write_samples
+from .sampling import functions_of_run, samples_of_run
 from .signals import StopRequest
 from .time_limit import fix_max_steps
 
@@ -29,13 +30,17 @@ INNER_WINDOWS = 4  # held-out windows on which attention and activations are mea
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of a run. There are no evaluation and no samples if a signal stopped it."""
+    """
+    The result of a run. There are no evaluation and no samples if a signal stopped it; `valid_functions` is the share
+    of Python functions by the model that are valid, from 0 to 1, of a corpus of Python.
+    """
 
     run: Run
     stopped_by: int | None
     seconds: float
     evaluation: Evaluation | None
-    samples: list[str]
+    samples: list[str] = field(default_factory=list)
+    valid_functions: float | None = None
 
 
 def train(arguments: Arguments) -> TrainingResult:
@@ -84,7 +89,7 @@ class Trainer:
                     evaluation = self.loop()
                     if evaluation is None and self.is_done():
                         evaluation = self.evaluate()  # a run that was resumed at its end has none yet
-                result = self.finish(evaluation) if evaluation is not None else self.result()
+                result = self.finish(evaluation) if evaluation is not None else self.result(None)
         finally:
             self.run.run_folder.release()
         self.accelerator.wait_for_everyone()
@@ -327,20 +332,17 @@ class Trainer:
         self.save_model("final", evaluation)
         if self.arguments.adapter.merge:
             self.save_model("merged", evaluation)
-        return self.result(evaluation, self.sample())
+        samples, share = self.sample(), functions_of_run(self.run)
+        if share is not None and self.state.step > self.monitor.start_step:  # otherwise it is recorded already
+            self.monitor.record(self.state.step, {"eval_valid_functions": share})
+        return self.result(evaluation, samples, share)
 
     def sample(self) -> list[str]:
-        """The samples for the prompts, each up to the length of the context. They are also added to `samples.jsonl`."""
-        run, length, seed = self.run, self.run.config.max_position_embeddings, self.arguments.run.seed
-        with run.ema_weights():
-            model = self.parallel.gather_full_model(run.model)
-            if model is None:
-                return []
-            prompts = run.corpus.make_prompts(run.held_out, self.arguments.monitoring.sample_prompts)
-            samples = write_samples(model, run.corpus, prompts, length, seed)
+        """The samples for the prompts. They are also added to `samples.jsonl`."""
+        samples = samples_of_run(self.run)
         self.monitor.record_samples(self.state.step, samples)
         return [sample["text"] for sample in samples]
 
-    def result(self, evaluation: Evaluation | None = None, samples: list[str] | None = None) -> TrainingResult:
+    def result(self, evaluation: Evaluation | None, *written: Any) -> TrainingResult:
         stopped_by = self.stop.signal if evaluation is None else None
-        return TrainingResult(self.run, stopped_by, time.monotonic() - self.started, evaluation, samples or [])
+        return TrainingResult(self.run, stopped_by, time.monotonic() - self.started, evaluation, *written)

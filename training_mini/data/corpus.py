@@ -37,6 +37,7 @@ from .streaming import StreamBatches, TokenStream, find_stream
 
 FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
+PYTHON_PROMPT = "def "
 HELD_OUT_PROMPTS = 2  # examples that a model answers where no prompt was given
 
 
@@ -53,6 +54,7 @@ class Corpus(ABC):
         notes: what is to be known of the files that were read, a sentence each.
         end_ids: the special tokens that end what the model writes, where the corpus shows them.
         is_chat: whether it teaches conversations.
+        is_python: whether it is nothing but Python source.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Corpus(ABC):
     notes: tuple[str, ...] = ()
     end_ids: tuple[int, ...] = ()
     is_chat: bool = False
+    is_python: bool = False
 
     @property
     @abstractmethod
@@ -126,7 +129,7 @@ class TextCorpus(Corpus):
         return TrainingBatches(self.train, collator, batch_size, seed)
 
     def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
-        default = "def " if self.name == "python-stdlib" else "\n"
+        default = PYTHON_PROMPT if self.is_python else "\n"
         return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given or [default]]
 
     def min_new_tokens(self, capacity: int) -> int | None:
@@ -241,7 +244,8 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
             encode_corpus(source, kind, tokenizer, arguments, settings, partial, show_progress)
             replace_folder(partial, folder)
     corpus = open_corpus(source.name, folder)
-    return dataclasses.replace(corpus, notes=notes_of(source, read_json(folder / FACTS)))
+    is_python = source.found is not None and all(file.suffix == ".py" for file in source.found.files)
+    return dataclasses.replace(corpus, notes=notes_of(source, read_json(folder / FACTS)), is_python=is_python)
 
 
 def notes_of(source: DocumentSource, facts: dict[str, Any]) -> tuple[str, ...]:
@@ -288,6 +292,7 @@ def open_corpus(name: str, folder: Path) -> Corpus:
         "tokenizer": tokenizer,
         "bytes_per_token": bytes_per_token(tokenizer),
         "settings": facts["settings"],
+        "is_python": facts["dataset"] == "python-stdlib",
     }
     if "kind" in facts:
         return ExampleCorpus(

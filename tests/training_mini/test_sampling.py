@@ -1,0 +1,91 @@
+"""What a model writes during training and at the end, and how much of it is valid Python."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers.runs import metrics, train_here
+from modeling_mini import MiniConfig, MiniForCausalLM
+from tokenization import ByteTokenizer
+from training_mini.sampling import first_function, is_valid_python, share_of_valid_functions
+
+
+@pytest.mark.parametrize(
+    ("text", "function", "cut_off"),
+    [
+        ("def f():\n    a = 1\n    return a\n\nx =", "def f():\n    a = 1\n    return a\n", None),
+        # A method is indented twice, and the next one ends it.
+        ("def f(self):\n        a(\n            1)\n\n    def g", "def f(self):\n        a(\n            1)\n", None),
+        ("def f(a,\n          b):\n    pass\n)", "def f(a,\n          b):\n    pass", None),
+        # The text is over before the function: its last statement may not be whole.
+        ("def f():\n    a = 1\n    b = 2\n", "def f():\n    a = 1\n    b = 2\n", "def f():\n    a = 1"),
+        ("def f():\n    if a:\n        b = g(", "def f():\n    if a:\n        b = g(", "def f():"),
+        ("def f(", "def f(", ""),
+        ("def f():\na = 1", "def f():\na = 1", "def f():"),
+    ],
+)
+def test_the_function_that_a_text_begins_with(text: str, function: str, cut_off: str | None) -> None:
+    assert first_function(text, is_whole=True) == function
+    assert first_function(text, is_whole=False) == (function if cut_off is None else cut_off)
+
+
+@pytest.mark.parametrize(
+    ("source", "is_valid"),
+    [
+        ("def f(self):\n        return '\\d'", True), ("def f():", False), ("def f(:\n    pass", False), ("", False),
+        ("def f():\n    return '\0'", False), ("def f():\n    return " + "(" * 5000, False),
+    ],
+)  # fmt: skip
+def test_valid_python(source: str, is_valid: bool, recwarn: pytest.WarningsRecorder) -> None:
+    assert is_valid_python(source) == is_valid and not recwarn
+
+
+def test_the_share_is_that_of_what_the_model_wrote() -> None:
+    tokenizer, asked = ByteTokenizer(), {}
+    bodies = ["f():\n    return 1", "f():\n    return", "f(:\n    return 1", "f():\n    a = 1\n    return 1 +"]
+
+    def generate(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        asked.update(settings)
+        # The first three end by themselves; the last is cut off.
+        ends = [tokenizer.eos_token] * 3 + [""]
+        texts = [body + end for body, end in zip(bodies, ends, strict=True)]
+        written = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt").input_ids
+        return torch.cat([ids, written], dim=1)
+
+    model = SimpleNamespace(
+        device=torch.device("cpu"), training=False, eval=lambda: None, train=lambda mode: None, generate=generate,
+        config=SimpleNamespace(max_position_embeddings=64),
+        generation_config=SimpleNamespace(eos_token_id=[tokenizer.eos_token_id]),
+    )  # fmt: skip
+    assert share_of_valid_functions(model, tokenizer, count=4) == 0.75
+    assert asked["do_sample"] and asked["max_new_tokens"] == 64 - len(tokenizer("def ").input_ids)
+
+
+def test_counting_functions_changes_nothing_and_gives_the_same_again() -> None:
+    tokenizer = ByteTokenizer()
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1, max_position_embeddings=32)).train()
+    state = torch.get_rng_state()
+    asked = []
+    generate = model.generate
+    model.generate = lambda *args, **settings: asked.append(generate(*args, **settings)) or asked[-1]
+    assert share_of_valid_functions(model, tokenizer, count=3) == share_of_valid_functions(model, tokenizer, count=3)
+    assert torch.equal(asked[0], asked[1]) and len(asked[0]) == 3 and len({*map(tuple, asked[0].tolist())}) == 3
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    share_of_valid_functions(model, tokenizer, count=3, max_seconds=0)
+    assert asked[-1].shape[1] < asked[0].shape[1], "it does not wait for a slow model"
+
+
+def test_a_run_on_python_says_how_many_functions_are_valid(tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"m{number}.py").write_text(f"def f{number}(a):\n    return a + {number}\n" * 10)
+    flags = ("--dataset", tmp_path / "text", "--max_steps", 4, "--eval_steps", 2)
+    _, result = train_here(tmp_path / "run", *flags)
+    shares = [line["eval_valid_functions"] for line in metrics(tmp_path / "run") if "eval_valid_functions" in line]
+    assert shares == [result.valid_functions] and 0 <= result.valid_functions <= 1
+    assert result.samples[0].startswith("def ")
+    _, again = train_here(tmp_path / "run", *flags, "--resume")
+    assert again.valid_functions == result.valid_functions
+    assert sum("eval_valid_functions" in line for line in metrics(tmp_path / "run")) == 1
