@@ -13,8 +13,10 @@ has another checksum, or is not in that list, is a person's. Cards from before `
 import dataclasses
 import hashlib
 import importlib.metadata
+import json
 import logging
 import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,6 +77,7 @@ class Facts:
         sequences: how many sequences it had learned from by then.
         optimizer: what people call the optimizer.
         tokens, epoch: how much the training had read by then, in tokens and in passes over the training part.
+        prompts: beginnings for people to try, of the kind of text that it was trained on.
         compressors: bits per byte that a compressor needs for the held-out text, by name.
         settings: of the run, as its `config.yaml` has them, without what belongs to one machine.
         code: the commit of Mini whose code the folder carries.
@@ -95,6 +98,7 @@ class Facts:
     optimizer: str = ""
     tokens: int | None = None
     epoch: float | int | None = None
+    prompts: list[str] = field(default_factory=list)
     compressors: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     code: str | None = None
@@ -119,7 +123,7 @@ class Facts:
 
     def as_dict(self) -> dict[str, Any]:
         """What is known, ready for YAML."""
-        return {name: value for name, value in vars(self).items() if value not in (None, "", {}, False)}
+        return {name: value for name, value in vars(self).items() if value not in (None, "", {}, [], False)}
 
     @property
     def is_export(self) -> bool:
@@ -358,7 +362,8 @@ def usage(
     name, is_adapter = repository or PLACEHOLDER, facts.kind == "adapter"
     at = "" if revision is None else f', revision="{revision}"'
     trust = ", trust_remote_code=True" if trust_remote_code else ""
-    prompt = PROMPT.strip()
+    beginning = (facts.prompts or [PROMPT])[0].strip()
+    prompt = json.dumps(beginning, ensure_ascii=False)  # as Python writes it
     needs = ["torch", "transformers"]
     if trust_remote_code and not is_adapter and "transformers_version" in config:
         needs[1] = f'"transformers>={config["transformers_version"]}"'  # the code was not tried with older ones
@@ -373,7 +378,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})
 base = AutoModelForCausalLM.from_pretrained("{base}"{trust})
 model = PeftModel.from_pretrained(base, "{name}"{at})
-output = model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=40)
+output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
@@ -387,7 +392,7 @@ base = AutoModelForCausalLM.from_pretrained("{base}"{trust})
 model = PeftModel.from_pretrained(base, "{name}"{at}).merge_and_unload()
 tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-print(generator("{prompt}", max_new_tokens=40)[0]["generated_text"])
+print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])
 ```''')
     elif is_adapter:
         lines.append(f'''```python
@@ -396,7 +401,7 @@ from transformers import AutoTokenizer
 
 model = AutoPeftModelForCausalLM.from_pretrained("{name}"{trust})
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-output = model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=40)
+output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```''')
     else:
@@ -404,7 +409,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{name}"{at}{trust})
-print(generator("{prompt}", max_new_tokens=40)[0]["generated_text"])
+print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])
 ```
 
 Step by step:
@@ -414,16 +419,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{at}{trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{at}{trust})
-output = model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=40)
+output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```''')
     if is_adapter or revision is None:
         flag = "adapter" if is_adapter else "model"
-        lines.append(f'''With Mini installed, from the command line:
+        lines.append(f"""With Mini installed, from the command line:
 
 ```bash
-mini-generate --{flag} {name} --prompt "{prompt} " --max_new_tokens 40
-```''')
+mini-generate --{flag} {name} --prompt {shlex.quote(beginning)} --max_new_tokens 40
+```""")
     if trust_remote_code and not is_adapter:
         lines.append(
             "`trust_remote_code=True` runs the Python files of this repository, which are the model's architecture; "

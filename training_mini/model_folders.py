@@ -53,8 +53,9 @@ def model_card(
     state: TrainerState,
     evaluation: Evaluation,
     compressors: dict[str, float],
+    prompts: list[str] | None = None,
 ) -> str:
-    """The card of a checkpoint or an adapter, from facts of the run alone."""
+    """The card of a checkpoint or an adapter, from facts of the run alone; `prompts` are beginnings of its corpus."""
     adapter, base, dataset = arguments.adapter, arguments.model.model, arguments.data.dataset
     optimizer = arguments.optimization.optimizer
     name = Path(dataset).name or dataset
@@ -87,6 +88,7 @@ def model_card(
         step=state.step,
         sequences=state.sequences,
         optimizer=OPTIMIZERS[optimizer].display_name,
+        prompts=prompts or [],
         compressors=compressors,
         settings=public_settings(arguments.as_dict()),
     )

@@ -321,7 +321,8 @@ class Trainer:
                 else:
                     model = merged_model(self.arguments, run.folder / "best") if self.monitor.enabled else None
                 if model is not None:
-                    card = model_card(model, self.arguments, state, evaluation, run.compressors)
+                    prompts = run.corpus.beginnings(run.held_out)
+                    card = model_card(model, self.arguments, state, evaluation, run.compressors, prompts)
                     save_checkpoint_folder(model, run.corpus.tokenizer, run.folder / name, card)
             except Exception as caught:  # the other processes wait for the outcome
                 error = caught

@@ -35,3 +35,10 @@ def test_the_card_of_the_best_weights_has_the_figures_of_their_step() -> None:
     at_step, evaluation = at_best(state, last)
     assert (at_step.step, at_step.sequences) == (4, 32) and evaluation == Evaluation(loss=1.0, bits_per_byte=1.5)
     assert (state.step, state.sequences) == (10, 80), "the run goes on from its last step"
+
+
+def test_the_examples_of_the_card_begin_as_the_text_of_the_run_does() -> None:
+    evaluation, state = Evaluation(loss=1.0, bits_per_byte=1.44), TrainerState(corpus={}, architecture={})
+    card = model_card(make_model(), parse_arguments([]), state, evaluation, {}, ['Es war "ein', "Haus"])
+    assert 'generator("Es war \\"ein", max_new_tokens=40)' in card and "--prompt 'Es war \"ein' " in card
+    assert '\n  prompts:\n  - Es war "ein\n  - Haus\n' in card

@@ -8,6 +8,7 @@ depend on the size of the corpus.
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -39,6 +40,9 @@ FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
 PYTHON_PROMPT = "def "
 HELD_OUT_PROMPTS = 2  # examples that a model answers where no prompt was given
+# For people to try: how many beginnings, of how many characters at most, from how many tokens of held-out text.
+BEGINNINGS, LONGEST_BEGINNING, READ_FOR_BEGINNINGS = 4, 28, 20_000
+LONGEST_QUESTION = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,10 @@ class Corpus(ABC):
     def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
         """The text and the ids of each prompt from which the model writes a sample; `given` are those asked for."""
 
+    @abstractmethod
+    def beginnings(self, held_out: HeldOut) -> list[str]:
+        """A few held-out beginnings that people can let the model continue, for its card and its pages."""
+
     def min_new_tokens(self, capacity: int) -> int | None:
         """How many of the `capacity` tokens of a sample the model has to write; `None`: it may end when it likes."""
         return None
@@ -131,6 +139,12 @@ class TextCorpus(Corpus):
     def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
         default = PYTHON_PROMPT if self.is_python else "\n"
         return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given or [default]]
+
+    def beginnings(self, held_out: HeldOut) -> list[str]:
+        text = self.text_of(self.validation[:READ_FOR_BEGINNINGS]).decode("utf-8", "ignore")
+        lines = [line for line in text.splitlines()[1:-1] if line[:1].isalpha()]
+        found = list(dict.fromkeys(beginning_of(line) for line in lines[:: max(1, len(lines) // BEGINNINGS)]))
+        return found[:BEGINNINGS]
 
     def min_new_tokens(self, capacity: int) -> int | None:
         return capacity // 2  # else a document that ends early leaves nothing to look at
@@ -195,6 +209,18 @@ class ExampleCorpus(Corpus):
         conversations = [[{"role": "user", "content": prompt}] for prompt in given]
         ids = [encode_messages(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
         return list(zip(given, ids, strict=True))
+
+    def beginnings(self, held_out: HeldOutExamples) -> list[str]:
+        prompts = (held_out.collator.prompt(number) for number in range(len(self.validation)))
+        texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts)
+        short = (text for text in texts if text.strip() and len(text) <= LONGEST_QUESTION)
+        return list(dict.fromkeys(itertools.islice(short, BEGINNINGS)))
+
+
+def beginning_of(line: str) -> str:
+    """Whole words from the beginning of a line, without the space that follows them; half a line at most."""
+    most = min(LONGEST_BEGINNING, max(1, len(line) // 2))
+    return (line[:most].rpartition(" ")[0] or line[:most]).rstrip()
 
 
 def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progress: bool = True) -> Corpus:

@@ -21,6 +21,7 @@ from training_mini.data import formats as formats_module
 from training_mini.data import sources as sources_module
 from training_mini.data.corpus import Corpus, load_corpus
 from training_mini.data.formats import decoded
+from training_mini.data.packing import ExampleCollator, HeldOutExamples
 from training_mini.data.sources import open_source
 
 
@@ -381,3 +382,24 @@ def test_sample_is_the_same_everywhere(load) -> None:
     assert len(text) > 300_000
     sums = re.findall(rb"(\d+) plus (\d+) is (\d+)\.", text)
     assert len(sums) > 1000 and all(int(a) + int(b) == int(c) for a, b, c in sums)
+
+
+def test_beginnings_are_of_the_held_out_text(load, tmp_path: Path) -> None:
+    """Whole words, each from another line; and what the user says first, of conversations."""
+    lines = [f"Zeile {number} der Geschichte vom kleinen Haus\n" for number in range(400)]
+    (tmp_path / "one.txt").write_text("".join(lines), encoding="utf-8")
+    corpus = load(tmp_path / "one.txt")
+    found = corpus.beginnings(held_out=None)
+    held_out = corpus.text_of(corpus.validation).decode()
+    assert len(found) == 4 and all(re.fullmatch(r"Zeile \d+ der", beginning) for beginning in found)
+    assert all(f"\n{beginning} " in held_out for beginning in found)
+    (tmp_path / "empty.txt").write_text(".\n" * 100, encoding="utf-8")
+    assert load(tmp_path / "empty.txt").beginnings(held_out=None) == []
+
+    turns = [{"role": "user", "content": "Hi <|end|>?"}, {"role": "assistant", "content": "Yes."}]
+    long = [{"role": "user", "content": "x" * 100}, turns[1]]
+    records = [{"messages": messages} for messages in [turns, long] * 20]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    chats = load(tmp_path / "chats.jsonl")
+    held_out = HeldOutExamples(ExampleCollator(chats.validation, 64, 0, True), chats.bytes_per_token, 0)
+    assert chats.beginnings(held_out) == ["Hi <|end|>?"]
