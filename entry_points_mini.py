@@ -10,7 +10,7 @@ import textwrap
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -283,19 +283,23 @@ class ArgumentParser(argparse.ArgumentParser):
             raise ValueError(f"{path} is not valid YAML: {detail}") from None
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold lines of the form 'name: value'.")
-        flags = []
-        for name, value in values.items():
+        for name in values:
             if name not in self.known_fields:
                 raise ValueError(f"{path} has an unknown key {name!r}{self.right_name(str(name))}")
-            if name in replaced:
-                continue
-            if isinstance(value, list):
-                flags += [f"--{name}", *map(str, value)] if value else []
-            elif isinstance(value, dict):
-                flags.append(f"--{name}={yaml.safe_dump(value, default_flow_style=True)}")
-            elif value is not None:
-                flags.append(f"--{name}={value}")
-        return flags
+        return as_flags({name: value for name, value in values.items() if name not in replaced})
+
+
+def as_flags(values: Mapping[str, Any]) -> list[str]:
+    """The flags that say the same as these settings, by name; `None` and an empty list are not given."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, list | tuple):
+            flags += [f"--{name}", *map(str, value)] if value else []
+        elif isinstance(value, dict):
+            flags.append(f"--{name}={yaml.safe_dump(value, default_flow_style=True)}")
+        elif value is not None:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
 def heading_of(group: type[Settings]) -> str:

@@ -407,6 +407,12 @@ def encoding_called(name: str) -> str:
         raise ValueError(f"encoding must be one that Python knows, got {name!r}{hint}") from None
 
 
+GROUPS = (
+    ModelArguments, AdapterArguments, DataArguments, OptimizationArguments, MonitoringArguments, RunArguments,
+)  # fmt: skip
+CONFIG_HELP = "YAML file with any of these settings"
+
+
 @dataclass(frozen=True)
 class Arguments:
     """The groups together."""
@@ -509,11 +515,8 @@ def parse_arguments(argv: list[str]) -> Arguments:
     Raises:
         ValueError: for anything that cannot be a run, in one sentence.
     """
-    groups = [
-        ModelArguments, AdapterArguments, DataArguments, OptimizationArguments, MonitoringArguments, RunArguments,
-    ]  # fmt: skip
-    parser = ArgumentParser(groups, description="Train a Mini language model, or go on with a trained one.")
-    parser.others.add_argument("--config", metavar="FILE", help="YAML file with any of these settings")
+    parser = ArgumentParser(GROUPS, description="Train a Mini language model, or go on with a trained one.")
+    parser.others.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     known, _ = parser.parse_known_args(argv)
     yaml_path = known.config
     if known.resume:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
@@ -24,6 +25,9 @@ from .arguments import Arguments, OptimizationArguments
 from .launch import check_launch, check_processes
 from .lora import blank_copy
 from .optimizers import OPTIMIZERS
+
+# In place of "true" in ACCELERATE_USE_FSDP: accelerate reads it as false, and a second run in the process as its launch.
+SHARDED_BY_MINI = "no"
 
 
 class Parallel:
@@ -38,7 +42,7 @@ class Parallel:
 
     def __init__(self, arguments: Arguments) -> None:
         check_launch()
-        self.is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        self.is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", SHARDED_BY_MINI)
         if self.is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("Mini shards by FSDP2 only: put fsdp_version: 2 into the configuration of accelerate.")
         if arguments.adapter.lora_r and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -49,7 +53,8 @@ class Parallel:
                 f"so DDP will do."
             )
         # Otherwise accelerate would shard the model too, on a GPU.
-        os.environ["ACCELERATE_USE_FSDP"] = "false"
+        if self.is_sharded:
+            os.environ["ACCELERATE_USE_FSDP"] = SHARDED_BY_MINI
         self.accelerator = make_accelerator(arguments)
         check_processes(self.accelerator)
         if (self.is_sharded or self.accelerator.state.deepspeed_plugin) and arguments.monitoring.internals_steps:
@@ -210,6 +215,7 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
         )
     bf16 = run.bf16 if run.bf16 is not None else has_bf16 or launched_precision == "bf16"
     trackers = arguments.monitoring.report_to
+    AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=str(arguments.output_dir)
     )

@@ -23,6 +23,7 @@ PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from modeling_mini.analysis.figures import Picture
 
 console = Console()
 warnings_console = Console(stderr=True)
@@ -176,16 +177,27 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None:
-    """Draws `curves.png`: bits per byte of training and validation beside the compressors, and the learning rate."""
-    from modeling_mini.analysis.figures import figure_file  # loads matplotlib
+    """Draws `curves.png`; see `curves_of`."""
+    from modeling_mini.analysis.figures import write_figure  # loads matplotlib
+
+    if (figure := curves_of(folder, title, compressors)) is not None:
+        write_figure(figure, folder / "curves.png")
+
+
+def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Picture | None":
+    """
+    A figure of bits per byte of training and validation beside the compressors, and of the learning rate; `None` where
+    nothing was logged yet.
+    """
+    from modeling_mini.analysis.figures import new_figure  # loads matplotlib
 
     metrics = read_metrics(folder)
     train = [(m["step"], m["bits_per_byte"]) for m in metrics if "bits_per_byte" in m]
     validation = [(m["step"], m["eval_bits_per_byte"]) for m in metrics if "eval_bits_per_byte" in m]
     rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
     if not train:
-        return
-    with figure_file(folder / "curves.png", figsize=(8, 5.5)) as figure:
+        return None
+    with new_figure(figsize=(8, 5.5)) as figure:
         curve, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
         if validation:
@@ -206,3 +218,4 @@ def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None
         rate.set_ylabel("learning rate")
         rate.set_xlabel("step")
         rate.grid(alpha=0.3)
+    return figure

@@ -1,6 +1,7 @@
 """Stopping when asked: Ctrl-C, and the signals by which schedulers end a job, on every process at the same step."""
 
 import signal
+import threading
 from types import FrameType, TracebackType
 
 import torch
@@ -11,7 +12,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 class StopRequest:
     """
-    Within its context, a signal stops the run after the current step. A second Ctrl-C stops it at once.
+    Within its context, a signal stops the run after the current step. A second Ctrl-C stops it at once. Python hands
+    signals to the main thread only, so in another thread a run cannot be asked to stop.
 
     Attributes:
         signal: the signal on which all processes have agreed, or `None`.
@@ -28,7 +30,8 @@ class StopRequest:
         self._received = number
 
     def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS if is_main}
         return self
 
     def __exit__(
