@@ -16,7 +16,7 @@ from training_mini.arguments import Arguments, parse_arguments
 from training_mini.data.files import find_files
 
 if TYPE_CHECKING:
-    from training_mini.trainer import TrainingResult
+    from training_mini.result import TrainingResult
 
 
 def report(result: "TrainingResult", arguments: Arguments) -> str:

@@ -20,7 +20,8 @@ from training_mini import distributed
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import states_of
 from training_mini.evaluation import Evaluation
-from training_mini.trainer import Trainer, TrainingResult
+from training_mini.result import TrainingResult
+from training_mini.trainer import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 

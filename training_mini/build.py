@@ -31,6 +31,7 @@ from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, tokeniz
 from .data.encoding import make_tokenizer
 from .distributed import Parallel, blocks_of
 from .evaluation import HeldOut, compressor_bits_per_byte
+from .hooks import NO_HOOKS, Hooks
 from .lora import add_lora, describe
 from .optimization import ExponentialMovingAverage, make_optimizers
 from .run_folder import RunFolder
@@ -78,6 +79,11 @@ class Run:
         return self.run_folder.path
 
     @property
+    def title(self) -> str:
+        """What stands over the curves."""
+        return f"{self.folder.name}: {self.corpus.name}"
+
+    @property
     def weights(self) -> Weights:
         """The tensors of a checkpoint."""
         return Weights(self.parallel, self.model, self.optimizers, self.ema)
@@ -96,7 +102,7 @@ class Run:
             yield self.parallel.gather_full_model(self.model)
 
 
-def build_run(arguments: Arguments) -> Run:
+def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
     """
     Makes the parts of a run, and loads the checkpoint to resume from. Every process calls it.
 
@@ -109,7 +115,8 @@ def build_run(arguments: Arguments) -> Run:
     folder = RunFolder(arguments, parallel)
     try:
         # 1. Data, and a model that fits its vocabulary.
-        corpus = load_corpus(arguments.data, arguments.monitoring.max_eval_tokens, accelerator.is_local_main_process)
+        show_progress = accelerator.is_local_main_process and not hooks.is_quiet
+        corpus = load_corpus(arguments.data, arguments.monitoring.max_eval_tokens, show_progress)
         set_seed(arguments.run.seed)
         model = make_model(arguments, corpus)
         batches, held_out = corpus.make_batches(arguments, model.config)

@@ -26,7 +26,7 @@ from .launch import check_launch, check_processes
 from .lora import blank_copy
 from .optimizers import OPTIMIZERS
 
-# In place of "true" in ACCELERATE_USE_FSDP: accelerate reads it as false, and a second run in the process as its launch.
+# Replaces "true" in ACCELERATE_USE_FSDP: accelerate reads it as false, and a second run in the process as its launch.
 SHARDED_BY_MINI = "no"
 
 

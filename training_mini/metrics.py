@@ -4,7 +4,7 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import psutil
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .build import Run
 from .evaluation import perplexity_of
+from .hooks import Metric
 
 
 class LogWindow:
@@ -127,6 +128,28 @@ def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, fl
         model.train(training)
     entropy = {f"attention_entropy/layers.{i}": layer.mean().item() for i, layer in enumerate(summary.entropy)}
     return entropy | as_metrics("activations", recorder.statistics())
+
+
+def own_metrics(run: Run, functions: Mapping[str, Metric]) -> dict[str, float]:
+    """
+    What functions of the caller measure on the whole model, as it is evaluated; `eval_` stands before each name. Every
+    process calls it, and the main process computes. If one of them fails there, every process raises.
+    """
+    metrics: dict[str, float] = {}
+    if not functions:
+        return metrics
+    error: Exception | None = None
+    with run.full_model() as model, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if model is not None:
+            was_training = model.training
+            try:
+                for name, function in functions.items():
+                    metrics[f"eval_{name}"] = float(function(model.eval(), run.corpus.tokenizer))
+            except Exception as caught:  # the other processes wait for the outcome
+                error = caught
+            model.train(was_training)
+    run.parallel.raise_everywhere(error)
+    return metrics
 
 
 @contextlib.contextmanager

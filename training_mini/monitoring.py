@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from rich.progress import (
 )
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
+# Those that Mini has by itself.
+EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_valid_functions")
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -49,11 +52,14 @@ class Monitor:
 
     Args:
         folder: the run folder.
+        is_quiet: whether nothing is printed, and what would be a line on stderr is a Python warning.
     """
 
-    def __init__(self, folder: Path, accelerator: "Accelerator") -> None:
+    def __init__(self, folder: Path, accelerator: "Accelerator", is_quiet: bool = False) -> None:
         self.folder = folder
         self.accelerator = accelerator
+        self.is_quiet = is_quiet
+        self.console = Console(quiet=True, force_terminal=False) if is_quiet else console
         self.enabled = accelerator.is_main_process
         self.start_step = self.max_steps = 0
         self._progress: Progress | None = None
@@ -70,7 +76,7 @@ class Monitor:
         kept = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
         self._seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         write_text(self.metrics_path, json_lines(kept))
-        if console.is_terminal:
+        if self.console.is_terminal:
             columns = (
                 MofNCompleteColumn(),
                 BarColumn(bar_width=20),
@@ -78,7 +84,7 @@ class Monitor:
                 TimeRemainingColumn(),
                 TextColumn("left"),
             )
-            self._progress = Progress(*columns, console=console)
+            self._progress = Progress(*columns, console=self.console)
             self._progress.start()
             self._task = self._progress.add_task("first step", total=max_steps, completed=start_step)
 
@@ -150,13 +156,13 @@ class Monitor:
     def say(self, line: str) -> None:
         """Prints a line above the live display."""
         if self.enabled:
-            (self._progress.console if self._progress is not None else console).print(
-                line, highlight=False, markup=False, soft_wrap=True
-            )
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, line: str) -> None:
         """Prints a warning on stderr, for a fault that does not end the run."""
-        if self.enabled:
+        if self.enabled and self.is_quiet:
+            warnings.warn(line, stacklevel=2)
+        elif self.enabled:
             warnings_console.print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
@@ -197,8 +203,9 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
     rates = [(m["step"], m["learning_rate"]) for m in metrics if "learning_rate" in m]
     if not train:
         return None
-    with new_figure(figsize=(8, 5.5)) as figure:
-        curve, rate = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    own = own_metrics_in(metrics)
+    with new_figure(figsize=(8, 5.5 + 1.5 * len(own))) as figure:
+        curve, rate, *others = figure.subplots(2 + len(own), 1, sharex=True, height_ratios=(4, 1, *[1.5 for _ in own]))
         curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
         if validation:
             curve.plot(*zip(*validation, strict=True), color="#08519c", marker="o", markersize=4, label="validation")
@@ -216,6 +223,20 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
         curve.grid(alpha=0.3)
         rate.plot(*zip(*rates, strict=True), color="#525252", linewidth=1.2)
         rate.set_ylabel("learning rate")
-        rate.set_xlabel("step")
         rate.grid(alpha=0.3)
+        for axes, (name, points) in zip(others, own.items(), strict=True):
+            axes.plot(*zip(*points, strict=True), color="#08519c", marker="o", markersize=3, linewidth=1.2)
+            axes.set_ylabel(name)
+            axes.grid(alpha=0.3)
+        figure.axes[-1].set_xlabel("step")
     return figure
+
+
+def own_metrics_in(lines: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:
+    """The metrics that are not Mini's own in the lines of evaluations, by name: step and value."""
+    own: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name.startswith("eval_") and name not in EVALUATION_METRICS:
+                own.setdefault(name.removeprefix("eval_"), []).append((line["step"], value))
+    return own

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,15 @@ class TrainingResult:
         seconds: how long it took.
         evaluation: the last one.
         samples: what the model wrote at the end, one text for each prompt.
+        valid_functions: of a corpus of Python, the share of functions by the model that are valid, from 0 to 1.
     """
 
     run: Run
     stopped_by: int | None
     seconds: float
     evaluation: Evaluation | None
-    samples: list[str]
+    samples: list[str] = field(default_factory=list)
+    valid_functions: float | None = None
 
     @property
     def folder(self) -> Path:

@@ -29,9 +29,9 @@ class TrainingSettings(OptionalSettings):
     """
     The settings of a training run: `TrainingSettings(dataset="sample", max_minutes=2)`.
 
-    They have the names, the defaults and the checks of the flags of `train_accelerate.py`. `None` stands for the default.
-    A setting that is given wins over the file that `config` names. With `resume`, the settings of the run in `output_dir`
-    hold, and what is given here wins over them.
+    They have the names, the defaults and the checks of the flags of `train_accelerate.py`. `None` stands for the
+    default. A setting that is given wins over the file that `config` names. With `resume`, the settings of the run in
+    `output_dir` hold, and what is given here wins over them.
 
     Raises:
         TypeError: for a name that is no setting; the sentence names the right one.
@@ -71,4 +71,6 @@ def description_of(field: dataclasses.Field) -> str:
 
 
 TrainingSettings.__signature__ = inspect.signature(OptionalSettings)  # what `help` and notebooks show
-TrainingSettings.__doc__ += "\nSettings:\n" + "\n".join(map(description_of, dataclasses.fields(TrainingSettings))) + "\n"
+TrainingSettings.__doc__ += (
+    "\nSettings:\n" + "\n".join(map(description_of, dataclasses.fields(TrainingSettings))) + "\n"
+)

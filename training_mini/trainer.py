@@ -4,7 +4,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,15 +11,18 @@ from entry_points_mini import quiet_libraries
 from torch.optim.lr_scheduler import LRScheduler
 
 from .arguments import Arguments
-from .build import Run, build_run, compile_model, description_of, find_micro_batches
+from .build import build_run, compile_model, description_of, find_micro_batches
+from .callbacks import Callbacks
 from .checkpoints import advice_of_sound_state, check_is_finite, save_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
+from .hooks import NO_HOOKS, Hooks
 from .lora import merged_model
-from .metrics import inner_metrics, make_log_window, size_metrics, update_metrics
+from .metrics import inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
 from .model_folders import at_best, model_card, save_checkpoint_folder
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
+from .result import TrainingResult
 from .sampling import functions_of_run, samples_of_run
 from .signals import StopRequest
 from .time_limit import fix_max_steps
@@ -28,30 +30,15 @@ from .time_limit import fix_max_steps
 INNER_WINDOWS = 4  # held-out windows on which attention and activations are measured
 
 
-@dataclass(frozen=True)
-class TrainingResult:
+def train(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> TrainingResult:
     """
-    The result of a run. There are no evaluation and no samples if a signal stopped it; `valid_functions` is the share
-    of Python functions by the model that are valid, from 0 to 1, of a corpus of Python.
-    """
-
-    run: Run
-    stopped_by: int | None
-    seconds: float
-    evaluation: Evaluation | None
-    samples: list[str] = field(default_factory=list)
-    valid_functions: float | None = None
-
-
-def train(arguments: Arguments) -> TrainingResult:
-    """
-    Trains a model as the arguments say, or continues a run.
+    Trains a model as the arguments say, or continues a run. `training_mini.train` is the same for people.
 
     Raises:
         ValueError: for wrong input, before any existing file is changed.
     """
     quiet_libraries()
-    return Trainer(arguments).train()
+    return Trainer(arguments, hooks).train()
 
 
 class Trainer:
@@ -63,15 +50,17 @@ class Trainer:
         micro_batches: the number of micro-batches into which this process splits its part of a batch.
         window: the steps since the last log line.
         saved_step: the step of the last checkpoint that was written, or -1.
+        callbacks: what a caller in Python has asked to be called.
     """
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments, hooks: Hooks = NO_HOOKS) -> None:
         self.started = time.monotonic()
-        self.arguments = arguments
-        self.run = build_run(arguments)
+        self.arguments, self.hooks = arguments, hooks
+        self.run = build_run(arguments, hooks)
         self.accelerator, self.parallel, self.state = self.run.accelerator, self.run.parallel, self.run.state
         self.stop = StopRequest(self.accelerator)
-        self.monitor = Monitor(self.run.folder, self.accelerator)
+        self.monitor = Monitor(self.run.folder, self.accelerator, hooks.is_quiet)
+        self.callbacks = Callbacks(self.run, hooks.callbacks)
         self.schedulers: list[LRScheduler] = []
         self.micro_batches = arguments.optimization.gradient_accumulation_steps
         self.saved_step = self.state.step if arguments.run.resume else -1
@@ -92,6 +81,7 @@ class Trainer:
                 result = self.finish(evaluation) if evaluation is not None else self.result(None)
         finally:
             self.run.run_folder.release()
+        self.callbacks.call("on_train_end")
         self.accelerator.wait_for_everyone()
         # Not `end_training`, which also destroys the process group: over gloo, that hangs or aborts now and then.
         for tracker in self.accelerator.trackers:
@@ -120,12 +110,13 @@ class Trainer:
         self.monitor.start(self.state.step, arguments.optimization.max_steps)
         trackers, settings = arguments.monitoring.report_to, arguments.as_dict()
         self.monitor.start_trackers(trackers, run.folder.name, self.state.tracker_id, settings)
-        for problem in run.problems:
+        for problem in [*run.problems, *self.callbacks.problems()]:
             self.monitor.warn(problem)
         if self.state.step == 0:
             self.monitor.record(0, size_metrics(run))
         for line in [*description_of(run, self.micro_batches, self.window.peak_flops), *lines]:
             self.monitor.say(line)
+        self.callbacks.call("on_train_begin")
         self.window.restart()
 
     def loop(self) -> Evaluation | None:
@@ -135,7 +126,7 @@ class Trainer:
             evaluation: Evaluation | None = None
             with self.window.paused():  # tokens per second are those of training
                 # 1. Evaluate, and keep the model if it is the best so far. Early stopping may end the run here.
-                is_due = self.is_done() or self.is_due(monitoring.eval_steps)
+                is_due = self.is_done() or self.is_due(monitoring.eval_steps) or self.callbacks.asked("evaluate")
                 if is_due and self.state.evaluated_step < self.state.step:
                     evaluation = self.evaluate()
                 is_last = self.is_done()
@@ -145,14 +136,16 @@ class Trainer:
                 if self.is_due(monitoring.sample_every) and not (is_last or must_stop):
                     self.sample()
                 # 4. Write a checkpoint to go on from.
-                if (is_last or must_stop or self.is_due(save_steps)) and self.saved_step != self.state.step:
+                is_due = is_last or must_stop or self.is_due(save_steps) or self.callbacks.asked("save")
+                if is_due and self.saved_step != self.state.step:
                     self.save()
             if is_last or must_stop:
                 return evaluation if is_last else None
             # 5. One step on the next global batch.
             self.training_step()
             # 6. Record what happened.
-            if self.is_due(monitoring.logging_steps) or self.state.step == self.arguments.optimization.max_steps:
+            is_due = self.is_due(monitoring.logging_steps) or self.callbacks.asked("log")
+            if is_due or self.state.step == self.arguments.optimization.max_steps:
                 self.log()
             if self.is_due(monitoring.internals_steps):
                 self.log_internals()
@@ -164,11 +157,13 @@ class Trainer:
     def is_done(self) -> bool:
         patience = self.arguments.optimization.early_stopping_patience
         ended_early = 0 < patience <= self.state.evaluations_since_best
+        ended_early = ended_early or self.callbacks.asked("training_stop")
         return ended_early or self.state.step >= self.arguments.optimization.max_steps
 
     def training_step(self) -> None:
         """One optimizer step on this process's share of the global batch."""
         run, optimization, step = self.run, self.arguments.optimization, self.state.step
+        self.callbacks.begin_step()
         # 1. Gradients of the whole global batch.
         cross_entropy = self.forward_and_backward(step)
         # 2. Clip. A limit of infinity clips nothing and still measures the norm.
@@ -176,11 +171,13 @@ class Trainer:
         grad_norm = self.parallel.clip_gradients(run.model, max_norm)
         # 3. Move the weights, unless a gradient is not finite.
         self.learning_rate = self.schedulers[0].get_last_lr()[0]
+        self.callbacks.call("on_pre_optimizer_step")
         if math.isfinite(grad_norm):
             is_due = self.is_due(self.arguments.monitoring.internals_steps, step + 1)
             with update_metrics(run.unwrapped_model, is_due, self.inner_metrics):
                 for optimizer in run.optimizers:
                     optimizer.step()
+            self.callbacks.call("on_optimizer_step")
             self.state.skipped_since = None
         else:
             self.skip()
@@ -194,6 +191,7 @@ class Trainer:
         self.state.sequences = run.batches.sequences_read(self.state.step)
         if run.ema is not None:
             run.ema.update(self.state.step)
+        self.callbacks.call("on_step_end")
 
     def forward_and_backward(self, step: int) -> torch.Tensor:
         """Computes the gradients of this process's part of a batch; returns its part of the cross-entropy."""
@@ -251,6 +249,7 @@ class Trainer:
         if self.state.skipped_steps:
             metrics["skipped_steps"] = self.state.skipped_steps
         self.monitor.training_step(step, metrics)
+        self.callbacks.call("on_log", logs=metrics)
         self.window.restart()
 
     def log_internals(self) -> None:
@@ -273,7 +272,8 @@ class Trainer:
                 f"After step {state.step} the validation loss is {evaluation.loss}; "
                 f"{advice_of_sound_state(run.folder, state)}."
             )
-        self.monitor.record(state.step, evaluation.metrics())
+        metrics = evaluation.metrics() | own_metrics(run, self.hooks.metrics)
+        self.monitor.record(state.step, metrics)
         state.evaluated_step = state.step
         is_best = evaluation.loss < state.best_loss
         best = " - best so far" if is_best else ""
@@ -283,7 +283,8 @@ class Trainer:
             state.best_loss, state.best_step, state.best_sequences = evaluation.loss, state.step, state.sequences
         if accelerator.is_main_process:
             with self.monitor.warning_of_errors("curves.png"):
-                draw_curves(run.folder, f"{run.folder.name}: {run.corpus.name}", run.compressors)
+                draw_curves(run.folder, run.title, run.compressors)
+        self.callbacks.call("on_evaluate", metrics=metrics)
         return evaluation
 
     def save(self) -> None:
@@ -293,6 +294,7 @@ class Trainer:
         self.state.stream = run.batches.state_dict(self.state.step)
         if self.written(lambda: save_state(run.folder, self.state, run.weights, *keep)):
             self.saved_step = self.state.step
+            self.callbacks.call("on_save")
 
     def written(self, write: Callable[[], None]) -> bool:
         """Whether a write by all processes succeeded. If not, the run stops or warns, as `on_save_error` says."""
@@ -342,7 +344,9 @@ class Trainer:
         """The samples for the prompts. They are also added to `samples.jsonl`."""
         samples = samples_of_run(self.run)
         self.monitor.record_samples(self.state.step, samples)
-        return [sample["text"] for sample in samples]
+        texts = [sample["text"] for sample in samples]
+        self.callbacks.call("on_sample", samples=texts)
+        return texts
 
     def result(self, evaluation: Evaluation | None, *written: Any) -> TrainingResult:
         stopped_by = self.stop.signal if evaluation is None else None

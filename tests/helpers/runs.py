@@ -12,7 +12,8 @@ from helpers import fork_server
 from helpers.programs import free_port, run_program, start_program
 from safetensors.torch import load_file
 from training_mini.arguments import parse_arguments
-from training_mini.trainer import Trainer, TrainingResult
+from training_mini.result import TrainingResult
+from training_mini.trainer import Trainer
 
 # A run of seconds: a model of two narrow layers on the generated sample.
 QUICK = (

@@ -1,0 +1,60 @@
+"""Training from Python and from notebooks: `from training_mini import TrainingSettings, train`."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from transformers import PreTrainedModel
+
+from . import trainer
+from .hooks import Hooks, Metric
+from .monitoring import console
+from .notebook import NotebookDisplay, is_notebook
+from .result import TrainingResult
+from .settings import TrainingSettings
+
+
+def train(
+    settings: TrainingSettings | None = None,
+    *,
+    model: PreTrainedModel | type[PreTrainedModel] | None = None,
+    data: Iterable[Any] | None = None,
+    callbacks: Iterable[object] = (),
+    metrics: Mapping[str, Metric] | None = None,
+    progress: bool | None = None,
+) -> TrainingResult:
+    """
+    Trains a model as the settings say, or goes on with a run, as `train_accelerate.py` does with the flags of the same
+    names: `result = train(TrainingSettings(dataset="sample", max_minutes=2))`. Everything that is written goes into the
+    folder of the run. Call it as often as you like in one process. Ctrl-C, or interrupting the kernel of a notebook,
+    stops after the step: the run is saved, and `resume=True` goes on with it.
+
+    docs/EXTENDING.md shows the other arguments:
+
+    Args:
+        model: the model to train, or the class of a new one, in the place of Mini.
+        data: what to learn from in the place of `dataset`: a `datasets.Dataset`, or an iterable of token ids.
+        callbacks: objects with methods of the names and arguments of transformers' `TrainerCallback`.
+        metrics: numbers to compute at each evaluation, by name. Each function gets the model and the tokenizer. They
+            are in the metrics as `eval_NAME`, and in the curves.
+        progress: whether progress is shown: in a notebook a bar, the curves and samples under the cell, on a terminal
+            what the command shows. By default it is shown in these two places. Nothing is printed elsewhere, or with
+            `False`; a fault that does not end the run is then a Python warning.
+
+    Returns:
+        The result: `.model`, `.tokenizer`, `.metrics`, `.curves`, `.samples`, `.folder`.
+
+    Raises:
+        ValueError: for wrong input, before any existing file is changed.
+    """
+    settings = settings if settings is not None else TrainingSettings()
+    if not isinstance(settings, TrainingSettings):
+        raise ValueError(f"train takes TrainingSettings, got {type(settings).__name__}.")
+    arguments = settings.arguments()
+    callbacks = tuple(callbacks)
+    is_shown = progress is not False
+    if is_shown and is_notebook():
+        callbacks += (NotebookDisplay(),)
+    is_quiet = not (is_shown and console.is_terminal) or is_notebook()
+    hooks = Hooks(model=model, data=data, callbacks=callbacks, metrics=metrics or {}, is_quiet=is_quiet)
+    return trainer.train(arguments, hooks)
