@@ -1,6 +1,7 @@
 """What the user sees of a run while it trains, and what is recorded of it."""
 
 import contextlib
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,19 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from files_mini import append_text, json_lines, read_json_lines, write_text
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.control import Control
+from rich.live import Live
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress_bar import ProgressBar
+from rich.segment import ControlType, Segment, Segments
+from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
+SHORTEST_BAR, LONGEST_BAR = 10, 20  # columns
 # Those that Mini has by itself.
 EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_valid_functions")
 
@@ -45,6 +43,66 @@ def progress_bar(description: str, total: int | None, unit: str, show: bool = Tr
         yield lambda amount: progress.advance(task, amount)
 
 
+class StatusLine:
+    """
+    The live line of a run, which always fits into the terminal. Step, total and the time left stay to the last; of the
+    bar and of `details`, the most important first, there is as much as there is room for.
+    """
+
+    def __init__(self, step: int, total: int) -> None:
+        self.step, self.total, self.seconds_left = step, total, math.nan
+        self.details = ["first step"]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # A terminal may break the line that fills its last column.
+        width = options.max_width - 1
+        count = f"{self.step:>{len(str(self.total))}}/{self.total}"
+        time_left = f" {format_seconds(self.seconds_left)} left" if math.isfinite(self.seconds_left) else ""
+        for left in (time_left, time_left.removesuffix(" left"), ""):
+            if (room := width - len(count) - len(left)) >= 0:
+                break
+        first = fitting(self.details[:1], room)
+        room -= len(first)
+        bar = SHORTEST_BAR + 1 if room > SHORTEST_BAR else 0  # with the space before it
+        others = fitting(self.details[1:], room - bar)
+        bar = min(LONGEST_BAR + 1, room - len(others)) if bar else 0
+        yield Text(count[: max(1, width)], style="progress.download", end="")
+        if bar:
+            drawn = [Segment(" "), *console.render(ProgressBar(self.total, self.step, width=bar - 1), options)]
+            yield from Segment.adjust_line_length(drawn, bar)  # without colours, what is missing is not drawn
+        yield Text(left, style="progress.remaining", end="")
+        yield Text(first + others, end="")
+
+
+def fitting(details: list[str], room: int) -> str:
+    """As many of the details, from the first on, as `room` columns hold; each whole, with a gap before it."""
+    text = ""
+    for detail in details:
+        if len(text) + len(detail) + 2 > room:
+            break
+        text += f"  {detail}"
+    return text
+
+
+class LiveLine(Live):
+    """
+    A live display of one line. The cursor waits at the beginning of the line, and not at its end as in rich: when the
+    terminal becomes narrower and breaks the line in two, all of it is still behind the cursor and is erased.
+    """
+
+    ERASE = Segments([Segment("\r\x1b[J", None, [(ControlType.CARRIAGE_RETURN,)])])
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        if not self.console.is_interactive:
+            return super().process_renderables(renderables)
+        return [self.ERASE, *renderables, self.renderable, Control(ControlType.CARRIAGE_RETURN)]
+
+    def stop(self) -> None:
+        if self.is_started:
+            super().stop()
+            self.console.line()
+
+
 class Monitor:
     """
     Records metrics in `metrics.jsonl` and with trackers, and shows them: a live line on a terminal, plain lines
@@ -62,8 +120,8 @@ class Monitor:
         self.console = Console(quiet=True, force_terminal=False) if is_quiet else console
         self.enabled = accelerator.is_main_process
         self.start_step = self.max_steps = 0
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._status: StatusLine | None = None
+        self._live: LiveLine | None = None
         self._last_line = 0.0
         self._started = time.monotonic()
         self._seconds_before = 0.0  # of earlier legs of the run
@@ -76,17 +134,10 @@ class Monitor:
         kept = [line for line in read_metrics(self.folder) if line["step"] <= start_step]
         self._seconds_before = max((line.get("seconds", 0.0) for line in kept), default=0.0)
         write_text(self.metrics_path, json_lines(kept))
-        if self.console.is_terminal:
-            columns = (
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TextColumn("{task.description}"),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-            )
-            self._progress = Progress(*columns, console=self.console)
-            self._progress.start()
-            self._task = self._progress.add_task("first step", total=max_steps, completed=start_step)
+        if self.console.is_interactive:
+            self._status = StatusLine(start_step, max_steps)
+            self._live = LiveLine(self._status, console=self.console)
+            self._live.start(refresh=True)
 
     def start_trackers(self, names: list[str], run_name: str, run_id: str, settings: dict[str, Any]) -> None:
         """Opens the trackers of the accelerator. A tracker that knows `run_id` continues that run."""
@@ -141,22 +192,36 @@ class Monitor:
         self.record(step, metrics)
         if not self.enabled:
             return
-        loss = f"loss {metrics['loss']:.3f}  bits/byte {metrics['bits_per_byte']:.3f}  " if "loss" in metrics else ""
-        description = f"{loss}lr {metrics['learning_rate']:.1e}  {metrics['tokens_per_second']:,.0f} tokens/s"
+        details = []
+        if "loss" in metrics:
+            details += [f"bits/byte {metrics['bits_per_byte']:.3f}", f"loss {metrics['loss']:.3f}"]
+        details += [f"{metrics['tokens_per_second']:,.0f} tokens/s", f"lr {metrics['learning_rate']:.1e}"]
         if "mfu" in metrics:
-            description += f"  MFU {metrics['mfu']:.0%}"
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=description)
+            details.append(f"MFU {metrics['mfu']:.0%}")
+        if self._status is not None:
+            self._status.details = details
         elif time.monotonic() - self._last_line >= PLAIN_LINE_SECONDS or step == self.max_steps:
             self._last_line = time.monotonic()
-            elapsed = self._last_line - self._started
-            left = elapsed / max(1, step - self.start_step) * (self.max_steps - step)
-            self.say(f"step {step}/{self.max_steps}  {description}  {format_seconds(left)} left")
+            self.say(
+                "  ".join(
+                    [f"step {step}/{self.max_steps}", *details, f"{format_seconds(self.seconds_left(step))} left"]
+                )
+            )
+
+    def advance(self, step: int) -> None:
+        """Shows that a step is done."""
+        if self._status is not None:
+            self._status.step, self._status.seconds_left = step, self.seconds_left(step)
+
+    def seconds_left(self, step: int) -> float:
+        """As long as the steps so far took, with all that happened between them, the rest will take."""
+        return (time.monotonic() - self._started) / max(1, step - self.start_step) * (self.max_steps - step)
 
     def say(self, line: str) -> None:
         """Prints a line above the live display."""
         if self.enabled:
-            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            # In a terminal, lines break between words. Elsewhere somebody may look for a sentence in a file.
+            self.console.print(line, highlight=False, markup=False, soft_wrap=not self.console.is_terminal)
 
     def warn(self, line: str) -> None:
         """Prints a warning on stderr, for a fault that does not end the run."""
@@ -167,8 +232,8 @@ class Monitor:
 
     def close(self) -> None:
         """Ends the live display."""
-        if self._progress is not None:
-            self._progress.stop()
+        if self._live is not None:
+            self._live.stop()
 
 
 def format_seconds(seconds: float) -> str:

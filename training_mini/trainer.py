@@ -191,6 +191,7 @@ class Trainer:
         self.state.sequences = run.batches.sequences_read(self.state.step)
         if run.ema is not None:
             run.ema.update(self.state.step)
+        self.monitor.advance(self.state.step)
         self.callbacks.call("on_step_end")
 
     def forward_and_backward(self, step: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What is recorded and shown."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from files_mini import append_text, json_lines
 from PIL import Image
 from rich.console import Console
 from training_mini import monitoring
-from training_mini.monitoring import Monitor, draw_curves, format_seconds, progress_bar, read_metrics
+from training_mini.monitoring import Monitor, StatusLine, draw_curves, format_seconds, progress_bar, read_metrics
 
 METRICS = {"loss": 2.0, "bits_per_byte": 2.885, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
 
@@ -49,22 +50,97 @@ def test_plain_lines_without_a_terminal(
     for step in (1, 2, 3):
         monitor.training_step(step, METRICS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 1/3  loss 2.000  bits/byte 2.885  lr 1.0e-03  1,234 tokens/s  0:00")
+    assert lines[0].startswith("step 1/3  bits/byte 2.885  loss 2.000  1,234 tokens/s  lr 1.0e-03  0:00")
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"], "the first, and the last; not one for every step"
+
+
+def status_line(width: int, step: int = 120, total: int = 1200, seconds_left: float = 3725) -> str:
+    """What the live line shows in a terminal of so many columns."""
+    status = StatusLine(step, total)
+    status.seconds_left = seconds_left
+    status.details = ["bits/byte 2.213", "loss 1.534", "9,993 tokens/s", "lr 1.7e-02", "MFU 31%"]
+    console = Console(width=width, force_terminal=True, color_system=None, legacy_windows=False)
+    with console.capture() as captured:
+        console.print(status)
+    return captured.get()
+
+
+def test_what_matters_most_stays_longest_on_the_live_line() -> None:
+    lines = {width: status_line(width) for width in range(1, 131)}
+    assert all(len(line) < max(2, width) and "\n" not in line for width, line in lines.items())
+    left = "1:02:05 left  bits/byte 2.213"
+    assert lines[120] == f" 120/1200 {'━━':20} {left}  loss 1.534  9,993 tokens/s  lr 1.7e-02  MFU 31%"
+    assert lines[80] == f" 120/1200 {'━':11} {left}  loss 1.534  9,993 tokens/s"
+    assert lines[60] == f" 120/1200 {'━╸':19} {left}"
+    assert lines[40] == f" 120/1200 {left}"
+    assert lines[24] == " 120/1200 1:02:05 left" and lines[20] == " 120/1200 1:02:05" and lines[12] == " 120/1200"
+    # No number is cut: whatever is shown is shown whole.
+    whole = {
+        "120/1200",
+        "1:02:05",
+        "left",
+        "bits/byte",
+        "2.213",
+        "loss",
+        "1.534",
+        "9,993",
+        "tokens/s",
+        "lr",
+        "1.7e-02",
+        "MFU",
+        "31%",
+    }
+    assert all(word in whole or set(word) <= set("━╸╺") for width in range(11, 131) for word in lines[width].split())
+    assert status_line(60, step=1200, seconds_left=0).startswith("1200/1200 ━")
 
 
 def test_live_line_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitoring, "console", Console(force_terminal=True, width=120))
+    monkeypatch.setattr(monitoring, "console", Console(force_terminal=True, width=80, color_system=None))
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 3)
+    monitor.advance(1)
+    monitor.training_step(2, METRICS)
+    monitor.advance(2)
+    monitor.say("a line above, which has more words than one line of this wide terminal, 10,898,028 tokens")
+    monitor.close()
+    monitor.close()
+    output = capsys.readouterr().out
+    *_, drawn, last = output.split("\r\x1b[J")
+    assert "0/3" in output and "first step" in output
+    # The cursor waits at the beginning of the line, so that all of it is erased also where the terminal has broken it.
+    above, below, live = drawn.split("\n")
+    assert above.startswith("a line above") and below == "10,898,028 tokens", "lines break between words"
+    assert live.startswith("2/3 ━") and "left  bits/byte 2.885  loss 2.000" in live and live.endswith("\r")
+    assert last.startswith("2/3 ━") and last.endswith("\r\x1b[?25h\n"), "and it stays when all is over"
+
+
+@pytest.mark.parametrize("term", ["dumb", "unknown"])
+def test_a_terminal_that_cannot_move_its_cursor_gets_plain_lines(
+    term: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dumb = Console(force_terminal=True, width=80, _environ={"TERM": term})
+    monkeypatch.setattr(monitoring, "console", dumb)
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 3)
+    monitor.training_step(3, METRICS)
+    with progress_bar("reading", 10, "bytes") as advance:
+        advance(5)
+    monitor.close()
+    assert "step 3/3" in (output := capsys.readouterr().out) and not {"\x1b", "\r"} & set(output)
+
+
+def test_without_colours_there_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = {"NO_COLOR": "1", "TERM": "xterm-256color"}
+    monkeypatch.setattr(monitoring, "console", Console(force_terminal=True, width=80, _environ=environment))
     monitor = Monitor(tmp_path, main_process())
     monitor.start(0, 3)
     monitor.training_step(2, METRICS)
-    monitor.say("a line above")
     monitor.close()
-    output = capsys.readouterr().out
-    assert "2/3" in output and "loss 2.000  bits/byte 2.885" in output and "a line above" in output
-    assert "\x1b[" in output
+    assert not re.search(r"\x1b\[(\d+;)*[34]\d", output := capsys.readouterr().out) and "bits/byte 2.885" in output
 
 
 def test_curves(tmp_path: Path) -> None:
