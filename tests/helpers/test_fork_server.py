@@ -1,0 +1,35 @@
+"""A program that the server starts is to its user what one is that plain `python` starts."""
+
+from pathlib import Path
+
+import pytest
+from helpers import fork_server
+from helpers.programs import run_program
+
+BEFORE = """
+import atexit, sys, threading, time
+sys.path.insert(0, "nowhere")
+atexit.register(lambda: print("the last words"))
+threading.Thread(target=lambda: (time.sleep(0.2), print("a thread that had work to do"))).start()
+print("no line break", end="")
+"""
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+@pytest.mark.parametrize(
+    "end", ["", "sys.exit()", "sys.exit(3)", "sys.exit('a sentence')", "sys.exit(True)", "raise ValueError('wrong')"]
+)
+def test_what_comes_out_at_the_end(end: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(BEFORE + end)
+    forked, fresh = (run_program(str(program), cwd=tmp_path, fresh=fresh) for fresh in (False, True))
+    assert (forked.returncode, forked.stdout) == (fresh.returncode, fresh.stdout)
+    assert forked.stderr.splitlines()[-1:] == fresh.stderr.splitlines()[-1:]
+    assert ("Traceback" in forked.stderr) == ("Traceback" in fresh.stderr)
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+def test_a_start_is_not_forked_with_a_variable_that_a_library_has_read(tmp_path: Path) -> None:
+    started_with = fork_server.server().environment
+    assert fork_server.can_start({**started_with, "RANK": "1", "MINI_CACHE": "elsewhere"})
+    assert not fork_server.can_start({**started_with, "OMP_NUM_THREADS": "13"})
