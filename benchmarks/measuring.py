@@ -1,6 +1,5 @@
 """What the benchmarks share: settings and report, the peer of the same shape, turns, memory, and the machine."""
 
-import contextlib
 import json
 import multiprocessing
 import platform
@@ -16,6 +15,7 @@ import transformers
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
 from modeling_mini.export.native import SHARED_FIELDS
+from training_mini.cpu_kernels import processor_name
 from transformers import LlamaConfig
 
 
@@ -111,13 +111,3 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-def processor_name() -> str:
-    """The name with family, model and vector extensions: processors of one name may differ in speed by half."""
-    with contextlib.suppress(OSError, KeyError):
-        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()  # of the first core
-        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        vectors = [flag for flag in facts["flags"].split() if flag.startswith(("avx", "amx"))]
-        return f"{facts['model name']}, family {facts['cpu family']} model {facts['model']}, {' '.join(vectors)}"
-    return platform.processor() or platform.machine()

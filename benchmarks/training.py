@@ -34,7 +34,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from training_mini.arguments import OptimizationArguments
-from training_mini.cpu_kernels import linear_product, onednn_is_faster, use_onednn
+from training_mini.cpu_kernels import (
+    faster_products,
+    linear_product,
+    measure_products,
+    onednn_is_available,
+    use_products,
+)
 from training_mini.optimizers import make_adamw
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -130,14 +136,9 @@ def make_model(name: str, settings: Settings) -> nn.Module:
     else:
         config = settings.mini_config if name == "Mini" else llama_config_of(settings.mini_config)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=settings.attn_implementation)
-        if name == "Mini" and uses_onednn(settings):
-            use_onednn(model)  # as Mini's trainer does
+        if name == "Mini" and settings.device == "cpu" and not settings.bf16:
+            use_products(model, measure_products(model, settings.tokens_per_step))  # as Mini's trainer does
     return model.to(settings.device).train()
-
-
-def uses_onednn(settings: Settings) -> bool:
-    """Whether Mini's trainer would multiply by oneDNN here."""
-    return settings.device == "cpu" and not settings.bf16 and onednn_is_faster()
 
 
 def training_flops_per_token(name: str, model: nn.Module, settings: Settings) -> int:
@@ -234,7 +235,7 @@ class Contender:
 
 class MatrixProducts:
     """
-    Matrix products alone, by the fastest kernel that any contender has: `torch.mm`, or oneDNN where Mini takes that.
+    Matrix products alone, by the fastest kernel that any contender has: `torch.mm`, or oneDNN where that is faster.
 
     Args:
         shapes: rows, inner and columns of each product, and how often it occurs.
@@ -242,7 +243,7 @@ class MatrixProducts:
 
     def __init__(self, shapes: dict[tuple[int, int, int], int], settings: Settings) -> None:
         self.settings = settings
-        self.by_onednn = uses_onednn(settings)
+        has_onednn = settings.device == "cpu" and not settings.bf16 and onednn_is_available()
         self.flops = sum(2 * rows * inner * columns * count for (rows, inner, columns), count in shapes.items())
         self.operands = []
         for (rows, inner, columns), count in shapes.items():
@@ -252,7 +253,8 @@ class MatrixProducts:
             )
             # Into memory that is there already: the product alone is measured.
             result = torch.empty(rows, columns, dtype=settings.dtype, device=settings.device)
-            self.operands.append((left, right, result, count))
+            by_onednn = has_onednn and "output" in faster_products(columns, inner, rows)
+            self.operands.append((left, right, result, count, by_onednn))
 
     @classmethod
     def square(cls, settings: Settings) -> "MatrixProducts":
@@ -277,9 +279,9 @@ class MatrixProducts:
         """Seconds for all products once."""
         synchronize(self.settings)
         start = time.perf_counter()
-        for left, right, result, count in self.operands:
+        for left, right, result, count, by_onednn in self.operands:
             for _ in range(count):
-                if self.by_onednn:
+                if by_onednn:
                     linear_product(left, right.t())
                 else:
                     torch.mm(left, right, out=result)

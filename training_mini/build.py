@@ -25,7 +25,7 @@ from .checkpoints import (
     read_state,
     states_of,
 )
-from .cpu_kernels import onednn_is_faster, use_onednn
+from .cpu_kernels import measure_products, processor_name, use_products
 from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, tokenizer_key
 from .data.encoding import make_tokenizer
@@ -129,9 +129,6 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
             tracker_id=uuid.uuid4().hex[:8],
         )
         # 2. The model on its device, and what moves its weights.
-        on_cpu_in_float32 = accelerator.device.type == "cpu" and accelerator.mixed_precision == "no"
-        if on_cpu_in_float32 and onednn_is_faster():
-            use_onednn(model)
         blocks = blocks_of(model)
         wrapped: nn.Module = parallel.parallelize(model)
         optimizers = make_optimizers(model, arguments.optimization)
@@ -160,6 +157,7 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
         # 3. Where the run stood, if it goes on.
         if arguments.run.resume:
             load_state(run)
+        choose_products(run)
         return run
     except BaseException:
         folder.release()
@@ -197,6 +195,28 @@ def load_state(run: Run) -> None:
     run.batches.start_at(state.step, state.sequences)
     run.batches.load_state_dict(state.stream)
     run.state, run.problems = state, run.problems + problems
+
+
+def choose_products(run: Run) -> None:
+    """
+    Chooses the faster library for each matrix product on a CPU. A run that is resumed keeps its choice, so that it goes
+    on with the same bits.
+    """
+    accelerator, state, optimization = run.accelerator, run.state, run.arguments.optimization
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no":
+        return
+    here = processor_name()
+    if not state.processor:
+        sequences = optimization.train_batch_size // accelerator.num_processes
+        tokens = sequences // optimization.gradient_accumulation_steps * run.config.max_position_embeddings
+        choice = measure_products(run.unwrapped_model, tokens) if accelerator.is_main_process else None
+        state.products, state.processor = run.parallel.from_main(choice), run.parallel.from_main(here)
+    elif state.processor != here:
+        run.problems.append(
+            f"This run began on another processor ({state.processor}): from here on, its losses are equal up to "
+            "rounding, not bit by bit."
+        )
+    use_products(run.unwrapped_model, state.products)
 
 
 def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:

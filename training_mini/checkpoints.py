@@ -65,6 +65,8 @@ class TrainerState:
         skipped_since: the first of the skipped steps that the run is in the middle of, or `None`.
         tracker_id: the name under which trackers know the run.
         stream: the position in the stream of a dataset.
+        products: the matrix products that oneDNN computes on a CPU; see cpu_kernels.py.
+        processor: that on which they were measured; empty if the run has not been on a CPU.
     """
 
     corpus: dict[str, Any]
@@ -82,6 +84,8 @@ class TrainerState:
     skipped_since: int | None = None
     tracker_id: str = ""
     stream: dict[str, Any] = field(default_factory=dict)
+    products: dict[str, list[str]] = field(default_factory=dict)
+    processor: str = ""
 
 
 @dataclass

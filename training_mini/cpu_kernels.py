@@ -1,68 +1,130 @@
 """
-Faster float32 matrix products for training on AMD processors.
+Faster float32 matrix products for training on CPUs.
 
-On these, torch computes matrix products with MKL, which is about half as fast as oneDNN in the same torch. Torch has no
-switch for this. So when a model trains on such a CPU, its linear layers call oneDNN themselves.
+torch computes matrix products with MKL, and has oneDNN in the same library, without a switch between them. Which is
+faster depends on the processor and on the product: on one AMD processor oneDNN is twice as fast in all of them, on
+another it is faster in the forward pass and slower in the gradient of the weights. So the products of the model at hand
+are measured at the start of a run.
 """
 
 import functools
 import platform
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
+# A linear layer has three products: its output, and in the backward pass the gradients of its inputs and its weight.
+PRODUCTS = ("output", "input_gradient", "weight_gradient")
+ROUNDS = 9
+# oneDNN has to be faster by this factor. Otherwise chance would decide, and equal runs would not be equal bit by bit.
+MARGIN = 1.1
+# A step with fewer FLOPs takes a few hundredths of a second, and there is nothing to gain.
+SMALLEST_STEP = 2e9
+
+# For the shape "outputs x inputs" of a weight, the products that oneDNN computes.
+Choice = dict[str, list[str]]
+
 
 @torch.library.custom_op("mini::linear_product", mutates_args=())  # torch.compile does not look inside
-def linear_product(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`inputs` (..., k) times the transpose of `weight` (n, k), plus `bias` (n,), by oneDNN and without a gradient."""
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
+def linear_product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`inputs` (..., k) times the transpose of `weight` (n, k), by oneDNN and without a gradient."""
+    return torch.ops.mkldnn._linear_pointwise(inputs, weight, None, "none", [], "")
 
 
 @linear_product.register_fake
-def _(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return inputs.new_empty((*inputs.shape[:-1], weight.shape[0]))
 
 
-class OneDnnLinear(torch.autograd.Function):
-    """`nn.functional.linear` with oneDNN in the forward and the backward pass."""
+class LinearFunction(torch.autograd.Function):
+    """`nn.functional.linear` without a bias, with oneDNN for the products that `by_onednn` names."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ctx: torch.autograd.function.FunctionCtx, inputs: torch.Tensor, weight: torch.Tensor, by_onednn: tuple[str, ...]
     ) -> torch.Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.has_bias = bias is not None
-        return linear_product(inputs, weight, bias)
+        ctx.by_onednn = by_onednn
+        return multiply("output", inputs, weight, by_onednn)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         inputs, weight = ctx.saved_tensors
         gradient = gradient.contiguous()
-        of_inputs = linear_product(gradient, weight.t()) if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2)
-        of_weight = linear_product(rows.t(), inputs.flatten(0, -2).t()) if ctx.needs_input_grad[1] else None
-        return of_inputs, of_weight, rows.sum(0) if ctx.has_bias else None
+        input_gradient = weight_gradient = None
+        if ctx.needs_input_grad[0]:
+            input_gradient = multiply("input_gradient", gradient, weight.t(), ctx.by_onednn)
+        if ctx.needs_input_grad[1]:
+            columns, rows = gradient.flatten(0, -2).t(), inputs.flatten(0, -2).t()
+            weight_gradient = multiply("weight_gradient", columns, rows, ctx.by_onednn)
+        return input_gradient, weight_gradient, None
 
 
-def linear_forward(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    return OneDnnLinear.apply(inputs, module.weight, module.bias)
+def multiply(product: str, left: torch.Tensor, right: torch.Tensor, by_onednn: tuple[str, ...]) -> torch.Tensor:
+    """`left` (..., k) times the transpose of `right` (n, k)."""
+    return linear_product(left, right) if product in by_onednn else nn.functional.linear(left, right)
 
 
-def use_onednn(model: nn.Module) -> None:
-    """Makes the linear layers of a model use oneDNN. Weights and checkpoints do not change."""
+def linear_forward(module: nn.Linear, by_onednn: tuple[str, ...], inputs: torch.Tensor) -> torch.Tensor:
+    output = LinearFunction.apply(inputs, module.weight, by_onednn)
+    return output if module.bias is None else output + module.bias
+
+
+def use_products(model: nn.Module, choice: Choice) -> None:
+    """Makes the linear layers of a model multiply as `choice` says. Weights and checkpoints do not change."""
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.forward = functools.partial(linear_forward, module)
+        if type(module) is nn.Linear and (by_onednn := choice.get(shape_of(module))):
+            module.forward = functools.partial(linear_forward, module, tuple(by_onednn))
 
 
-def onednn_is_faster() -> bool:
+def measure_products(model: nn.Module, tokens: int) -> Choice:
     """
-    Whether this CPU is from AMD and this torch has the operation. The vendor decides and not a measurement, so that a
-    run that is resumed on the same machine computes the same, bit by bit.
+    The products that oneDNN computes faster than MKL here, for the linear layers of a model and so many tokens in a
+    micro-batch. It takes well under a second.
     """
-    cpu_info = Path("/proc/cpuinfo")
-    is_amd = platform.system() == "Linux" and cpu_info.is_file() and "AuthenticAMD" in cpu_info.read_text()
-    return is_amd and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    layers = {shape_of(module): module for module in model.modules() if type(module) is nn.Linear}
+    parameters = sum(module.weight.numel() for module in model.modules() if type(module) is nn.Linear)
+    if 6 * parameters * tokens < SMALLEST_STEP or not onednn_is_available():
+        return {}
+    choice = {shape: faster_products(layer.out_features, layer.in_features, tokens) for shape, layer in layers.items()}
+    return {shape: products for shape, products in choice.items() if products}
+
+
+def faster_products(outputs: int, inputs: int, tokens: int) -> list[str]:
+    """The products of a layer in which oneDNN is faster, by the shortest times of rounds that take turns."""
+    rows, gradient, weight = torch.rand(tokens, inputs), torch.rand(tokens, outputs), torch.rand(outputs, inputs)
+    operands = ((rows, weight), (gradient, weight.t()), (gradient.t(), rows.t()))
+    faster = []
+    for product, (left, right) in zip(PRODUCTS, operands, strict=True):
+        seconds: dict[str, list[float]] = {"": [], product: []}
+        for _ in range(ROUNDS):
+            for name, times in seconds.items():
+                began = time.perf_counter()
+                multiply(product, left, right, (name,))
+                times.append(time.perf_counter() - began)
+        if min(seconds[product]) * MARGIN < min(seconds[""]):
+            faster.append(product)
+    return faster
+
+
+def shape_of(layer: nn.Linear) -> str:
+    return f"{layer.out_features} x {layer.in_features}"
+
+
+def onednn_is_available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def processor_name() -> str:
+    """The name with family, model and vector extensions: processors of one name may differ in speed by half."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()  # of the first core
+        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        vectors = [flag for flag in facts["flags"].split() if flag.startswith(("avx", "amx"))]
+        return f"{facts['model name']}, family {facts['cpu family']} model {facts['model']}, {' '.join(vectors)}"
+    except (OSError, KeyError):  # not Linux, or not x86
+        return platform.processor() or platform.machine()

@@ -1,31 +1,47 @@
-"""oneDNN's products give what torch's own give, in both directions."""
+"""oneDNN's products give what torch's own give, in both directions, and the faster of the two is taken."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
 from training_mini import cpu_kernels
-from training_mini.cpu_kernels import onednn_is_faster, use_onednn
+from training_mini.cpu_kernels import PRODUCTS, linear_product, measure_products, multiply, shape_of, use_products
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+SOME_PRODUCTS = [list(some) for n in (1, 2, 3) for some in itertools.combinations(PRODUCTS, n)]
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the results that oneDNN computes from now on."""
+    shapes: list[torch.Size] = []
+
+    def product(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        shapes.append((result := linear_product(inputs, weight)).shape)
+        return result
+
+    monkeypatch.setattr(cpu_kernels, "linear_product", product)
+    return shapes
+
+
+@pytest.mark.parametrize("products", SOME_PRODUCTS, ids="+".join)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 5), (1, 1)])
-def test_linear_layer(bias: bool, shape: tuple[int, ...]) -> None:
+def test_linear_layer(shape: tuple[int, ...], bias: bool, products: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Linear(24, 40, bias=bias)
     other = nn.Sequential(copy.deepcopy(layer))
-    use_onednn(other)
+    use_products(other, {"40 x 24": products})
     inputs = torch.randn(*shape, 24)
+    by_onednn = counted(monkeypatch)
     results = []
     for module in (layer, other):
         leaf = inputs.clone().requires_grad_()
         output = module(leaf)
         output.square().sum().backward()
         results.append([output, leaf.grad, *(parameter.grad for parameter in module.parameters())])
-    assert type(results[1][0].grad_fn).__name__ == "OneDnnLinearBackward"
+    assert len(by_onednn) == len(products), "each named product, and no other, is by oneDNN"
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
 
@@ -33,7 +49,8 @@ def test_linear_layer(bias: bool, shape: tuple[int, ...]) -> None:
 def test_model_and_what_is_saved_of_it_stay_the_same() -> None:
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2, attention_bias=True))
     other = copy.deepcopy(model)
-    use_onednn(other)
+    layers = [module for module in other.modules() if type(module) is nn.Linear]
+    use_products(other, {shape_of(layer): list(PRODUCTS) for layer in layers})
     ids = torch.randint(8, 264, (2, 32))
     losses = [m(input_ids=ids, labels=ids).loss for m in (model, other)]
     for loss in losses:
@@ -46,9 +63,22 @@ def test_model_and_what_is_saved_of_it_stay_the_same() -> None:
     }
 
 
-def test_the_vendor_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for vendor, faster in (("AuthenticAMD", True), ("GenuineIntel", False)):
-        monkeypatch.setattr(cpu_kernels.Path, "read_text", lambda path, vendor=vendor: f"vendor_id : {vendor}\n")
-        monkeypatch.setattr(cpu_kernels.Path, "is_file", lambda path: True)
-        monkeypatch.setattr(cpu_kernels.platform, "system", lambda: "Linux")
-        assert onednn_is_faster() is faster
+@pytest.mark.parametrize("faster", [[], ["output"], ["input_gradient", "weight_gradient"], list(PRODUCTS)])
+def test_the_faster_product_is_taken(faster: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count()  # each reading is a second later
+    monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: next(clock))
+
+    def timed(product: str, left: torch.Tensor, right: torch.Tensor, by_onednn: tuple[str, ...]) -> torch.Tensor:
+        if (product in by_onednn) != (product in faster):
+            next(clock)
+        return multiply(product, left, right, by_onednn)
+
+    monkeypatch.setattr(cpu_kernels, "multiply", timed)
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2))
+    choice = measure_products(model, 4096)
+    assert choice == ({"128 x 128": faster, "264 x 128": faster} if faster else {})
+
+
+def test_a_small_step_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_kernels, "faster_products", None)
+    assert measure_products(MiniForCausalLM(MiniConfig.preset("tiny")), 512) == {}
