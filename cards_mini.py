@@ -360,6 +360,7 @@ def usage(
     if facts.is_export:
         return ""
     name, is_adapter = repository or PLACEHOLDER, facts.kind == "adapter"
+    is_mini = config.get("model_type", "mini") == "mini"
     at = "" if revision is None else f', revision="{revision}"'
     trust = ", trust_remote_code=True" if trust_remote_code else ""
     beginning = (facts.prompts or [PROMPT])[0].strip()
@@ -424,15 +425,16 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```''')
     if is_adapter or revision is None:
         flag = "adapter" if is_adapter else "model"
+        run_code = " --trust_remote_code" if trust_remote_code and not is_mini and not is_adapter else ""
         lines.append(f"""With Mini installed, from the command line:
 
 ```bash
-mini-generate --{flag} {name} --prompt {shlex.quote(beginning)} --max_new_tokens 40
+mini-generate --{flag} {name} --prompt {shlex.quote(beginning)} --max_new_tokens 40{run_code}
 ```""")
     if trust_remote_code and not is_adapter:
         lines.append(
-            "`trust_remote_code=True` runs the Python files of this repository, which are the model's architecture; "
-            "with Mini installed, `import modeling_mini` makes it unnecessary."
+            "`trust_remote_code=True` runs the Python files of this repository, which are the model's architecture"
+            + ("; with Mini installed, `import modeling_mini` makes it unnecessary." if is_mini else ".")
         )
     return section_of("How to use", "\n\n".join(lines))
 

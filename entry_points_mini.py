@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import logging
 import os
 import sys
@@ -391,6 +392,29 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # The first step of a run may be skipped, and the schedule goes on all the same.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+
+
+def imported(name: str, setting: str) -> Any:
+    """
+    What `package.module:NAME` names. Modules in the current folder are found too.
+
+    Raises:
+        ValueError: if there is no such thing, naming the setting.
+    """
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"{setting} must have the form package.module:NAME, got {name!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a command that was installed does not look there
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{setting} {name!r} cannot be imported: {error}.") from error
+    if not hasattr(found, attribute):
+        raise ValueError(
+            f"{setting}: the module {module!r} has no {attribute!r}{nearest_name(attribute, dir(found)) or '.'}"
+        )
+    return getattr(found, attribute)
 
 
 def checkpoint_and_out(argv: list[str], program: str) -> tuple[list[str], list[str]]:

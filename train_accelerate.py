@@ -26,6 +26,8 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
     run, folder = result.run, result.run.folder
     prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
     how = "--interactive" if run.corpus.is_chat else f'--prompt "{prompt}"'
+    if run.has_own_code:
+        how += " --trust_remote_code"
     if result.stopped_by is not None:
         return (
             f"Stopped at step {run.state.step}; everything is in {folder}/checkpoints.\n"

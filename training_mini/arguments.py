@@ -26,7 +26,7 @@ from shape_mini import PRESETS, MiniShape, nearest_name
 from .optimizers import LEARNING_RATES, OPTIMIZERS
 
 if TYPE_CHECKING:
-    from configuration_mini import MiniConfig
+    from transformers import PreTrainedConfig
 
 SHAPE = tuple(field.name for field in dataclasses.fields(MiniShape))
 DROPOUTS = tuple(name for name in SHAPE if name.endswith("_dropout"))
@@ -47,10 +47,13 @@ class ModelArguments(optional_settings("ShapeSettings", MiniShape, NEW_MODEL)):
         None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer", common=True
     )
     size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)", common=True)
+    model_class: str | None = option(
+        None, "class of the model, as package.module:Class: a causal language model of transformers or of your own"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_named(self, "model")
+        check_named(self, "model", "model_class")
         if self.model is None:
             self.size = self.size or "tiny"
             for name, value in NEW_MODEL.items():
@@ -65,12 +68,31 @@ class ModelArguments(optional_settings("ShapeSettings", MiniShape, NEW_MODEL)):
                 f"out --model to train a new one."
             )
 
-    def model_config(self, **from_tokenizer: int) -> "MiniConfig":
-        """The configuration of the new model; `from_tokenizer` are the vocabulary size and the special ids."""
+    def model_config(
+        self, config_class: "type[PreTrainedConfig] | None" = None, **from_tokenizer: int
+    ) -> "PreTrainedConfig":
+        """
+        The configuration of the new model; `from_tokenizer` are the vocabulary size and the special ids.
+
+        Args:
+            config_class: that of `model_class`; by default `MiniConfig`. Another family than Mini gets the fields of a
+                Mini that it has too, and keeps its own defaults for the others.
+
+        Raises:
+            ValueError: for a field that was given and that the configuration does not have.
+        """
         from configuration_mini import MiniConfig  # loads torch, which no help text needs
 
+        config_class = config_class or MiniConfig
         given = {name: getattr(self, name) for name in SHAPE if getattr(self, name) is not None}
-        return MiniConfig.preset(self.size, **given, **from_tokenizer)
+        if issubclass(config_class, MiniConfig):
+            return config_class.preset(self.size, **given, **from_tokenizer)
+        known = {*(field.name for field in dataclasses.fields(config_class)), *config_class.attribute_map}
+        for name, value in given.items():
+            if name not in known and value != NEW_MODEL.get(name):
+                raise ValueError(f"{config_class.__name__} has no field {name!r}: leave it out.")
+        values = {**PRESETS[self.size], **given, **from_tokenizer}
+        return config_class(**{name: value for name, value in values.items() if name in known})
 
     @property
     def dropouts(self) -> dict[str, float]:
@@ -455,14 +477,16 @@ class Arguments:
 def default_run_name(arguments: Arguments) -> str:
     """
     `tiny-python-stdlib`: the size and the last part of the dataset's name, in characters that every disk takes. In
-    place of the size, the name of the run or folder that the run starts from; `-lora` at the end for an adapter.
+    place of the size, the name of the run or folder that the run starts from; before it, the name of another class of
+    model; `-lora` at the end for an adapter.
     """
     start = Path(arguments.model.model) if arguments.model.model is not None else Path(arguments.model.size)
     start = run_of(start) or start
     stem = Path(arguments.data.dataset.rstrip("/")).name.split(".")[0]
+    class_name = [arguments.model.model_class.split(":")[-1]] if arguments.model.model_class is not None else []
     names = (
         "".join(character if character.isalnum() or character in "-_" else "-" for character in name).strip("-")
-        for name in (start.name, stem)
+        for name in (*class_name, start.name, stem)
     )
     return "-".join(name or "data" for name in names) + ("-lora" if arguments.adapter.lora_r else "")
 

@@ -11,7 +11,13 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from modeling_mini.loading.checkpoints import load_checkpoint
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from .arguments import Arguments
 from .checkpoints import (
@@ -27,14 +33,18 @@ from .checkpoints import (
 )
 from .cpu_kernels import measure_products, processor_name, use_products
 from .data.batches import Batch, Batches
-from .data.corpus import Corpus, ExampleCorpus, is_encoded, load_corpus, tokenizer_key
+from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer
+from .data.own import own_corpus
 from .distributed import Parallel, blocks_of
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .hooks import NO_HOOKS, Hooks
 from .lora import add_lora, describe
 from .optimization import ExponentialMovingAverage, make_optimizers
+from .own_model import config_class_of, has_own_code, name_code
 from .run_folder import RunFolder
+
+SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # how a small model writes well
 
 
 @dataclass
@@ -79,6 +89,11 @@ class Run:
         return self.run_folder.path
 
     @property
+    def has_own_code(self) -> bool:
+        """Whether the class of the model is the user's own, so that loading it elsewhere runs their code."""
+        return has_own_code(self.unwrapped_model)
+
+    @property
     def title(self) -> str:
         """What stands over the curves."""
         return f"{self.folder.name}: {self.corpus.name}"
@@ -111,14 +126,15 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
     """
     parallel = Parallel(arguments)
     accelerator = parallel.accelerator
-    check_settings(arguments, accelerator)
+    config_class = config_class_of(arguments, hooks)
+    check_settings(arguments, accelerator, config_class, has_model=hooks.has_model)
     folder = RunFolder(arguments, parallel)
     try:
         # 1. Data, and a model that fits its vocabulary.
         show_progress = accelerator.is_local_main_process and not hooks.is_quiet
-        corpus = load_corpus(arguments.data, arguments.monitoring.max_eval_tokens, show_progress)
+        corpus = own_corpus(hooks.data, arguments.data, arguments.monitoring.max_eval_tokens, show_progress)
         set_seed(arguments.run.seed)
-        model = make_model(arguments, corpus)
+        model = make_model(arguments, corpus, config_class, hooks)
         batches, held_out = corpus.make_batches(arguments, model.config)
         held_out_text = corpus.text_of(held_out.ids)
         state = TrainerState(
@@ -152,7 +168,7 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
             optimizers=optimizers,
             ema=ExponentialMovingAverage(unwrapped, decay) if decay else None,
             state=state,
-            problems=[folder.problem] if folder.problem else [],
+            problems=[sentence for sentence in (folder.problem, name_code(model), corpus.problem) if sentence],
         )
         # 3. Where the run stood, if it goes on.
         if arguments.run.resume:
@@ -274,8 +290,14 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     return lines
 
 
-def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
+def check_settings(
+    arguments: Arguments, accelerator: Accelerator, config_class: type[PreTrainedConfig] | None, has_model: bool
+) -> None:
     """
+    Args:
+        config_class: that of the model, if it is no Mini.
+        has_model: whether the caller brings the model itself.
+
     Raises:
         ValueError: for settings that do not fit the number of processes or the checkpoint to resume from. This is
             before any data is read.
@@ -295,8 +317,8 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
             return  # damaged: `load_state` takes the checkpoint before it, and checks that
         from_tokenizer = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
         known = {}
-        if arguments.model.model is None:  # otherwise its shape is known only when it is loaded
-            architecture = architecture_of(arguments.model.model_config())
+        if arguments.model.model is None and not has_model:  # otherwise its shape is known only when it is loaded
+            architecture = architecture_of(arguments.model.model_config(config_class))
             known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
         corpus = {}
         if not is_encoded(arguments.data):  # otherwise the tokenizer lies with the encoded corpus
@@ -304,12 +326,19 @@ def check_settings(arguments: Arguments, accelerator: Accelerator) -> None:
         check_state(arguments.output_dir, state, corpus, known, methods_of(arguments), order_of(arguments, False))
 
 
-def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
+def make_model(
+    arguments: Arguments, corpus: Corpus, config_class: type[PreTrainedConfig] | None, hooks: Hooks
+) -> PreTrainedModel:
     """
-    The model to train: a new one for the vocabulary of the corpus, or the one of `--model`, with an adapter if that was
-    asked for. The tokens that end an answer in the corpus also end what the model generates.
+    The model to train: a new one for the vocabulary of the corpus, the one of `--model`, or that of the caller, with an
+    adapter if that was asked for. The tokens that end an answer in the corpus also end what the model generates.
     """
-    model = new_model(arguments, corpus) if arguments.model.model is None else trained_model(arguments)
+    if hooks.has_model:
+        model = given_model(hooks.model, corpus)
+    elif arguments.model.model is not None:
+        model = trained_model(arguments)
+    else:
+        model = new_model(arguments, corpus, config_class)
     corpus.tokenizer.model_max_length = model.config.max_position_embeddings
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
@@ -320,19 +349,43 @@ def make_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
     return add_lora(model, arguments.adapter) if arguments.adapter.lora_r else model
 
 
-def new_model(arguments: Arguments, corpus: Corpus) -> PreTrainedModel:
+def new_model(
+    arguments: Arguments, corpus: Corpus, config_class: type[PreTrainedConfig] | None = None
+) -> PreTrainedModel:
     """A model with new weights, and settings for sampling that suit small models."""
-    tokenizer = corpus.tokenizer
-    bos_token_id = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    token_ids = {
-        "bos_token_id": bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-    }
-    config = arguments.model.model_config(vocab_size=len(tokenizer), **token_ids)
+    token_ids = token_ids_of(corpus.tokenizer)
+    config = arguments.model.model_config(config_class, vocab_size=len(corpus.tokenizer), **token_ids)
     model = AutoModelForCausalLM.from_config(config)
-    model.generation_config = GenerationConfig(**token_ids, do_sample=True, temperature=0.8, top_p=0.95)
+    model.generation_config = GenerationConfig(**token_ids, **SAMPLING)
     return model
+
+
+def given_model(model: PreTrainedModel, corpus: Corpus) -> PreTrainedModel:
+    """
+    The model of the caller, which learns in place, with the special tokens of the corpus.
+
+    Raises:
+        ValueError: if it cannot read the corpus.
+    """
+    if model.config.vocab_size < len(corpus.tokenizer):
+        raise ValueError(
+            f"The model has a vocabulary of {model.config.vocab_size:,} tokens, and the tokenizer "
+            f"{len(corpus.tokenizer):,}: make it with vocab_size={len(corpus.tokenizer)}, or name its own tokenizer."
+        )
+    is_new = model.generation_config.to_dict() == GenerationConfig.from_model_config(model.config).to_dict()
+    for name, token_id in token_ids_of(corpus.tokenizer).items():
+        setattr(model.config, name, token_id)
+        setattr(model.generation_config, name, token_id)
+    if is_new:
+        model.generation_config.update(**SAMPLING)
+    return model
+
+
+def token_ids_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens by the names that a configuration has for them."""
+    eos = tokenizer.eos_token_id
+    known = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    return {name: eos if token_id is None else token_id for name, token_id in known.items()}
 
 
 def trained_model(arguments: Arguments) -> PreTrainedModel:

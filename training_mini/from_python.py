@@ -1,12 +1,15 @@
 """Training from Python and from notebooks: `from training_mini import TrainingSettings, train`."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from modeling_mini import MiniForCausalLM
 from transformers import PreTrainedModel
 
 from . import trainer
+from .arguments import SHAPE
+from .data.own import OWN_DATA
 from .hooks import Hooks, Metric
 from .monitoring import console
 from .notebook import NotebookDisplay, is_notebook
@@ -50,7 +53,7 @@ def train(
     settings = settings if settings is not None else TrainingSettings()
     if not isinstance(settings, TrainingSettings):
         raise ValueError(f"train takes TrainingSettings, got {type(settings).__name__}.")
-    arguments = settings.arguments()
+    arguments = with_hooks(settings, model, data).arguments()
     callbacks = tuple(callbacks)
     is_shown = progress is not False
     if is_shown and is_notebook():
@@ -58,3 +61,33 @@ def train(
     is_quiet = not (is_shown and console.is_terminal) or is_notebook()
     hooks = Hooks(model=model, data=data, callbacks=callbacks, metrics=metrics or {}, is_quiet=is_quiet)
     return trainer.train(arguments, hooks)
+
+
+def with_hooks(
+    settings: TrainingSettings, model: PreTrainedModel | type[PreTrainedModel] | None, data: Iterable[Any] | None
+) -> TrainingSettings:
+    """
+    The settings with what describes a model and data that are given as objects, so that the run records it.
+
+    Raises:
+        ValueError: if the settings name a model or data too.
+    """
+    given, known = settings.given(), {}
+    if data is not None:
+        refuse(given, ["dataset", "dataset_config", "dataset_split", "streaming"], "data")
+        known["dataset"] = OWN_DATA
+    if model is not None:
+        refuse(given, ["model_class"], "model")
+        model_class = model if isinstance(model, type) else type(model)
+        if model_class.__module__ != MiniForCausalLM.__module__:
+            known["model_class"] = f"{model_class.__module__}:{model_class.__qualname__}"
+    if isinstance(model, PreTrainedModel):
+        refuse(given, ["model", "size", *SHAPE], "model")
+        known |= {name: getattr(model.config, name) for name in SHAPE if hasattr(model.config, name)}
+    return dataclasses.replace(settings, **known)
+
+
+def refuse(given: dict[str, Any], names: list[str], argument: str) -> None:
+    """Raises `ValueError` if one of these settings is given beside an argument that stands in its place."""
+    if both := [name for name in names if name in given]:
+        raise ValueError(f"train({argument}=...) stands in the place of {' and '.join(both)}: give one of them.")

@@ -28,5 +28,10 @@ class Hooks:
     metrics: Mapping[str, Metric] = field(default_factory=dict)
     is_quiet: bool = False
 
+    @property
+    def has_model(self) -> bool:
+        """Whether there is a model, and not only its class."""
+        return self.model is not None and not isinstance(self.model, type)
+
 
 NO_HOOKS = Hooks()

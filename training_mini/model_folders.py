@@ -14,6 +14,7 @@ from .checkpoints import TrainerState
 from .evaluation import Evaluation
 from .lora import has_lora, lora_alpha
 from .optimizers import OPTIMIZERS
+from .own_model import has_own_code, write_code
 
 
 def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
@@ -30,6 +31,7 @@ def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenize
             model.generation_config.save_pretrained(partial)
         else:
             model.save_pretrained(partial)
+            write_code(model, partial)
         tokenizer.save_pretrained(partial)
         (partial / CARD).write_text(card, encoding="utf-8")
         replace_folder(partial, folder)
@@ -76,7 +78,10 @@ def model_card(
             )
         ],
     )
-    is_mini = model.config.model_type == "mini"
+    has_code = model.config.model_type == "mini" or bool(getattr(model.config, "auto_map", None))
+    rows = {"class": f"`{type(model).__module__}.{type(model).__name__}`"} if has_own_code(model) else {}
+    if rows and not has_code:
+        rows["code"] = "not in this folder: the class must be imported, and known to the Auto classes, before it loads"
     facts = Facts(
         kind="adapter" if has_adapter else "model",
         parameters=None if has_adapter else model.num_parameters(),
@@ -91,9 +96,10 @@ def model_card(
         prompts=prompts or [],
         compressors=compressors,
         settings=public_settings(arguments.as_dict()),
+        rows=rows,
     )
     config = {} if has_adapter else model.config.to_dict()
-    return render(facts, data.to_dict(), config, trust_remote_code=has_adapter or is_mini)
+    return render(facts, data.to_dict(), config, trust_remote_code=has_adapter or has_code)
 
 
 def adapter_facts(adapter: AdapterArguments) -> str:

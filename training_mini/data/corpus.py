@@ -12,7 +12,7 @@ import itertools
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from .files import number_of_files
 from .packing import ExampleBatches, ExampleCollator, HeldOutExamples
 from .shards import ShardedIds
 from .sources import DocumentSource, open_source
-from .streaming import StreamBatches, TokenStream, find_stream
+from .streaming import DocumentStream, StreamBatches, TokenStream, find_stream
 
 FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
@@ -57,6 +57,7 @@ class Corpus(ABC):
         settings: what decides the ids, by name: the content, the tokenizer, and how one was applied to the other.
         notes: what is to be known of the files that were read, a sentence each.
         end_ids: the special tokens that end what the model writes, where the corpus shows them.
+        problem: a warning for the user, if the data cannot be read again exactly.
         is_chat: whether it teaches conversations.
         is_python: whether it is nothing but Python source.
     """
@@ -68,6 +69,7 @@ class Corpus(ABC):
     bytes_per_token: np.ndarray
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
+    problem: str = ""
     end_ids: tuple[int, ...] = ()
     is_chat: bool = False
     is_python: bool = False
@@ -114,7 +116,7 @@ class TextCorpus(Corpus):
         train, validation: token ids, `(tokens,)`, memory-mapped. `<|eos|>` follows each document.
     """
 
-    train: ShardedIds
+    train: ShardedIds | np.ndarray
     validation: np.ndarray
 
     @property
@@ -157,16 +159,18 @@ class StreamCorpus(TextCorpus):
 
     Attributes:
         train: the stream of token ids.
+        block_windows: how many windows are shuffled together, if not the usual number.
     """
 
     train: TokenStream
+    block_windows: int | None = None
 
     @property
     def train_size(self) -> str:
         return "a stream"
 
     def _training_batches(self, collator: Collator, batch_size: int, seed: int) -> Batches:
-        return StreamBatches(self.train, collator, batch_size, seed)
+        return StreamBatches(self.train, collator, batch_size, seed, self.block_windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +227,12 @@ def beginning_of(line: str) -> str:
     return (line[:most].rpartition(" ")[0] or line[:most]).rstrip()
 
 
-def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progress: bool = True) -> Corpus:
+def load_corpus(
+    arguments: DataArguments,
+    max_eval_tokens: int = 0,
+    show_progress: bool = True,
+    source: DocumentSource | None = None,
+) -> Corpus:
     """
     The corpus that the arguments name: from the cache, encoded now, or the stream of a dataset.
 
@@ -231,17 +240,18 @@ def load_corpus(arguments: DataArguments, max_eval_tokens: int = 0, show_progres
 
     Args:
         max_eval_tokens: tokens at the start of a stream that are held out.
+        source: documents in the place of those that the arguments name.
 
     Raises:
         ValueError: for a dataset that does not exist, is empty, or holds bytes that its tokenizer cannot read.
     """
     if arguments.streaming:
-        return stream_corpus(arguments, max_eval_tokens)
-    if is_encoded(arguments):
+        return stream_corpus(arguments, max_eval_tokens, *find_stream(arguments))
+    if source is None and is_encoded(arguments):
         if arguments.tokenizer == "bpe":
             raise ValueError(f"{arguments.dataset!r} is encoded and has a tokenizer of its own: leave out --tokenizer.")
         return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
-    source = open_source(arguments)
+    source = source or open_source(arguments)
     kind = kind_of(source, arguments.text_column)
     tokenizer = make_tokenizer(arguments)
     cache = Path(arguments.cache_dir).expanduser()
@@ -335,9 +345,18 @@ def open_corpus(name: str, folder: Path) -> Corpus:
     return TextCorpus(train=train, validation=validation, **about)
 
 
-def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpus:
+def stream_corpus(
+    arguments: DataArguments,
+    max_eval_tokens: int,
+    open_documents: Callable[[], DocumentStream],
+    notes: tuple[str, ...] = (),
+) -> StreamCorpus:
     """
     A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
+
+    Args:
+        open_documents: opens the documents at their beginning.
+        notes: what is to be known of them, a sentence each.
 
     Raises:
         ValueError: for a tokenizer that would have to be learned from the text first, and without `max_eval_tokens`.
@@ -354,7 +373,6 @@ def stream_corpus(arguments: DataArguments, max_eval_tokens: int) -> StreamCorpu
         ids = [*encode_pieces(tokenizer, name, pieces, arguments.errors), np.array([tokenizer.eos_token_id])]
         return np.concatenate(ids)
 
-    open_documents, notes = find_stream(arguments)
     stream = TokenStream(open_documents, arguments.dataset, encode)
     validation = stream.hold_out(max_eval_tokens)
     settings = {

@@ -140,7 +140,11 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
 
 def hub_source(arguments: DataArguments) -> DocumentSource:
     """Documents of a dataset on the Hub, through `datasets`."""
-    dataset = load_hub_dataset(arguments, streaming=False)
+    return dataset_source(load_hub_dataset(arguments, streaming=False), arguments)
+
+
+def dataset_source(dataset: "datasets.Dataset", arguments: DataArguments) -> DocumentSource:  # noqa: F821
+    """Documents of a dataset that is loaded."""
     key = dataset._fingerprint  # of its content
     name = arguments.dataset
 

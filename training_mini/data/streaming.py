@@ -74,11 +74,12 @@ class FileStream:
 
 
 class HubStream:
-    """The records of a dataset on the Hub as documents."""
+    """The records of a dataset on the Hub as documents, or those of `dataset`."""
 
-    def __init__(self, arguments: DataArguments) -> None:
+    def __init__(self, arguments: DataArguments, dataset: "datasets.IterableDataset | None" = None) -> None:  # noqa: F821
         self.arguments = arguments
-        self.dataset = load_hub_dataset(arguments, streaming=True)
+        # A copy begins at the beginning, wherever another one was left.
+        self.dataset = copy.deepcopy(dataset) if dataset is not None else load_hub_dataset(arguments, streaming=True)
 
     def __iter__(self) -> Iterator[Document]:
         name = self.arguments.dataset
@@ -213,17 +214,21 @@ class TokenStream:
 
 class StreamBatches(Batches):
     """
-    Global batches from a stream. Blocks of `BLOCK_WINDOWS` windows come in the order of the stream, and the windows in
-    a block are shuffled.
+    Global batches from a stream. Blocks of windows come in the order of the stream, and the windows in a block are
+    shuffled.
 
     Args:
         collator: how windows become sequences.
         batch_size: sequences of a global batch.
+        block_windows: the windows in a block (default: `BLOCK_WINDOWS`). With 1, nothing is shuffled.
     """
 
-    def __init__(self, stream: TokenStream, collator: Collator, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, stream: TokenStream, collator: Collator, batch_size: int, seed: int, block_windows: int | None = None
+    ) -> None:
         super().__init__(batch_size)
         self.stream, self.collator, self.seed = stream, collator, seed
+        self.block_windows = block_windows or BLOCK_WINDOWS
         self._blocks: dict[int, np.ndarray] = {}
         self._positions: dict[int, dict[str, Any]] = {}
         self._next_block = 0
@@ -239,7 +244,7 @@ class StreamBatches(Batches):
         self, step: int, process_index: int = 0, num_processes: int = 1, count: int = 1
     ) -> Iterator[Batch]:
         """As `Batches` says; steps are asked for in order."""
-        blocks, offsets = np.divmod(self.sequences_of(step), BLOCK_WINDOWS)
+        blocks, offsets = np.divmod(self.sequences_of(step), self.block_windows)
         self._read_blocks(int(blocks[0]), int(blocks[-1]))
         length = self.collator.context_length
         shares = zip(
@@ -257,16 +262,16 @@ class StreamBatches(Batches):
         length = self.collator.context_length
         while self._next_block <= last:
             self._positions[self._next_block] = self.stream.state_dict()
-            windows = self.stream.read(BLOCK_WINDOWS * length).reshape(BLOCK_WINDOWS, length)
+            windows = self.stream.read(self.block_windows * length).reshape(self.block_windows, length)
             key = key_of(self.seed, self._next_block)
-            self._blocks[self._next_block] = windows[permute(np.arange(BLOCK_WINDOWS), BLOCK_WINDOWS, key)]
+            self._blocks[self._next_block] = windows[permute(np.arange(self.block_windows), self.block_windows, key)]
             self._next_block += 1
         for block in [block for block in self._blocks if block < first]:
             del self._blocks[block], self._positions[block]
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position of the block in which the batch of `step` begins. A resumed run reads on from there."""
-        block = self.sequences_read(step) // BLOCK_WINDOWS
+        block = self.sequences_read(step) // self.block_windows
         position = self._positions[block] if block in self._positions else self.stream.state_dict()
         return {"block": block, "position": position}
 
@@ -277,7 +282,7 @@ class StreamBatches(Batches):
         Raises:
             ValueError: for an old checkpoint that has no count of sequences, if the batch size has changed.
         """
-        if state["block"] != self._first_sequence // BLOCK_WINDOWS:
+        if state["block"] != self._first_sequence // self.block_windows:
             raise ValueError(
                 f"The checkpoint does not say how much of the stream was read, and that was at another batch size: "
                 f"train_batch_size {self.batch_size} is not the one that the run began with."
