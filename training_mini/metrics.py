@@ -98,7 +98,7 @@ def make_log_window(run: Run) -> LogWindow:
         accelerator,
         tokens_per_step=arguments.optimization.train_batch_size * length,
         tokens_per_byte=len(run.held_out.ids) / run.held_out.bytes,
-        flops_per_token=ModelCost(run.config).training_flops_per_token(length) if peak is not None else None,
+        flops_per_token=flops_per_token(run) if peak is not None else None,
         peak_flops=peak,
     )
 
@@ -106,11 +106,17 @@ def make_log_window(run: Run) -> LogWindow:
 def size_metrics(run: Run) -> dict[str, float]:
     """The parameters of the model, and of a whole model of known shape the FLOPs of training on one token."""
     metrics: dict[str, float] = {"parameters": run.unwrapped_model.num_parameters()}
-    if not run.arguments.adapter.lora_r:
-        with contextlib.suppress(ValueError):  # a shape that cannot be counted
-            cost = ModelCost(run.config)
-            metrics["training_flops_per_token"] = cost.training_flops_per_token(run.config.max_position_embeddings)
+    if not run.arguments.adapter.lora_r and (flops := flops_per_token(run)) is not None:
+        metrics["training_flops_per_token"] = flops
     return metrics
+
+
+def flops_per_token(run: Run) -> int | None:
+    """The FLOPs of training on one token; `None` for a model of a shape that cannot be counted."""
+    try:
+        return ModelCost(run.config).training_flops_per_token(run.config.max_position_embeddings)
+    except ValueError:
+        return None
 
 
 def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, float]:

@@ -76,6 +76,13 @@ class ModelCost:
                 raise
             raise ValueError(f"{type(config).__name__} is not the configuration of a causal language model.") from None
         self.config = config
+        try:
+            self._measure(model)
+        except AttributeError as error:  # names of Llama in another kind of block
+            raise ValueError(f"The shape of {type(model).__name__} is not Llama's: {error}.") from None
+
+    def _measure(self, model: PreTrainedModel) -> None:
+        """Reads the sizes off a model on the meta device."""
         self.parameters = parameters_by_part(model)
         linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
         # The matrices that every token is multiplied with. A tied head is one of them; an embedding is only read from.
@@ -84,11 +91,11 @@ class ModelCost:
         block, final_norm = model.model.layers[0], model.model.norm
         self._saved_by_norm, self._statistics_of_norm = saved_by(final_norm)
         self._has_qk_norm = any(True for _ in getattr(block.self_attn, "q_norm", nn.Identity()).parameters())
-        self.layers = config.num_hidden_layers
-        self.heads = config.num_attention_heads
+        self.layers = self.config.num_hidden_layers
+        self.heads = self.config.num_attention_heads
         self.query_size = block.self_attn.q_proj.out_features
         self.key_value_size = block.self_attn.k_proj.out_features
-        self.hidden_size = config.hidden_size
+        self.hidden_size = self.config.hidden_size
         self.intermediate_size = block.mlp.gate_proj.out_features
         self.vocab_size = model.lm_head.out_features
 

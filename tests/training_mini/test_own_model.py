@@ -145,7 +145,7 @@ def test_a_model_of_transformers_is_one_of_its_own_kind(tmp_path: Path) -> None:
     assert "auto_map" not in json.loads((result.best / "config.json").read_text())
     assert not list(result.best.glob("*.py"))
     wrong = TrainingSettings(**RUN, embedding_dropout=0.1, output_dir=str(tmp_path / "wrong"))
-    with pytest.raises(ValueError, match="^LlamaConfig has no field 'embedding_dropout'"):
+    with pytest.raises(ValueError, match=r"^LlamaConfig has no field 'embedding_dropout'"):
         train(wrong, model=LlamaForCausalLM)
 
 
@@ -240,7 +240,7 @@ def test_settings_beside_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^train\(model=...\) stands in the place of size and hidden_size"):
         train(TrainingSettings(size="small", hidden_size=64, output_dir=str(tmp_path)), model=model)
     small = MiniForCausalLM(MiniConfig.preset("tiny", **SHAPE, vocab_size=100))
-    with pytest.raises(ValueError, match="^The model has a vocabulary of 100 tokens, and the tokenizer 264"):
+    with pytest.raises(ValueError, match=r"^The model has a vocabulary of 100 tokens, and the tokenizer 264"):
         train(TrainingSettings(**RUN, output_dir=str(tmp_path / "run")), model=small)
 
 

@@ -82,7 +82,7 @@ def test_a_run_on_it_goes_on_as_if_it_had_never_stopped(data: Callable[[], Any],
 def test_a_run_on_it_does_not_go_on_without_it(tmp_path: Path) -> None:
     train(TrainingSettings(**{**RUN, "max_steps": 2}, output_dir=str(tmp_path / "run")), data=IDS)
     resumed = TrainingSettings(resume=True, output_dir=str(tmp_path / "run"), max_steps=3)
-    with pytest.raises(ValueError, match="^This run learns from data that Python gave it"):
+    with pytest.raises(ValueError, match=r"^This run learns from data that Python gave it"):
         train(resumed)
     with pytest.raises(ValueError, match="was trained on another corpus: another content"):
         train(resumed, data=IDS + 1 - 2 * (IDS == 263))
@@ -92,7 +92,7 @@ def test_epochs_of_an_iterable_begin_anew_and_an_iterator_ends() -> None:
     stream = corpus_of(Again()).train
     np.testing.assert_array_equal(stream.read(5400 + 100)[-100:], IDS[600:700])
     assert stream.epoch == 1
-    with pytest.raises(ValueError, match="^The data ended after 100 items and does not begin again"):
+    with pytest.raises(ValueError, match=r"^The data ended after 100 items and does not begin again"):
         corpus_of(iter(ROWS)).train.read(5401)
 
 
@@ -115,7 +115,7 @@ def test_what_is_no_data_is_one_sentence(data: Any, sentence: str) -> None:
 
 
 def test_ids_go_with_no_tokenizer_that_is_learned_and_data_with_no_dataset(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="^tokenizer 'char' is learned from text"):
+    with pytest.raises(ValueError, match=r"^tokenizer 'char' is learned from text"):
         corpus_of(IDS, tokenizer="char")
     with pytest.raises(ValueError, match=r"^train\(data=...\) stands in the place of dataset"):
         train(TrainingSettings(dataset="sample", output_dir=str(tmp_path)), data=IDS)
