@@ -50,6 +50,10 @@ class GenerationArguments(Settings):
     num_beams: int | None = option(
         None, "search for the likeliest text with so many beams, instead of sampling", at_least=1
     )
+    logits_processor: list[str] = option(
+        [],
+        "own rules of sampling, each as package.module:NAME: a function of (input_ids, scores), or a LogitsProcessor",
+    )
     stop: list[str] = option([], "end before any of these strings")
     seed: int | None = option(
         None, "makes the same call write the same text", at_least=0, at_most=2**32 - 1, common=True

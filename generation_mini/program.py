@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .arguments import GenerationArguments
 from .batch_file import BatchFile
 from .interactive import converse, print_notice, write_to_terminal
-from .text_generation import CharacterStreamer, Stopwatch, encode_prompt, unknown_characters, write_on
+from .text_generation import CharacterStreamer, Stopwatch, encode_prompt, own_processors, unknown_characters, write_on
 
 
 def run(arguments: GenerationArguments) -> None:
@@ -21,6 +21,7 @@ def run(arguments: GenerationArguments) -> None:
     quiet_libraries()
     if arguments.compile:
         check_compile(arguments)
+    own_processors(arguments)  # what is wrong with them shows before a model is loaded
     batch_file = None
     if arguments.batch_file is not None:
         batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from entry_points_mini import imported
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -221,6 +222,23 @@ def generation_config(model: PreTrainedModel, arguments: GenerationArguments) ->
     return config
 
 
+def own_processors(arguments: GenerationArguments) -> list[Callable[..., torch.Tensor]]:
+    """
+    What `logits_processor` names, in order. A class is made anew, without arguments.
+
+    Raises:
+        ValueError: if there is no such thing, or it cannot be called.
+    """
+    processors = []
+    for name in arguments.logits_processor:
+        found = imported(name, "logits_processor")
+        processor = found() if isinstance(found, type) else found
+        if not callable(processor):
+            raise ValueError(f"logits_processor {name!r} must be a function or a LogitsProcessor, got {processor!r}.")
+        processors.append(processor)
+    return processors
+
+
 def write_on(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -263,6 +281,7 @@ def write_on(
     # Beams of one prompt compete, so their number is part of the first window; after it, each text goes on alone.
     config.num_return_sequences = ways if (config.num_beams or 1) > 1 else 1
     own_criteria = generate.pop("stopping_criteria", [])
+    processors = [*own_processors(arguments), *generate.pop("logits_processor", [])]
     written = 0
     while writing and written < arguments.max_new_tokens:
         for i, ids in writing.items():
@@ -280,7 +299,7 @@ def write_on(
         with torch.inference_mode(), failures_in_a_sentence():
             output = model.generate(
                 inputs=inputs.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
-                stopping_criteria=criteria, **generate,
+                logits_processor=processors, stopping_criteria=criteria, **generate,
             )  # fmt: skip
         written += config.max_new_tokens
         config.num_return_sequences = 1

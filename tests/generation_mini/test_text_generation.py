@@ -1,6 +1,7 @@
 """Continuing text: streaming that is exact, windows beyond the context, and settings."""
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -320,3 +321,50 @@ def test_bad_settings(argv: list[str], message: str) -> None:
     with pytest.raises(ValueError) as error:
         parse_arguments(argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+PROCESSORS = """
+from transformers import LogitsProcessor
+
+def only_x(input_ids, scores):
+    scores = scores.clone()
+    scores[:, :128] = scores[:, 129:] = float("-inf")  # "x" is 120 + 8
+    return scores
+
+class OnlyX(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return only_x(input_ids, scores)
+
+number = 3
+"""
+
+
+@pytest.mark.parametrize("name", ["only_x", "OnlyX"])
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "loop"])
+def test_a_rule_of_ones_own_decides_what_is_written(
+    model: MiniForCausalLM, tokenizer: ByteTokenizer, name: str, fast: bool, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "rules_of_a_test.py").write_text(PROCESSORS)
+    monkeypatch.chdir(tmp_path)  # a module of the current folder is found
+    arguments = GenerationArguments(logits_processor=[f"rules_of_a_test:{name}"], max_new_tokens=2 * CONTEXT)
+    (result,) = write_on(model, tokenizer, [tokenizer("ab").input_ids], arguments, lambda _: None, fast_decoding=fast)
+    assert result.text == "x" * 2 * CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("only_x", "must have the form package.module:NAME"),
+        ("rules_of_a_test:only_y", "has no 'only_y', did you mean 'only_x'"),
+        ("rules_of_a_test:number", "must be a function or a LogitsProcessor, got 3"),
+        ("no_such_module:f", "cannot be imported: No module named 'no_such_module'"),
+    ],
+)
+def test_a_rule_that_is_none_is_one_sentence_before_a_model_is_loaded(
+    name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rules_of_a_test.py").write_text(PROCESSORS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(program, "load_model", lambda *arguments, **loading: pytest.fail("too late"))
+    with pytest.raises(ValueError, match=f"^logits_processor.*{sentence}"):
+        program.run(parse_arguments(["--prompt", "a", "--logits_processor", name]))
