@@ -169,6 +169,16 @@ class HelpAction(argparse.Action):
         sys.exit(0)
 
 
+class VersionAction(argparse.Action):
+    """`--version` prints what a report of a fault needs."""
+
+    def __call__(self, *arguments: Any) -> NoReturn:
+        from installation_mini import report
+
+        print(report())
+        sys.exit(0)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """
     A parser made from groups of settings. A mistake is one sentence that names the right flag, and a YAML file goes
@@ -187,6 +197,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.others.add_argument(
             "-h", "--help", action=HelpAction, nargs="?", default=argparse.SUPPRESS,
             help="show this; --help all shows every flag",
+        )  # fmt: skip
+        self.others.add_argument(
+            "--version", action=VersionAction, nargs=0, default=argparse.SUPPRESS,
+            help="show the versions of Mini and its libraries, and the machine",
         )  # fmt: skip
         self.common = set()
         for group in self.groups:

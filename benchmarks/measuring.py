@@ -14,8 +14,8 @@ import torch
 import transformers
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
+from installation_mini import processor_name
 from modeling_mini.export.native import SHARED_FIELDS
-from training_mini.cpu_kernels import processor_name
 from transformers import LlamaConfig
 
 

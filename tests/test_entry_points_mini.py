@@ -166,7 +166,7 @@ def test_help(
         assert len(flags) > 80 and {"--rope_parameters", "--mlp_bias", "--keep_every"} <= set(flags)
         assert "MODEL" not in text and "(default: false)" not in text.lower() and "None" not in text
     else:
-        assert len(flags) == 10 + 2 and {"--dataset", "--size", "--learning_rate", "--max_steps"} <= set(flags)
+        assert len(flags) == 10 + 3 and {"--dataset", "--size", "--learning_rate", "--max_steps"} <= set(flags)
         assert "--help all shows" in text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from installation_mini import processor_name
 from modeling_mini.loading.checkpoints import load_checkpoint
 from torch import nn
 from transformers import (
@@ -31,7 +32,7 @@ from .checkpoints import (
     read_state,
     states_of,
 )
-from .cpu_kernels import measure_products, processor_name, use_products
+from .cpu_kernels import measure_products, use_products
 from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer

@@ -8,9 +8,7 @@ are measured at the start of a run.
 """
 
 import functools
-import platform
 import time
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -117,14 +115,3 @@ def shape_of(layer: nn.Linear) -> str:
 
 def onednn_is_available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def processor_name() -> str:
-    """The name with family, model and vector extensions: processors of one name may differ in speed by half."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()  # of the first core
-        facts = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        vectors = [flag for flag in facts["flags"].split() if flag.startswith(("avx", "amx"))]
-        return f"{facts['model name']}, family {facts['cpu family']} model {facts['model']}, {' '.join(vectors)}"
-    except (OSError, KeyError):  # not Linux, or not x86
-        return platform.processor() or platform.machine()

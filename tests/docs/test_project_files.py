@@ -31,7 +31,9 @@ def test_forms_are_what_github_takes(form: Path) -> None:
 def test_a_report_of_a_fault_has_the_facts_of_the_installation() -> None:
     fields = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "fault.yml").read_text())["body"]
     needed = {field["id"] for field in fields if field["validations"]["required"]}
-    assert {"command", "versions", "machine"} <= needed
+    assert {"command", "output", "versions"} <= needed
+    versions = next(field for field in fields if field["id"] == "versions")
+    assert "mini-train --version" in versions["attributes"]["description"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
