@@ -5,8 +5,9 @@ and long prompts, greedy and sampling, with and without a cache.
     python benchmarks/decoding.py [--size small] [--batch_sizes 1 8 64] [--prompts 16 1000] [--tokens 200]
 
 "Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop; "Mini, compiled"
-after `compile_decoding()`, for one sequence. llama.cpp and onnxruntime take part with one sequence, greedy, where they
-are installed. Medians over the rounds; the last line is JSON.
+after `compile_decoding()`: on a CPU for one sequence, on a GPU a CUDA graph for any batch. "Llama, static" has
+transformers' static cache, for which `generate` compiles the model on a GPU. llama.cpp and onnxruntime take part with
+one sequence, greedy, where they are installed. Medians over the rounds; the last line is JSON.
 """
 
 import statistics
@@ -24,6 +25,7 @@ import torch
 from configuration_mini import MiniConfig
 from entry_points_mini import option
 from modeling_mini import fast_generation
+from modeling_mini.analysis import ModelCost
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +42,7 @@ from measuring import (  # isort: skip
 )
 from runtimes import RUNTIMES, installed_runtimes, make_runtime  # isort: skip
 
-COMPILED, FAST, LOOP, LLAMA = "Mini, compiled", "Mini", "Mini, loop", "Llama"
+COMPILED, FAST, LOOP, LLAMA, STATIC = "Mini, compiled", "Mini", "Mini, loop", "Llama", "Llama, static"
 CONTENDERS = (FAST, LOOP, LLAMA)
 MANNERS = {"greedy": {"do_sample": False}, "sampling": {"do_sample": True, "top_k": 50, "top_p": 0.9}}
 # Without a cache each token costs a whole forward: a few tell enough, and are compared with as many with a cache.
@@ -57,7 +59,9 @@ class Settings(PlaceSettings):
     tokens: int = option(200, "tokens to write after the prompt", at_least=2)
     rounds: int = option(5, "how often each contender has its turn; the median counts", at_least=1)
     bf16: bool = option(False, "weights in bfloat16")
+    manners: list[str] = option(list(MANNERS), "greedy, sampling or both", choices=MANNERS)
     compile: bool = option(True, "also measure compiled decoding (half a minute of compiling the first time)")
+    static_cache: bool | None = option(None, "also measure Llama with a static cache (default: on a GPU)")
     runtimes: list[str] = option(list(RUNTIMES), "others that take part where they are installed")
 
     def __post_init__(self) -> None:
@@ -67,14 +71,31 @@ class Settings(PlaceSettings):
                 raise ValueError(f"{name} must be at least 1 each, got {getattr(self, name)}.")
         if unknown := set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"runtimes are {', '.join(RUNTIMES)}, not {', '.join(sorted(unknown))}.")
-        if self.device != "cpu" or self.bf16:  # the same weights, on the same processor
-            self.compile, self.runtimes = False, []
+        on_cpu_in_float32 = self.device == "cpu" and not self.bf16
+        self.compile = self.compile and (on_cpu_in_float32 or self.device == "cuda")
+        if not on_cpu_in_float32:  # the same weights, on the same processor
+            self.runtimes = []
+        if self.static_cache is None:
+            self.static_cache = self.device == "cuda"
+        self.manners = [manner for manner in MANNERS if manner in self.manners]
         self.runtimes = [name for name in self.runtimes if name in installed_runtimes()]
 
     def contenders(self, batch_size: int, manner: str) -> list[str]:
         """Who takes part in a case."""
-        compiled = [COMPILED] if self.compile and batch_size == 1 else []
-        return [*compiled, *CONTENDERS, *(self.runtimes if batch_size == 1 and manner == "greedy" else [])]
+        compiled = [COMPILED] if self.compile and (batch_size == 1 or self.device == "cuda") else []
+        static = [STATIC] if self.static_cache else []
+        runtimes = self.runtimes if batch_size == 1 and manner == "greedy" else []
+        return [*compiled, *CONTENDERS, *static, *runtimes]
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bf16 else "float32"
+
+    @property
+    def model_names(self) -> list[str]:
+        """Those that are models of transformers."""
+        compiled, static = [COMPILED] if self.compile else [], [STATIC] if self.static_cache else []
+        return [*compiled, *CONTENDERS, *static]
 
     @property
     def mini_config(self) -> MiniConfig:
@@ -93,7 +114,7 @@ class Case(NamedTuple):
 
 
 def make_model(contender: str, settings: Settings) -> PreTrainedModel:
-    config = llama_config_of(settings.mini_config) if contender == LLAMA else settings.mini_config
+    config = llama_config_of(settings.mini_config) if contender in (LLAMA, STATIC) else settings.mini_config
     model = AutoModelForCausalLM.from_config(config).eval().to(settings.device)
     if settings.bf16:
         model = model.to(torch.bfloat16)
@@ -116,7 +137,7 @@ def prompt_of(case: "Case") -> torch.Tensor:
 def run_model(model: PreTrainedModel, case: Case, settings: Settings) -> float:
     """The seconds of one call of `generate`."""
     ids = prompt_of(case).to(settings.device)
-    switch = {"fast_decoding": False} if case.contender == LOOP else {}
+    switch = {LOOP: {"fast_decoding": False}, STATIC: {"cache_implementation": "static"}}.get(case.contender, {})
     start = time.perf_counter()
     output = model.generate(
         ids,
@@ -139,10 +160,10 @@ def cases_of(settings: Settings) -> list[Case]:
         Case(contender, batch_size, prompt, manner, True, tokens)
         for batch_size in settings.batch_sizes
         for prompt in settings.prompts
-        for manner in MANNERS
+        for manner in settings.manners
         for contender in settings.contenders(batch_size, manner)
         for tokens in (settings.tokens, 1)
-        if tokens > 1 or manner == "greedy"
+        if tokens > 1 or manner == settings.manners[0]
     ]
     few = min(settings.tokens, TOKENS_WITHOUT_CACHE)
     cases += [
@@ -169,9 +190,8 @@ def peak_memory(contender: str, settings: Settings) -> int | None:
 
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
-    models = {
-        name: make_model(name, settings) for name in (COMPILED, *CONTENDERS) if name != COMPILED or settings.compile
-    }
+    models = {name: make_model(name, settings) for name in settings.model_names}
+    cost = ModelCost(settings.mini_config)
     cases = cases_of(settings)
     context = max(settings.prompts) + settings.tokens
     with tempfile.TemporaryDirectory() as folder:
@@ -192,14 +212,18 @@ def measure(settings: Settings) -> dict[str, Any]:
         if case.tokens != settings.tokens or not case.use_cache:
             continue
         of_llama = median[case._replace(contender=LLAMA)]
-        first = median[case._replace(manner="greedy", tokens=1)]
+        first = median[case._replace(manner=settings.manners[0], tokens=1)]
+        per_token = (median[case] - first) / (case.tokens - 1)
+        # A step reads each weight, and the cache, which is half written on average.
+        read = cost.inference_memory(case.batch_size, case.prompt + case.tokens // 2, settings.dtype)
         rows.append(
             {
                 **case._asdict(),
                 "tokens_per_second": case.batch_size * case.tokens / median[case],
                 "times_llama": of_llama / median[case],
                 "seconds_to_first_token": first,
-                "seconds_per_further_token": (median[case] - first) / (case.tokens - 1),
+                "seconds_per_further_token": per_token,
+                "bytes_read_per_second": (read.weights + read.kv_cache) / per_token,
                 "seconds": seconds[case],
             }
         )

@@ -14,6 +14,7 @@ import torch
 import transformers
 from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
+from files_mini import write_text
 from installation_mini import processor_name
 from modeling_mini.export.native import SHARED_FIELDS
 from transformers import LlamaConfig
@@ -60,7 +61,7 @@ def run_benchmark(
         show(results, settings)
         line = json.dumps(results)
         if settings.output is not None:
-            Path(settings.output).write_text(line + "\n", encoding="utf-8")
+            write_text(Path(settings.output), line + "\n")
         print(line)
 
 

@@ -9,6 +9,7 @@ last line is JSON.
 """
 
 import contextlib
+import gc
 import importlib.util
 import os
 import statistics
@@ -17,7 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+import psutil
 import torch
 from configuration_mini import MiniConfig
 from entry_points_mini import option
@@ -55,6 +57,9 @@ from measuring import (  # isort: skip
 )
 
 MODES = ("eager", "compiled")
+PEERS = ("Mini", "Llama")
+# The most that is tried where the batch is to be found: beyond it, nothing of these sizes becomes faster.
+MOST_SEQUENCES = 64
 STEPS_FOR_MEMORY = 3
 # Side of the square matrices whose product stands for the peak of the device: about 0.1 s on two cores, 3 ms on a GPU.
 SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
@@ -65,11 +70,14 @@ class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     size: str = option("small", "preset of MiniConfig whose shape all models take")
-    batch_size: int = option(8, "sequences in a batch", at_least=1)
+    batch_size: int = option(
+        8, f"sequences in a batch; 0: the largest power of two that fits, up to {MOST_SEQUENCES}", at_least=0
+    )
     context: int = option(256, "tokens in a sequence", at_least=1)
     rounds: int = option(7, "how often each contender has its turn; the median counts", at_least=1)
     steps: int = option(5, "training steps in a turn", at_least=1)
     modes: list[str] = option(list(MODES), "eager, compiled or both", choices=MODES)
+    models: list[str] = option(list(PEERS), "Mini, Llama or both", choices=PEERS)
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, whose model.py then takes part")
     nanogpt_width: int | None = option(
         None, "width of nanoGPT; default: the preset's, with twice its parameters", at_least=1
@@ -83,10 +91,11 @@ class Settings(PlaceSettings):
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").is_file():
             raise ValueError(f"There is no model.py in {self.nanogpt!r}; nanogpt is the folder of a nanoGPT checkout.")
         self.modes = [mode for mode in MODES if mode in self.modes]
+        self.models = [name for name in PEERS if name in self.models]
 
     @property
     def model_names(self) -> list[str]:
-        return ["Mini", "Llama", *(["nanoGPT"] if self.nanogpt is not None else [])]
+        return [*self.models, *(["nanoGPT"] if self.nanogpt is not None else [])]
 
     @property
     def tokens_per_step(self) -> int:
@@ -155,6 +164,15 @@ def training_flops_per_token(name: str, model: nn.Module, settings: Settings) ->
     return ModelCost(config).training_flops_per_token(settings.context)
 
 
+def planned_memory(contender: "Contender") -> int | None:
+    """What `ModelCost` expects a step of Mini or Llama to need, in bytes; the compiler may save some of it."""
+    settings = contender.settings
+    if contender.name == "nanoGPT":
+        return None
+    dtype = str(settings.dtype).removeprefix("torch.")
+    return ModelCost(contender.model.config).training_memory(settings.batch_size, settings.context, dtype).total
+
+
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
     """Every matrix that each token is multiplied with; a tied head is among them."""
     return [module for module in model.modules() if isinstance(module, nn.Linear)]
@@ -215,6 +233,16 @@ class Contender:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def steps_for_memory(self) -> None:
+        for step in range(STEPS_FOR_MEMORY):
+            self.step(self.batches[step % len(self.batches)])
+
+    def bytes_between_steps(self) -> int:
+        """What weights, moments and batches hold, after a first step."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.batches, *filter(torch.is_tensor, moments)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def seconds_of_first_step(self) -> float:
         """When compiled, nearly all of it is the compiler."""
@@ -314,9 +342,9 @@ def compile_something(settings: Settings) -> None:
 
 def memory_of(name: str | None, mode: str, settings: Settings) -> int | None:
     """
-    The peak in bytes of this process while a contender trains, without its first step, where the compiler works: on a
-    GPU what its tensors hold, on a CPU what the process holds. Run in a process of its own; without a name, it is what
-    such a process holds when it has imported everything (and used the compiler).
+    The peak in bytes of this process, on a CPU, while a contender trains, without its first step, where the compiler
+    works. Run in a process of its own; without a name, it is what such a process holds when it has imported everything
+    (and used the compiler).
     """
     if name is None:
         if mode == "compiled":
@@ -324,24 +352,70 @@ def memory_of(name: str | None, mode: str, settings: Settings) -> int | None:
         return peak_resident_memory(reset=True)
     contender = Contender(name, mode, settings)
     contender.seconds_of_first_step()
-    if settings.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        peak_resident_memory(reset=True)
-    for step in range(STEPS_FOR_MEMORY):
-        contender.step(contender.batches[step % len(contender.batches)])
-    return torch.cuda.max_memory_allocated() if settings.device == "cuda" else peak_resident_memory()
+    peak_resident_memory(reset=True)
+    contender.steps_for_memory()
+    return peak_resident_memory()
 
 
-def measure_memory(settings: Settings) -> dict[tuple[str, str], int | None]:
+def memory_on_gpu(contender: Contender) -> int:
+    """The peak in bytes of what a contender's tensors hold while it trains, beside those of the others."""
+    others = torch.cuda.memory_allocated() - contender.bytes_between_steps()
+    torch.cuda.reset_peak_memory_stats()
+    contender.steps_for_memory()
+    return torch.cuda.max_memory_allocated() - others
+
+
+def measure_memory(
+    contenders: dict[tuple[str, str], Contender], settings: Settings
+) -> dict[tuple[str, str], int | None]:
     """Peak memory in bytes of each model and mode."""
+    if settings.device == "cuda":
+        return {key: memory_on_gpu(contender) for key, contender in contenders.items()}
     peaks = {}
     for mode in settings.modes:
-        baseline = 0 if settings.device == "cuda" else in_child(memory_of, None, mode, settings)
+        baseline = in_child(memory_of, None, mode, settings)
         for name in settings.model_names:
             peak = in_child(memory_of, name, mode, settings) if baseline is not None else None
             peaks[name, mode] = peak - baseline if peak is not None else None
     return peaks
+
+
+def batch_that_should_fit(settings: Settings) -> int:
+    """The largest power of two that fits by the estimate of `ModelCost` for Mini; 1 where not even that does."""
+    free = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else psutil.virtual_memory().available
+    dtype = str(settings.dtype).removeprefix("torch.")
+    fits = ModelCost(settings.mini_config).largest_training_batch(free, settings.context, dtype)
+    return 1 << (max(1, min(fits, MOST_SEQUENCES)).bit_length() - 1)
+
+
+def make_contenders(settings: Settings) -> tuple[dict[tuple[str, str], Contender], dict[tuple[str, str], float]]:
+    """
+    The contenders, and the seconds of the first step of each; with a batch that is to be found, of the largest size
+    with which all of them fit.
+
+    Raises:
+        ValueError: if they do not fit.
+    """
+    is_given = settings.batch_size > 0
+    settings = settings if is_given else replace(settings, batch_size=batch_that_should_fit(settings))
+    while True:
+        contenders = {}
+        try:
+            for mode in settings.modes:
+                for name in settings.model_names:
+                    contenders[name, mode] = Contender(name, mode, settings)
+            if "compiled" in settings.modes:
+                compile_something(settings)
+            return contenders, {key: contender.seconds_of_first_step() for key, contender in contenders.items()}
+        except torch.OutOfMemoryError:
+            if is_given or settings.batch_size == 1:
+                raise ValueError(f"Batches of {settings.batch_size} x {settings.context} do not fit.") from None
+        # Not in the handler above: the traceback of the error holds tensors.
+        del contenders
+        torch.compiler.reset()  # or another batch would be compiled for any size of batch
+        gc.collect()
+        torch.cuda.empty_cache()
+        settings = replace(settings, batch_size=settings.batch_size // 2)
 
 
 @dataclass
@@ -358,25 +432,22 @@ class Figures:
     mfu_of_model_products: float
     seconds_to_first_step: float
     peak_memory_bytes: int | None
+    planned_memory_bytes: int | None
     seconds_per_step: list[float] = field(repr=False)  # of each round
 
 
 @empty_compiler_cache()
 def measure(settings: Settings) -> dict[str, Any]:
     """All figures, as they go into the JSON."""
-    contenders = {
-        (name, mode): Contender(name, mode, settings) for mode in settings.modes for name in settings.model_names
-    }
-    if "compiled" in settings.modes:
-        compile_something(settings)
-    first_steps = {key: contender.seconds_of_first_step() for key, contender in contenders.items()}
+    contenders, first_steps = make_contenders(settings)
+    settings = next(iter(contenders.values())).settings
     products = {"square": MatrixProducts.square(settings)}
     products |= {name: MatrixProducts.of_model(contenders[name, settings.modes[0]]) for name in settings.model_names}
     turns = {key: part.turn for key, part in (contenders | products).items()}
     seconds = in_turns(turns, settings.rounds)
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     flops_per_second = {name: product.flops / medians[name] for name, product in products.items()}
-    peaks = measure_memory(settings)
+    peaks = measure_memory(contenders, settings)
     figures = []
     for key, contender in contenders.items():
         tokens_per_second = settings.tokens_per_step / medians[key]
@@ -393,6 +464,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                 mfu_of_model_products=model_flops_per_second / flops_per_second[contender.name],
                 seconds_to_first_step=first_steps[key],
                 peak_memory_bytes=peaks[key],
+                planned_memory_bytes=planned_memory(contender),
                 seconds_per_step=seconds[key],
             )
         )
@@ -404,8 +476,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         "product_flops_per_second": flops_per_second,
         "contenders": [asdict(each) for each in figures],
         "mini_tokens_per_second_ratio": {
-            mode: {name: speeds["Mini", mode] / speeds[name, mode] for name in settings.model_names[1:]}
-            for mode in settings.modes
+            mode: {name: speeds["Mini", mode] / speeds[name, mode] for name in settings.model_names if name != "Mini"}
+            for mode in (settings.modes if "Mini" in settings.models else [])
         },
     }
 
@@ -414,7 +486,8 @@ def show(results: dict[str, Any], settings: Settings) -> None:
     console = Console()
     place = f"{results['machine']['device']}, {results['machine']['threads']} threads"
     dtype = str(settings.dtype).removeprefix("torch.")
-    title = f"Training {settings.size}, batch {settings.batch_size} x {settings.context}: {place}, {dtype}"
+    batch_size = results["settings"]["batch_size"]
+    title = f"Training {settings.size}, batch {batch_size} x {settings.context}: {place}, {dtype}"
     # Narrow enough for 80 columns.
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
@@ -431,7 +504,7 @@ def show(results: dict[str, Any], settings: Settings) -> None:
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in results["contenders"]:
-        ratio = results["mini_tokens_per_second_ratio"][row["mode"]].get(row["model"])
+        ratio = results["mini_tokens_per_second_ratio"].get(row["mode"], {}).get(row["model"])
         peak = row["peak_memory_bytes"]
         table.add_row(
             f"{row['model']}, {row['mode']}",

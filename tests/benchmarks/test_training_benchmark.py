@@ -1,10 +1,12 @@
 """benchmarks/training.py, in seconds: every contender that was asked for has figures, and wrong input one sentence."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
-from helpers.programs import run_program
+import torch
+from helpers.programs import ROOT, run_program
 
 PROGRAM = "benchmarks/training.py"
 QUICK = "--size tiny --batch_size 1 --context 16 --rounds 1 --steps 1".split()
@@ -111,6 +113,30 @@ def test_wrong_input_is_one_sentence(flags: list[str], says: str, tmp_path: Path
     done = run_program(PROGRAM, *flags, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert says in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_batch_that_is_found_is_halved_until_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    training = importlib.import_module("training")
+    tried = []
+
+    class Contender(training.Contender):
+        def seconds_of_first_step(self) -> float:
+            tried.append((self.name, self.settings.batch_size))
+            if self.settings.batch_size > (16 if self.name == "Mini" else 4):
+                raise torch.OutOfMemoryError
+            return 1.0
+
+    monkeypatch.setattr(training, "Contender", Contender)
+    settings = training.Settings(device="cpu", size="tiny", batch_size=0, context=16, modes=["eager"])
+    contenders, seconds = training.make_contenders(settings)
+    assert tried == [("Mini", 64), ("Mini", 32), *[(n, b) for b in (16, 8, 4) for n in ("Mini", "Llama")]]
+    assert {contender.settings.batch_size for contender in contenders.values()} == {4}
+    assert seconds == dict.fromkeys(contenders, 1.0)
+    assert contenders["Mini", "eager"].bytes_between_steps() > 4 * contenders["Mini", "eager"].parameters
+    settings.batch_size = 8
+    with pytest.raises(ValueError, match="Batches of 8 x 16 do not fit"):
+        training.make_contenders(settings)
 
 
 def test_a_model_file_of_something_else_is_refused(nanogpt: Path, tmp_path: Path) -> None:
