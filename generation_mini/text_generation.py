@@ -17,45 +17,26 @@ from transformers.generation.streamers import BaseStreamer
 from .arguments import SAMPLING, SHAPING, GenerationArguments
 
 
-class IncrementalDetokenizer:
+class TextUntilStop:
     """
-    The text of one sequence, as its tokens come: each character as soon as it is complete, never half a UTF-8
-    character. All the pieces together equal `tokenizer.decode` of all the ids, up to the stop string that is complete
-    first; what may be the beginning of one is held back until it is known.
+    Text that comes in pieces, up to the stop string that is complete first; what may be the beginning of one is held
+    back until it is known.
+
+    Attributes:
+        text: what was shown so far.
+        is_stopped: whether there was a stop string.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stop = stop
-        self.ids: list[int] = []
         self.text = ""
         self.is_stopped = False
         self._held = ""
-        self._decoded = 0
-        self._stream = DecodeStream(skip_special_tokens=True)
 
-    def add(self, token_id: int) -> str:
-        """What can be shown after one more token."""
+    def feed(self, piece: str) -> str:
+        """What can be shown after one more piece."""
         if self.is_stopped:
             return ""
-        self.ids.append(token_id)
-        piece = self._stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
-        self._decoded += len(piece)
-        return self._show(piece) if piece else ""
-
-    def finish(self) -> str:
-        """What was held back: the beginning of no stop string, and an incomplete character as U+FFFD."""
-        if self.is_stopped:
-            return ""
-        rest = self.tokenizer.decode(self.ids, skip_special_tokens=True)[self._decoded :]
-        self._decoded += len(rest)
-        shown = self._show(rest)
-        if not self.is_stopped:
-            self.text += self._held
-            shown, self._held = shown + self._held, ""
-        return shown
-
-    def _show(self, piece: str) -> str:
         self._held += piece
         places = ((stop, self._held.find(stop)) for stop in self.stop)
         # The one that is complete first, so that it does not depend on how the text falls into pieces.
@@ -70,6 +51,45 @@ class IncrementalDetokenizer:
         self._held = self._held[len(shown) :]
         self.text += shown
         return shown
+
+    def rest(self) -> str:
+        """What was held back, of a text that has ended: the beginning of no stop string."""
+        if self.is_stopped:
+            return ""
+        shown, self._held = self._held, ""
+        self.text += shown
+        return shown
+
+
+class IncrementalDetokenizer(TextUntilStop):
+    """
+    The text of one sequence, as its tokens come: each character as soon as it is complete, never half a UTF-8
+    character. All the pieces together equal `tokenizer.decode` of all the ids, up to a stop string.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        super().__init__(stop)
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._decoded = 0
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def add(self, token_id: int) -> str:
+        """What can be shown after one more token."""
+        if self.is_stopped:
+            return ""
+        self.ids.append(token_id)
+        piece = self._stream.step(self.tokenizer.backend_tokenizer, token_id) or ""
+        self._decoded += len(piece)
+        return self.feed(piece) if piece else ""
+
+    def finish(self) -> str:
+        """What was held back: the beginning of no stop string, and an incomplete character as U+FFFD."""
+        if self.is_stopped:
+            return ""
+        rest = self.tokenizer.decode(self.ids, skip_special_tokens=True)[self._decoded :]
+        self._decoded += len(rest)
+        return self.feed(rest) + self.rest()
 
 
 class CharacterStreamer(BaseStreamer):

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -18,18 +17,19 @@ import pytest
 import torch
 import transformers
 from generation_mini import transformers_cli
-from helpers.programs import ROOT
+from helpers.programs import ROOT, free_port
 from modeling_mini.loading.checkpoints import load_model
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 COMMAND = [sys.executable, "-m", "generation_mini.transformers_cli"]
+NAME = "model"  # as it is typed at the start of the server
 MESSAGES = [{"role": "user", "content": "the cat"}]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint that says it can chat, with plain text as the likeliest answer."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
+    folder = tmp_path_factory.mktemp("chat") / NAME
     shutil.copytree(quick_run / "best", folder)
     config = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [2, 7]}))
@@ -38,15 +38,14 @@ def checkpoint(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
     environment = {**ENVIRONMENT, "HF_HOME": str(log.parent)}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*COMMAND, "serve", str(checkpoint), "--port", str(port)], env=environment, stdout=file, stderr=file
-        )
+            [*COMMAND, "serve", NAME, "--port", str(port)],
+            cwd=checkpoint.parent, env=environment, stdout=file, stderr=file,
+        )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
         while True:
@@ -65,7 +64,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture(scope="module")
 def client(server: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
 
 
 def continuation(checkpoint: Path, prompt: str | list[dict]) -> str:
@@ -84,7 +83,7 @@ def continuation(checkpoint: Path, prompt: str | list[dict]) -> str:
 
 
 def test_completions(client: openai.OpenAI, checkpoint: Path) -> None:
-    arguments = {"model": str(checkpoint), "prompt": "the ", "max_tokens": 20, "temperature": 0}
+    arguments = {"model": NAME, "prompt": "the ", "max_tokens": 20, "temperature": 0}
     expected = continuation(checkpoint, "the ")
     answer = client.completions.create(**arguments)
     assert answer.choices[0].text == expected and answer.usage.completion_tokens == 20
@@ -93,7 +92,7 @@ def test_completions(client: openai.OpenAI, checkpoint: Path) -> None:
 
 
 def test_chat_completions(client: openai.OpenAI, checkpoint: Path) -> None:
-    arguments = {"model": str(checkpoint), "messages": MESSAGES, "max_tokens": 20, "temperature": 0}
+    arguments = {"model": NAME, "messages": MESSAGES, "max_tokens": 20, "temperature": 0}
     expected = continuation(checkpoint, MESSAGES)
     answer = client.chat.completions.create(**arguments)
     assert answer.choices[0].message.content == expected
@@ -102,8 +101,127 @@ def test_chat_completions(client: openai.OpenAI, checkpoint: Path) -> None:
     assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 3
 
 
-def test_list_of_models_is_no_error(client: openai.OpenAI) -> None:
-    assert list(client.models.list()) == []
+def test_the_model_has_the_name_that_was_typed(client: openai.OpenAI, checkpoint: Path) -> None:
+    (model,) = client.models.list()
+    assert model.id == NAME
+    for name in (NAME, str(checkpoint)):
+        answer = client.completions.create(model=name, prompt="the ", max_tokens=2)
+        assert answer.model == NAME
+    with pytest.raises(openai.BadRequestError, match="pinned to 'model'; requested 'gpt-9'"):
+        client.completions.create(model="gpt-9", prompt="the ")
+
+
+def test_stop_is_left_out_of_the_text(client: openai.OpenAI, checkpoint: Path) -> None:
+    expected = continuation(checkpoint, "the ")
+    stop = expected[4:7]
+    before = expected[: expected.index(stop)]
+    arguments = {"model": NAME, "max_tokens": 20, "temperature": 0, "stop": ["never", stop]}
+    (choice,) = client.completions.create(prompt="the ", **arguments).choices
+    assert (choice.text, choice.finish_reason) == (before, "stop")
+    chunks = [chunk.choices[0] for chunk in client.completions.create(prompt="the ", stream=True, **arguments)]
+    assert "".join(chunk.text for chunk in chunks) == before and chunks[-1].finish_reason == "stop"
+    # Where the prompt ends is no part of the text.
+    arguments |= {"stop": ["e " + expected[0], "never"]}
+    assert client.completions.create(prompt="the ", **arguments).choices[0].text[:2] == expected[:2]
+    of_chat = continuation(checkpoint, MESSAGES)
+    arguments |= {"stop": of_chat[3:6], "messages": MESSAGES}
+    before = of_chat[: of_chat.index(of_chat[3:6])]
+    (choice,) = client.chat.completions.create(**arguments).choices
+    assert (choice.message.content, choice.finish_reason) == (before, "stop")
+    chunks = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **arguments)]
+    assert "".join(chunk.delta.content or "" for chunk in chunks) == before
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_lists_of_prompts_and_several_choices(client: openai.OpenAI, checkpoint: Path) -> None:
+    arguments = {"model": NAME, "max_tokens": 20, "prompt": ["the ", "a "]}
+    answer = client.completions.create(**arguments, temperature=0)
+    assert [choice.text for choice in answer.choices] == [continuation(checkpoint, text) for text in ("the ", "a ")]
+    arguments |= {"n": 3, "seed": 1, "echo": True}
+    answer = client.completions.create(**arguments)
+    texts = [choice.text for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == list(range(6)) and len(set(texts)) == 6
+    assert [text.startswith(prompt) for text, prompt in zip(texts, ["the "] * 3 + ["a "] * 3, strict=True)] == [
+        True
+    ] * 6
+    assert answer.usage.completion_tokens == 6 * 20
+    assert [choice.text for choice in client.completions.create(**arguments).choices] == texts
+
+
+def test_log_probabilities_are_those_of_the_model(client: openai.OpenAI, checkpoint: Path) -> None:
+    arguments = {"model": NAME, "prompt": "the ", "max_tokens": 3, "temperature": 0}
+    (choice,) = client.completions.create(**arguments, echo=True, logprobs=2).choices
+    model, tokenizer = load_model(str(checkpoint))
+    ids = torch.tensor([tokenizer(choice.text).input_ids])  # bos, and the text
+    with torch.no_grad():
+        scores = model(ids).logits[0, :-1].log_softmax(-1)
+    expected = scores.gather(1, ids[0, 1:, None])[:, 0].tolist()
+    found = choice.logprobs
+    assert found.token_logprobs == pytest.approx(expected, abs=1e-4)
+    assert "".join(found.tokens) == choice.text and found.text_offset == list(range(7))
+    for place, best in enumerate(found.top_logprobs):
+        assert list(best.values()) == pytest.approx(scores[place].topk(2).values.tolist(), abs=1e-4)
+    (new,) = client.completions.create(**arguments, logprobs=0).choices
+    assert new.logprobs.tokens == found.tokens[4:] and new.logprobs.top_logprobs is None
+    assert new.logprobs.token_logprobs == pytest.approx(expected[4:], abs=1e-4)
+    (scored,) = client.completions.create(**{**arguments, "max_tokens": 0}, echo=True, logprobs=0).choices
+    assert scored.text == "the " and scored.logprobs.token_logprobs == pytest.approx(expected[:4], abs=1e-4)
+
+
+def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
+    arguments = {"model": NAME, "prompt": "the ", "max_tokens": 500, "temperature": 0}
+    answer = client.completions.create(**arguments)
+    assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 64
+    last = list(client.completions.create(**arguments, stream=True))[-1]
+    assert last.choices[0].finish_reason == "length" and last.usage.total_tokens == 64
+    answer = client.chat.completions.create(model=NAME, messages=MESSAGES, temperature=0)
+    assert answer.choices[0].finish_reason == "length" and answer.usage.total_tokens == 64
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError, match="has 101 tokens, and the context of this model holds 64"):
+            client.completions.create(model=NAME, prompt="a" * 100, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"n": 0}, "n must be a whole number from 1 to 128, got 0."),
+        ({"n": 2, "stream": True}, "n, echo, logprobs and a list of prompts do not work with stream."),
+        ({"logprobs": 9}, "logprobs must be a whole number from 0 to 5, got 9."),
+        ({"prompt": [1, 2]}, "prompt must be a text or a list of texts"),
+        ({"best_of": 3}, "best_of does not work here, got 3: leave it out."),
+        ({"presence_penalty": 0.5}, "presence_penalty does not work here"),
+        ({"stop": [""]}, "stop must be a text or a list of texts that are not empty"),
+        ({"max_tokens": -1}, "max_tokens must be a whole number from 0"),
+    ],
+)
+def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, settings: dict, reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
+        client.completions.create(**{"model": NAME, "prompt": "the ", "max_tokens": 2, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"n": 2}, "n does not work here, got 2: leave it out."),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs does not work here|top_logprobs does not work here"),
+        ({"response_format": {"type": "json_object"}}, "response_format does not work here"),
+        ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+    ],
+)
+def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason):
+        client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 2, **settings})
+    neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "user": "me"}
+    assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2, **neutral).choices
+
+
+def test_the_example_of_the_page(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "SERVING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
+    assert "http://localhost:8000" in block and '"runs/tiny-python-stdlib"' in block
+    exec(block.replace("http://localhost:8000", server).replace("runs/tiny-python-stdlib", NAME), {})
+    output = capsys.readouterr().out
+    assert output.startswith(f"{NAME}\n") and output.count("def ") == 2 and output.count("bits per token") == 1
 
 
 def test_chat_in_the_terminal(server: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -124,6 +242,16 @@ def test_chat_in_the_terminal(server: str, checkpoint: Path, tmp_path: Path) -> 
     chat.expect(pexpect.EOF)
     chat.close()
     assert chat.exitstatus == 0
+
+
+def test_chat_before_the_server_is_there() -> None:
+    port = free_port()
+    for place in ([], [f"http://localhost:{port}"]):
+        command = [*COMMAND, "chat", "runs/mine", *place, "--user", "me"]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert done.stderr.startswith(f"error: No server answers at {place[0] if place else 'http://localhost:8000'}: ")
+        assert "`mini-transformers serve runs/mine`" in done.stderr
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:

@@ -1,0 +1,403 @@
+"""
+What `mini-transformers serve` adds to the server of transformers: the name under which the model was started is the one
+that clients use; a text ends before a stop string, and where the context is full; and a setting that the server would
+pass over in silence works or is refused with a reason.
+
+`install` puts these classes in the place of those of transformers, before its command makes them.
+"""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from modeling_mini.loading.checkpoints import find_checkpoint
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.completion_choice import Logprobs
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
+
+from .text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop
+
+# What OpenAI's protocol has and the server would ignore, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+}
+MOST_LOGPROBS = 5  # as in OpenAI's protocol
+MOST_CHOICES = 128
+MOST_TOKENS = 1 << 31
+
+
+def install() -> None:
+    """Puts the classes of this module where transformers' command looks for them."""
+    model_manager.ModelManager = ServedModels
+    completion.CompletionHandler = Completions
+    chat_completion.ChatCompletionHandler = ChatCompletions
+    server.build_server = build_server
+    utils.GenerateManager = OneByOne
+    utils.CBGenerateManager = InBatches
+
+
+stock_build_server = server.build_server
+
+
+def build_server(*parts: Any, **settings: Any) -> FastAPI:
+    """The server of transformers, whose refusals have the form in which clients of OpenAI look for a reason."""
+    app = stock_build_server(*parts, **settings)
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
+        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
+        content = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
+        return JSONResponse(content, status_code=error.status_code)
+
+    return app
+
+
+class ServedModels(model_manager.ModelManager):
+    """The models of a server; one that was named at its start keeps the name that it was given there."""
+
+    def __init__(self, *, force_model: str | None = None, **settings: Any) -> None:
+        self.place = force_model
+        if force_model is not None and Path(force_model).is_dir():
+            self.place = str(Path(find_checkpoint(force_model)).resolve())
+        self.started = int(time.time())
+        super().__init__(force_model=force_model, **settings)
+
+    def process_model_name(self, model_id: str) -> str:
+        """The key of a model: its name, for the one that was named at the start, also where its folder is meant."""
+        is_served = self.force_model is not None and model_id in (self.force_model, self.place)
+        return self.force_model if is_served else super().process_model_name(model_id)
+
+    def with_revision(self, key: str) -> str:
+        return super().process_model_name(self.place) if key == self.force_model else key
+
+    def _load_processor(self, model_id_and_revision: str, **settings: Any) -> PreTrainedTokenizerBase:
+        return super()._load_processor(self.with_revision(model_id_and_revision), **settings)
+
+    def _load_model(self, model_id_and_revision: str, **settings: Any) -> PreTrainedModel:
+        return super()._load_model(self.with_revision(model_id_and_revision), **settings)
+
+    def get_gen_models(self) -> list[dict[str, Any]]:
+        """The one model that requests may name, or those of the cache."""
+        if self.force_model is None:
+            return super().get_gen_models()
+        return [{"id": self.force_model, "object": "model", "created": self.started, "owned_by": ""}]
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def limit_to_context(model: PreTrainedModel, length: int, config: GenerationConfig) -> None:
+    """
+    Lets a text end where the context is full.
+
+    Raises:
+        HTTPException: 400, if nothing fits after the prompt.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return
+    if length >= context:
+        raise HTTPException(400, f"The prompt has {length} tokens, and the context of this model holds {context}.")
+    config.max_new_tokens = min(config.max_new_tokens or context, context - length)
+
+
+def length_of(inputs: dict[str, Any]) -> int:
+    """Tokens of a prompt: a tensor (1, length), or a list where requests are batched."""
+    ids = inputs["input_ids"]
+    return len(ids) if isinstance(ids, list) else ids.shape[-1]
+
+
+def ends_by_itself(ids: torch.Tensor | list[int], config: GenerationConfig) -> bool:
+    """Whether the last token is one that ends a text."""
+    return len(ids) > 0 and int(ids[-1]) in as_list(config.eos_token_id)
+
+
+class OneByOne(utils.GenerateManager):
+    """
+    Requests one after the other.
+
+    The stop strings of transformers would also be found where a prompt ends and the text begins, so the text alone is
+    searched here. The server calls a text too long if it has `max_new_tokens`. So that one that ends by itself at that
+    very place is not taken for it, `max_new_tokens` is cleared then.
+    """
+
+    def generate_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[asyncio.Queue, utils.DirectStreamer]:
+        limit_to_context(model, length_of(inputs), gen_config)
+        inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **settings)
+        text, passed_on = TextUntilStop(stop), asyncio.Queue()
+
+        async def pass_on() -> None:
+            while True:
+                item = await queue.get()
+                is_end = item is None or isinstance(item, utils._StreamError)
+                if type(item) is str:
+                    item = text.feed(item)
+                elif is_end and (rest := text.rest()):
+                    passed_on.put_nowait(rest)
+                if text.is_stopped:
+                    gen_config.max_new_tokens = None
+                if item != "":
+                    passed_on.put_nowait(item)
+                if is_end:
+                    return
+
+        streamer.passing_on = asyncio.get_running_loop().create_task(pass_on())  # the loop alone does not keep it
+        return passed_on, streamer
+
+    async def generate_non_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[str, int, torch.Tensor]:
+        limit_to_context(model, length_of(inputs), gen_config)
+        inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        whole, length, ids = await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+        text = TextUntilStop(stop)
+        shown = text.feed(whole) + text.rest()
+        if text.is_stopped or ends_by_itself(ids, gen_config):
+            gen_config.max_new_tokens = None
+        return shown, length, ids
+
+
+def with_stop_strings(
+    inputs: Any, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of `generate` with what ends the text, and the stop strings, which the configuration loses."""
+    stop = as_list(config.stop_strings or [])
+    config.stop_strings = None
+    if not stop:
+        return {**inputs}, stop
+    criterion = StopStrings([IncrementalDetokenizer(tokenizer, stop)], length_of(inputs))
+    return {**inputs, "stopping_criteria": [criterion]}, stop
+
+
+class InBatches(utils.CBGenerateManager):
+    """Requests in batches that grow and shrink (`--continuous-batching`)."""
+
+    def generate_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[asyncio.Queue, utils.CBStreamer]:
+        self.check(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, **settings)
+
+    async def generate_non_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[str, int, list[int]]:
+        self.check(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+
+    def check(self, model: PreTrainedModel, inputs: Any, gen_config: GenerationConfig) -> None:
+        limit_to_context(model, length_of(inputs), gen_config)
+        if gen_config.stop_strings:
+            raise HTTPException(400, "stop does not work with --continuous-batching: start the server without it.")
+
+
+class Checked:
+    """For handlers: refuses, with a reason, what they would ignore."""
+
+    supported: frozenset[str] = frozenset()
+    fewest_tokens = 1
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        for name in NEUTRAL.keys() & body.keys() - self.supported:
+            if body[name] is not None and body[name] not in NEUTRAL[name]:
+                raise HTTPException(400, f"{name} does not work here, got {body[name]!r}: leave it out.")
+        stop = body.get("stop")
+        if stop is not None and not all(isinstance(text, str) and text for text in as_list(stop)):
+            raise HTTPException(400, f"stop must be a text or a list of texts that are not empty, got {stop!r}.")
+        for name in ("max_tokens", "max_completion_tokens"):
+            if body.get(name) is not None:
+                number_in(body, name, 1, self.fewest_tokens, MOST_TOKENS)
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
+        models = self.model_manager
+        if models.force_model is not None and body.get("model") == models.place:
+            body["model"] = models.force_model
+        return super()._resolve_model(body)
+
+
+class ChatCompletions(Checked, chat_completion.ChatCompletionHandler):
+    """The endpoint `/v1/chat/completions`."""
+
+
+class Completions(Checked, completion.CompletionHandler):
+    """The endpoint `/v1/completions`, with lists of prompts, `n`, `echo` and `logprobs`."""
+
+    supported = frozenset({"n", "logprobs"})
+    _unused_fields = completion.CompletionHandler._unused_fields - {"n", "logprobs", "echo"}  # else it warns of them
+    fewest_tokens = 0
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """
+        The answer, as JSON or as a stream.
+
+        Raises:
+            HTTPException: 400, with a reason, for what does not work.
+        """
+        self._validate_request(body)
+        prompts = prompts_of(body.get("prompt"))
+        choices = number_in(body, "n", 1, 1, MOST_CHOICES)
+        echo, logprobs = bool(body.get("echo")), None
+        if body.get("logprobs") is not None and body["logprobs"] is not False:
+            logprobs = number_in(body, "logprobs", 0, 0, MOST_LOGPROBS)
+        if body.get("stream"):
+            if len(prompts) > 1 or choices > 1 or echo or logprobs is not None:
+                raise HTTPException(400, "n, echo, logprobs and a list of prompts do not work with stream.")
+            return await super().handle_request({**body, "prompt": prompts[0]}, request_id)
+        answer = Answer(self, body, request_id)
+        for prompt in prompts:
+            for _ in range(choices):
+                await answer.add_choice(prompt, echo, logprobs)
+        return JSONResponse(answer.content(), media_type="application/json")
+
+
+def prompts_of(given: Any) -> list[str]:
+    """
+    The prompts of a request.
+
+    Raises:
+        HTTPException: 400, if they are not text.
+    """
+    prompts = as_list("" if given is None else given)
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise HTTPException(400, "prompt must be a text or a list of texts; token ids are not taken.")
+    return prompts
+
+
+def number_in(body: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
+    """
+    A whole number of a request.
+
+    Raises:
+        HTTPException: 400, if it is none or lies outside.
+    """
+    value = body.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise HTTPException(400, f"{name} must be a whole number from {least} to {most}, got {value!r}.")
+    return value
+
+
+class Answer:
+    """What a request for completions is answered with, choice after choice."""
+
+    def __init__(self, handler: Completions, body: dict[str, Any], request_id: str) -> None:
+        self.handler, self.body, self.request_id = handler, body, request_id
+        self.model_id, self.model, self.tokenizer = handler._resolve_model(body)
+        state = handler.generation_state
+        modality = handler.model_manager.get_model_modality(self.model, processor=self.tokenizer)
+        self.in_batches = state.use_continuous_batching(self.model, modality)
+        self.manager = state.get_manager(self.model_id, use_cb=self.in_batches)
+        self.choices: list[CompletionChoice] = []
+        self.prompt_tokens = self.completion_tokens = 0
+
+    async def add_choice(self, prompt: str, echo: bool, logprobs: int | None) -> None:
+        """
+        Continues a prompt.
+
+        Args:
+            echo: whether the text begins with the prompt.
+            logprobs: how many likely tokens to name at each place, beside the log-probability of what stands there;
+                `None`: no log-probabilities.
+        """
+        if logprobs is not None and self.in_batches:
+            raise HTTPException(400, "logprobs do not work with --continuous-batching: start the server without it.")
+        prompt_ids = self.tokenizer(prompt).input_ids
+        text, ids, finish_reason = await self.continuation(prompt_ids)
+        begin = len(prompt_ids)
+        if echo:  # bos, before the text, is not part of it
+            begin, text = sum(token == self.tokenizer.bos_token_id for token in prompt_ids[:1]), prompt + text
+        table = None
+        if logprobs is not None:
+            table = await self.manager.async_submit(self.log_probabilities, prompt_ids + ids, begin, text, logprobs)
+        choice = CompletionChoice(
+            text=text + (self.body.get("suffix") or ""),
+            index=len(self.choices),
+            logprobs=table,
+            finish_reason=finish_reason,
+        )
+        self.choices.append(choice)
+        self.prompt_tokens += len(prompt_ids)
+        self.completion_tokens += len(ids)
+
+    async def continuation(self, prompt_ids: list[int]) -> tuple[str, list[int], str]:
+        """Text, tokens and finish_reason of what the model writes after these tokens."""
+        body = self.body
+        if body.get("seed") is not None:  # it is set for each choice, and they differ
+            body = {**body, "seed": body["seed"] + len(self.choices)}
+        config = self.handler._build_generation_config(body, self.model.generation_config, use_cb=self.in_batches)
+        if body.get("max_tokens") == 0:  # to learn the log-probabilities of the prompt
+            limit_to_context(self.model, len(prompt_ids) - 1, config)
+            return "", [], "length"
+        inputs: dict[str, Any] = {"input_ids": prompt_ids}
+        if self.in_batches:
+            self.manager.init_cb(self.model, config)
+        else:
+            input_ids = torch.tensor([prompt_ids], device=self.model.device)
+            inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+        name = f"{self.request_id}-{len(self.choices)}"  # no two requests of a batch have the same
+        text, _, ids = await self.manager.generate_non_streaming(
+            self.model, self.tokenizer, inputs, config, request_id=name
+        )
+        is_cut = config.max_new_tokens is not None and len(ids) >= config.max_new_tokens
+        return text, [int(token) for token in ids], "length" if is_cut else "stop"
+
+    def log_probabilities(self, ids: list[int], begin: int, text: str, count: int) -> Logprobs:
+        """
+        Of the tokens from `begin` on that make up `text`: what the model gives them, before temperature and top-p. The
+        first token of all has none.
+        """
+        with torch.no_grad():
+            logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
+        scores = logits.float().log_softmax(-1).cpu()  # (length, vocabulary), of the token that follows
+        table = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[] if count else None, text_offset=[])
+        for place in range(begin, len(ids)):
+            # Of a character, the first bytes are not a character yet.
+            offset = len(self.tokenizer.decode(ids[begin:place], skip_special_tokens=True).rstrip("\ufffd"))
+            if offset >= len(text):
+                break
+            table.tokens.append(self.tokenizer.decode([ids[place]]))
+            table.text_offset.append(offset)
+            table.token_logprobs.append(scores[place - 1, ids[place]].item() if place else None)
+            if count:
+                best = scores[place - 1].topk(count) if place else None
+                named = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
+                table.top_logprobs.append({self.tokenizer.decode([token]): value for token, value in named})
+        return table
+
+    def content(self) -> dict[str, Any]:
+        """The answer in OpenAI's protocol."""
+        usage = CompletionUsage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+        )
+        return Completion(
+            id=self.request_id,
+            created=int(time.time()),
+            model=self.model_id,
+            choices=self.choices,
+            object="text_completion",
+            usage=usage,
+        ).model_dump(exclude_none=False)
