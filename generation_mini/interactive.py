@@ -47,6 +47,7 @@ class Conversation:
         end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
         self.tokenizer = tokenizer
         self.context = context_of(model)
+        self.defaults = model.generation_config
         self.is_chat = tokenizer.chat_template is not None and tokenizer.convert_tokens_to_ids("<|end|>") in end_ids
         self.turns: list[Turn] = []
 
@@ -175,15 +176,27 @@ def command(line: str, conversation: Conversation, arguments: GenerationArgument
         conversation.reset()
         return "Everything said so far is forgotten."
     if name == "/settings":
-        values = ((setting, getattr(arguments, setting)) for setting in SETTINGS)
-        return "\n".join(f"{setting} = {'the default of the model' if v is None else v}" for setting, v in values)
+        return "\n".join(shown(setting, conversation, arguments) for setting in SETTINGS)
     if name == "/set":
-        return change_setting(words, arguments)
+        return change_setting(words, conversation, arguments)
     commands = ["/help", "/reset", "/set", "/settings", "/quit"]
     return f"There is no command {name!r}{nearest_name(name, commands) or '; /help lists them.'}"
 
 
-def change_setting(words: list[str], arguments: GenerationArguments) -> str:
+def shown(name: str, conversation: Conversation, arguments: GenerationArguments) -> str:
+    """A setting with its value; one that was not given has that of the model, or is off."""
+    if (value := getattr(arguments, name)) is not None:
+        return f"{name} = {value}"
+    defaults = conversation.defaults
+    if name == "temperature" and not defaults.do_sample:
+        return f"{name} = 0 (the model's: always the likeliest token)"
+    value = getattr(defaults, name, None)
+    if value is None:
+        value = SAMPLING.get(name)
+    return f"{name} = {'off' if value is None else value} (the model's)"
+
+
+def change_setting(words: list[str], conversation: Conversation, arguments: GenerationArguments) -> str:
     if len(words) != 2 or words[0] not in SETTINGS:
         return f"Say /set NAME VALUE with one of {', '.join(SETTINGS)}."
     name, text = words
@@ -197,7 +210,7 @@ def change_setting(words: list[str], arguments: GenerationArguments) -> str:
     except ValueError as error:
         return str(error)
     setattr(arguments, name, value)
-    return f"{name} = {'the default of the model' if value is None else value}"
+    return shown(name, conversation, arguments)
 
 
 def write_to_terminal(piece: str) -> None:

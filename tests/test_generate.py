@@ -347,7 +347,7 @@ def test_interactive(quick_run: Path) -> None:
     assert "did you mean '/reset'?" in terminal.say("/rest")
     assert "forgotten" in terminal.say("/reset")
     settings = terminal.say("/settings")
-    assert "temperature = 0.7" in settings and "top_p = the default of the model" in settings
+    assert "temperature = 0.7" in settings and "top_p = 0.95 (the model's)" in settings
     terminal.process.sendeof()
     terminal.process.expect(pexpect.EOF)
     terminal.process.close()
@@ -379,7 +379,7 @@ def test_lines_are_edited_and_remembered(quick_run: Path) -> None:
     assert "min_p = 0.25" in terminal.say("/set min_p 0.5" + left + "2")
     assert "min_p = 0.25" in terminal.say(up)
     assert "top_k = 3" in terminal.say(up + up)
-    assert "top_k = the default of the model" in terminal.say("/set top_k default")
+    assert "top_k = 50 (the model's)" in terminal.say("/set top_k default")
     terminal.process.close()
 
 

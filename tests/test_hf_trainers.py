@@ -1,4 +1,4 @@
-"""Mini in the trainers that people have: transformers' Trainer and TRL's SFTTrainer, as their users type it."""
+"""Mini in the trainers that people have: transformers' Trainer and those of TRL, as their users type it."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from datasets import Dataset
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 
 def make_model() -> MiniForCausalLM:
@@ -109,3 +109,56 @@ def test_sft_trainer_learns_a_conversation(packing: bool, tmp_path: Path) -> Non
     )
     output = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(output[0, prompt["input_ids"].shape[1] :]) == "moon"
+
+
+OF_TRL = {
+    "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True,
+    "bf16": False, "disable_tqdm": True,
+}  # fmt: skip
+
+
+def test_dpo_trainer_learns_which_answer_is_preferred(tmp_path: Path) -> None:
+    words = ("moon", "sun", "tree", "sea")
+    data = Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"say {word}"}],
+                "chosen": [{"role": "assistant", "content": word}],
+                "rejected": [{"role": "assistant", "content": "no"}],
+            }
+            for word in words
+        ]
+    )
+    make_model().save_pretrained(tmp_path / "model")
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tmp_path / "model"),  # the reference is loaded from there too
+        args=DPOConfig(output_dir=str(tmp_path), max_steps=16, learning_rate=1e-3, **OF_TRL),
+        train_dataset=data,
+        processing_class=ByteTokenizer(),
+    )
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693, abs=0.01), "it begins as its own reference: ln 2"
+    assert losses(trainer)[-1] < 0.5
+    margins = [line["rewards/margins"] for line in trainer.state.log_history if "rewards/margins" in line]
+    assert margins[-1] > margins[0] + 0.3
+
+
+def test_grpo_trainer_is_rewarded_for_a_letter(tmp_path: Path) -> None:
+    """The reward counts the letter a, whose share of random text is small."""
+
+    def letters(completions: list[str], **columns: object) -> list[float]:
+        return [float(text.count("a")) for text in completions]
+
+    trainer = GRPOTrainer(
+        model=make_model(),
+        reward_funcs=letters,
+        args=GRPOConfig(
+            output_dir=str(tmp_path), max_steps=16, learning_rate=5e-3, num_generations=4, max_completion_length=12,
+            **{**OF_TRL, "per_device_train_batch_size": 16},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["say ", "write "] * 16}),
+        processing_class=ByteTokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    rewards = [line["reward"] for line in trainer.state.log_history if "reward" in line]
+    assert sum(rewards[-4:]) > sum(rewards[:4]) + 1, rewards
