@@ -20,8 +20,9 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test begins first: at the end, one process would run it while the others have nothing to do."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
+    """The longest tests begin first: at the end, one process would run them while the others have nothing to do."""
+    longest = ("test_readme.py", "test_training_benchmark.py", "test_finetuning_doc.py", "test_package.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(autouse=True)

@@ -95,6 +95,7 @@ def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
     settings = [*QUICK, "--max_steps", 100_000, "--save_steps", 5, "--output_dir", "run"]
     first = start_program("train_accelerate.py", *settings, cwd=tmp_path)
     wait_for_steps(tmp_path / "run", 6, first)
+    first.send_signal(signal.SIGSTOP)  # it holds the folder, and leaves the processor to the others
     for how in (["--resume", "--output_dir", "run"], settings, [*settings, "--overwrite"]):
         sentence = one_sentence(run_program("train_accelerate.py", *how, cwd=tmp_path))
         if "--resume" in how or "--overwrite" in how:

@@ -45,10 +45,10 @@ PRELOADED = (
 )
 IS_POSSIBLE = hasattr(os, "pidfd_open")  # on Linux
 # Variables that are read by Mini, by what is not preloaded, or when processes find each other. Any other might have
-# been read when the server started. torch sets the folder of its compiler in the process of the tests, sooner or later.
+# been read when the server started. torch's compiler sets two in the process of the tests, once it is used there.
 READ_LATE = (
     "ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "MINI_", "PYTEST_", "RANK", "TORCHINDUCTOR_CACHE_DIR", "TRACKIO_",
-    "WORLD_SIZE",
+    "WORLD_SIZE", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 )  # fmt: skip
 
 
