@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 import logging
 import os
+import shlex
+import shutil
 import sys
 import textwrap
 import types
@@ -24,6 +26,9 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 EXIT_NOBODY_READS = 141  # as the shell says it of a program that SIGPIPE ended
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+
+# What a program of the repository is called where Mini is installed.
+COMMANDS = {"train_accelerate.py": "mini-train", "generate.py": "mini-generate", "push_to_hub.py": "mini-push"}
 
 # Names of settings in nanoGPT, transformers and llama.cpp, and the flags that they have here. A message names the first
 # that the program has.
@@ -387,6 +392,17 @@ def mapping(text: str) -> dict[str, Any]:
 KINDS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "N"), float: (float, "X"), str: (str, "TEXT"), dict: (mapping, "MAPPING")
 }  # fmt: skip
+
+
+def command_of(program: str) -> str:
+    """
+    How a program of the repository, such as `generate.py`, is started from the folder of the user: beside the program
+    that runs now, or as the command that an installed Mini has for it.
+    """
+    path = Path(sys.argv[0]).with_name(program)
+    if not path.is_file():
+        return COMMANDS[program]
+    return f"{'python' if shutil.which('python') else 'python3'} {shlex.quote(str(path))}"
 
 
 def quiet_libraries() -> None:

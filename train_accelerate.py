@@ -1,8 +1,10 @@
 """Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help` for every setting."""
 
 import os
+import shlex
 import signal
 import sys
+import textwrap
 
 # Before torch is loaded, which loads OpenMP, which reads it: its threads spin while they wait for each other, so long
 # that training crawls where other programs want the cores (docs/LOG.md).
@@ -11,7 +13,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from typing import TYPE_CHECKING
 
-from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, one_sentence_errors
+from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, command_of, one_sentence_errors
 from training_mini.arguments import Arguments, parse_arguments
 from training_mini.data.files import find_files
 
@@ -20,40 +22,45 @@ if TYPE_CHECKING:
 
 
 def report(result: "TrainingResult", arguments: Arguments) -> str:
-    """What came out, where it lies, and how to go on."""
-    from training_mini.monitoring import format_seconds
+    """What came out, where it lies, and how to go on. The commands work as they stand, in the folder of the user."""
+    from training_mini.monitoring import BITS_PER_BYTE, console, format_seconds
 
-    run, folder = result.run, result.run.folder
-    prompt = "def " if arguments.data.dataset == "python-stdlib" else "The "
-    how = "--interactive" if run.corpus.is_chat else f'--prompt "{prompt}"'
+    run, folder = result.run, shlex.quote(str(result.run.folder))
+
+    def path(name: str) -> str:
+        return shlex.quote(str(run.folder / name))
+
+    prompt = run.corpus.make_prompts(run.held_out, arguments.monitoring.sample_prompts)[0][0]
+    how = "--interactive" if run.corpus.is_chat else f"--prompt {shlex.quote(prompt)}"
     if run.has_own_code:
         how += " --trust_remote_code"
-    if result.stopped_by is not None:
-        return (
-            f"Stopped at step {run.state.step}; everything is in {folder}/checkpoints.\n"
-            f"Go on:  python train_accelerate.py --resume --output_dir {folder}"
-        )
-    baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in run.compressors.items())
+    write = f"{command_of('generate.py')} --model {folder} {how}"
+    go_on = f"{command_of('train_accelerate.py')} --resume --output_dir {folder}"
     steps = run.state.step
-    valid = []
+    if result.stopped_by is not None:
+        where = f"Stopped at step {steps}; everything is in {path('checkpoints')}."
+        return f"{where}\nGo on:       {go_on}\nWrite:       {write}"
+    baselines = ", ".join(f"{name} -9 {bits:.3f}" for name, bits in run.compressors.items())
+    bits_per_byte = f"Mini {result.evaluation.bits_per_byte:.3f}, {baselines}"
+    sentences = [f"Bits per byte on {run.held_out_bytes:,} held-out bytes: {bits_per_byte}.", f"({BITS_PER_BYTE})"]
     if result.valid_functions is not None:
-        valid = [f"Of 100 functions that it began with 'def ', {100 * result.valid_functions:.0f} are valid Python."]
+        valid = round(100 * result.valid_functions)
+        sentences.append(f"Of 100 functions that it began with 'def ', {valid} are valid Python.")
+    width = console.width if console.is_terminal else sys.maxsize  # lines break between words
     early = "" if steps >= run.arguments.optimization.max_steps else " (stopped early: no better for a while)"
     samples = "\n----------------\n".join(result.samples)
     return "\n".join(
         (
             f"\nTrained {steps} steps in {format_seconds(result.seconds)}{early}.",
-            f"Bits per byte on {run.held_out_bytes:,} held-out bytes: Mini {result.evaluation.bits_per_byte:.3f}, "
-            f"{baselines}.",
-            *valid,
+            *(textwrap.fill(sentence, width) for sentence in sentences),
             f"\n--- a sample ---\n{samples}\n----------------\n",
-            f"Best model   {folder}/best  (step {run.state.best_step})",
-            f"Last model   {folder}/final",
-            f"Curves       {folder}/curves.png",
-            f"Metrics      {folder}/metrics.jsonl",
-            *([f"Merged       {folder}/merged"] if arguments.adapter.merge else []),
-            f"\nWrite more:  python generate.py --model {folder} {how}",
-            f"Train more:  python train_accelerate.py --resume --output_dir {folder} --max_steps {2 * steps}",
+            f"Best model   {path('best')}  (step {run.state.best_step})",
+            f"Last model   {path('final')}",
+            f"Curves       {path('curves.png')}",
+            f"Metrics      {path('metrics.jsonl')}",
+            *([f"Merged       {path('merged')}"] if arguments.adapter.merge else []),
+            f"\nWrite more:  {write}",
+            f"Train more:  {go_on} --max_steps {2 * steps}",
         )
     )
 
@@ -63,8 +70,8 @@ def main() -> None:
         arguments = parse_arguments(sys.argv[1:])
         if not arguments.run.resume:  # there, what changed in the settings is said first
             find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
-        if sys.stdout.isatty() and os.environ.get("RANK", "0") == "0":
-            print("Loading PyTorch and transformers ...")
+        if os.environ.get("RANK", "0") == "0":
+            print("Loading PyTorch and transformers ...", flush=True)
         import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
         from training_mini.trainer import train
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from entry_points_mini import OTHER_NAMES, ArgumentParser, Settings, one_sentence_errors, option
+from entry_points_mini import OTHER_NAMES, ArgumentParser, Settings, command_of, one_sentence_errors, option
 from modeling_mini.export import FORMATS
 from training_mini.arguments import parse_arguments as parse_training
 
@@ -168,6 +168,26 @@ def test_help(
     else:
         assert len(flags) == 10 + 3 and {"--dataset", "--size", "--learning_rate", "--max_steps"} <= set(flags)
         assert "--help all shows" in text
+
+
+def test_commands_to_go_on_with_work_where_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a b").mkdir()
+    for name in ("train_accelerate.py", "generate.py"):
+        (tmp_path / "a b" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["a b/train_accelerate.py"])
+    assert command_of("generate.py") == "python 'a b/generate.py'"
+    monkeypatch.setattr("sys.argv", ["/usr/bin/mini-train"])
+    assert command_of("generate.py") == "mini-generate" and command_of("train_accelerate.py") == "mini-train"
+
+
+def test_a_configuration_that_comes_with_mini_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_training(["--config", "small"]).model.size == "small"
+    with pytest.raises(ValueError, match=r"no configuration file 'smal', did you mean 'small'\?"):
+        parse_training(["--config", "smal"])
 
 
 def test_a_flag_may_be_written_with_dashes_and_a_boolean_with_its_value() -> None:

@@ -20,6 +20,7 @@ from training_mini import distributed
 from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import states_of
 from training_mini.evaluation import Evaluation
+from training_mini.model_folders import save_model
 from training_mini.result import TrainingResult
 from training_mini.trainer import Trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -149,7 +150,7 @@ def test_kinds_of_adapters_learn_and_merge(flags: list[object], quick_run: Path,
     assert changed == ("--lora_modules_to_save" in flags)
     # A worse end of the run is not what the card of the merged model, which has the best adapter, is about.
     trainer.state.step += 5
-    trainer.save_model("merged", Evaluation(result.evaluation.loss * 2, result.evaluation.bits_per_byte * 2))
+    save_model(trainer.run, "merged", Evaluation(result.evaluation.loss * 2, result.evaluation.bits_per_byte * 2))
     best, of_merged = (read_card(tmp_path / "run" / name / CARD) for name in ("best", "merged"))
     assert of_merged.facts.step == best.facts.step and of_merged.facts.sequences == best.facts.sequences
     figures = [card.metadata["model-index"][0]["results"][0]["metrics"] for card in (best, of_merged)]

@@ -20,6 +20,7 @@ from helpers.programs import ROOT, one_sentence, run_program, start_program
 from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, train_here, wait_for_steps, weights
 from safetensors.torch import load_file
 from training_mini.checkpoints import damage_of, states_of
+from training_mini.model_folders import save_model
 
 
 def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
@@ -261,7 +262,7 @@ def test_no_folder_has_weights_that_are_not_finite(name: str, tmp_path: Path) ->
     with pytest.raises(
         ValueError, match=r"^After step 4 the weights are not finite \(\S*up_proj.weight\); the checkpoint"
     ):
-        trainer.save_model(name, result.evaluation)
+        save_model(trainer.run, name, result.evaluation)
     with pytest.raises(ValueError, match=r"the checkpoint of step 3 is sound: go on from it with --resume"):
         trainer.save()
     assert [state.name for state in states_of(tmp_path / "run")] == ["step_3"]

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -70,11 +71,14 @@ def test_report(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for words in (
         "Mini ", "gzip -9 ", "xz -9 ", "--- a sample ---", "here/best", "here/curves.png",
-        "python generate.py --model here", "python train_accelerate.py --resume --output_dir here --max_steps 12",
+        "generate.py --model here --prompt ", "train_accelerate.py --resume --output_dir here --max_steps 12",
+        "(Bits per byte: how many bits ", "Loading PyTorch", "First step ...", "step 3: ",
     ):  # fmt: skip
         assert words in result.stdout
     assert "Writing model shards" not in result.stderr and "warn" not in result.stderr.lower()
-    commands = [line.split("python ")[1] for line in result.stdout.splitlines() if "python " in line]
+    commands = [
+        line.split("python ")[1].removeprefix(f"{ROOT}/") for line in result.stdout.splitlines() if "python " in line
+    ]
     followed = run_program(*commands[1].split(), cwd=tmp_path)
     assert followed.returncode == 0 and "Resuming at step 6" in followed.stdout
 
@@ -155,7 +159,11 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how_to_go_on(tmp_path: Path) -> 
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     step = int(output.split("Stopped at step ")[1].split(";")[0])
-    assert "Go on:  python train_accelerate.py --resume --output_dir run" in output
+    assert re.search(r"^Go on:       python \S*train_accelerate.py --resume --output_dir run$", output, re.MULTILINE)
+    # Nothing was evaluated yet, and there are curves and a model all the same.
+    assert not (tmp_path / "run" / "best").exists() and (tmp_path / "run" / "curves.png").is_file()
+    assert "--model run --prompt" in output
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert (tmp_path / "run" / "checkpoints" / f"step_{step}" / "trainer_state.json").is_file()
     result = run_program(
         "train_accelerate.py", "--resume", "--output_dir", "run", "--max_steps", step + 3, cwd=tmp_path

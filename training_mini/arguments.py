@@ -1,8 +1,10 @@
 """Every setting of a training run: a field here is a flag of `train_accelerate.py` and a key of its YAML file."""
 
 import codecs
+import contextlib
 import dataclasses
 import encodings.aliases
+import importlib.metadata
 import importlib.util
 import re
 from dataclasses import dataclass
@@ -355,11 +357,13 @@ class MonitoringArguments(Settings):
         "log attention entropy, activations, gradient norms and update ratios every so many steps; 0: never",
         at_least=0,
     )
-    sample_every: int = option(
-        0, "write samples that continue sample_prompts every so many steps; 0: at the end only", at_least=0
+    sample_every: int | None = option(
+        None,
+        "let the model continue sample_prompts every so many steps (default: at each evaluation; 0: at the end only)",
+        at_least=0,
     )
     sample_prompts: list[str] = option(
-        [], "what the model continues (default: 'def ' for python-stdlib, else a new line)"
+        [], "what the model continues (default: 'def ' for Python source, else the beginning of a held-out line)"
     )
     report_to: list[str] = option([], f"trackers besides: {', '.join(TRACKERS)}")
     peak_tflops: float | None = option(
@@ -373,6 +377,11 @@ class MonitoringArguments(Settings):
                 raise ValueError(f"report_to takes {', '.join(TRACKERS)}, got {name!r}{nearest_name(name, TRACKERS)}")
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"report_to {name} needs a package that is not installed: pip install {name}")
+
+    @property
+    def steps_between_samples(self) -> int:
+        """0 for samples at the end only."""
+        return self.eval_steps if self.sample_every is None else self.sample_every
 
 
 @dataclass
@@ -511,6 +520,34 @@ def check_is_complete(path: Path) -> None:
         )
 
 
+def find_config(name: str) -> Path:
+    """
+    The YAML file that `--config` means: a path, or the name of one that comes with Mini, such as `small`.
+
+    Raises:
+        ValueError: for a name of neither.
+    """
+    path = Path(name)
+    if path.exists() or path.suffix or len(path.parts) > 1:
+        return path
+    known = {file.stem: file for file in files_of_mini("configs/*.yaml")}
+    if name not in known:
+        raise ValueError(
+            f"There is no configuration file {name!r}{nearest_name(name, list(known)) or '.'} With Mini come "
+            f"{', '.join(sorted(known))}."
+        )
+    return known[name]
+
+
+def files_of_mini(pattern: str) -> list[Path]:
+    """The files of the repository that match: beside the modules, or where an installed Mini has put them."""
+    found = list(Path(__file__).parents[1].glob(pattern))
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        files = importlib.metadata.files("mini-lm") or []
+        found += [Path(file.locate()) for file in files if file.match(f"share/mini/{pattern}")]
+    return found
+
+
 def find_base(name: str) -> str:
     """
     The checkpoint folder or Hub name that `--model` means.
@@ -542,7 +579,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser = ArgumentParser(GROUPS, description="Train a Mini language model, or go on with a trained one.")
     parser.others.add_argument("--config", metavar="FILE", help=CONFIG_HELP)
     known, _ = parser.parse_known_args(argv)
-    yaml_path = known.config
+    yaml_path = find_config(known.config) if known.config is not None else None
     if known.resume:
         folder = Path(getattr(known, "output_dir", None) or newest_run())
         if not (folder / "config.yaml").is_file():

@@ -96,8 +96,8 @@ class Run:
 
     @property
     def title(self) -> str:
-        """What stands over the curves."""
-        return f"{self.folder.name}: {self.corpus.name}"
+        """The name of the run, which stands over the curves."""
+        return self.folder.resolve().name
 
     @property
     def weights(self) -> Weights:

@@ -10,11 +10,43 @@ from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import AdapterArguments, Arguments
-from .checkpoints import TrainerState
+from .build import Run
+from .checkpoints import TrainerState, check_is_finite
 from .evaluation import Evaluation
-from .lora import has_lora, lora_alpha
+from .lora import has_lora, lora_alpha, merged_model
 from .optimizers import OPTIMIZERS
 from .own_model import has_own_code, write_code
+
+
+def save_model(run: Run, name: str, evaluation: Evaluation | None) -> None:
+    """
+    Writes a checkpoint folder of a run to use and share: `best`, `final`, or `merged`, which is the model that the run
+    started from with the best adapter in it. Every process calls it; if it fails on the main one, every one raises.
+
+    Args:
+        evaluation: the last one; `None` if there was none yet.
+
+    Raises:
+        ValueError: if the weights are not finite.
+        OSError: if the folder cannot be written.
+    """
+    state, error = run.state, None
+    if name == "merged":
+        state, evaluation = at_best(state, evaluation)
+    with run.ema_weights():
+        check_is_finite(run.folder, run.state, run.parallel, run.model)
+        try:
+            if name != "merged":
+                model = run.parallel.gather_full_model(run.model)
+            else:
+                model = merged_model(run.arguments, run.folder / "best") if run.accelerator.is_main_process else None
+            if model is not None:
+                prompts = run.corpus.beginnings(run.held_out)
+                card = model_card(model, run.arguments, state, evaluation, run.compressors, prompts)
+                save_checkpoint_folder(model, run.corpus.tokenizer, run.folder / name, card)
+        except Exception as caught:  # the other processes wait for the outcome
+            error = caught
+    run.parallel.raise_everywhere(error)
 
 
 def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
@@ -53,7 +85,7 @@ def model_card(
     model: PreTrainedModel,
     arguments: Arguments,
     state: TrainerState,
-    evaluation: Evaluation,
+    evaluation: Evaluation | None,
     compressors: dict[str, float],
     prompts: list[str] | None = None,
 ) -> str:
@@ -62,6 +94,16 @@ def model_card(
     optimizer = arguments.optimization.optimizer
     name = Path(dataset).name or dataset
     has_adapter = has_lora(model)
+    results = []
+    if evaluation is not None:
+        results = [
+            EvalResult("text-generation", name, f"{name}, held out", metric, value, metric_name=description)
+            for metric, value, description in (
+                ("bits_per_byte", evaluation.bits_per_byte, "Bits per byte"),
+                ("perplexity", evaluation.perplexity, "Perplexity per token"),
+                ("loss", evaluation.loss, "Cross-entropy in nats per token"),
+            )
+        ]
     data = ModelCardData(
         library_name="peft" if has_adapter else "transformers",
         pipeline_tag="text-generation",
@@ -69,14 +111,7 @@ def model_card(
         # The Hub takes names of its own there, and no folder of somebody's disk.
         base_model=base if base is not None and not Path(base).exists() else None,
         model_name="Mini",
-        eval_results=[
-            EvalResult("text-generation", name, f"{name}, held out", metric, value, metric_name=description)
-            for metric, value, description in (
-                ("bits_per_byte", evaluation.bits_per_byte, "Bits per byte"),
-                ("perplexity", evaluation.perplexity, "Perplexity per token"),
-                ("loss", evaluation.loss, "Cross-entropy in nats per token"),
-            )
-        ],
+        eval_results=results or None,
     )
     has_code = model.config.model_type == "mini" or bool(getattr(model.config, "auto_map", None))
     rows = {"class": f"`{type(model).__module__}.{type(model).__name__}`"} if has_own_code(model) else {}

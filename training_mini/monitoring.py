@@ -18,12 +18,19 @@ from rich.segment import ControlType, Segment, Segments
 from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
+SAMPLE_LINES = 5  # of a sample on the way
 SHORTEST_BAR, LONGEST_BAR = 10, 20  # columns
+LABEL_POINTS = 12.0  # the height of a label beside a curve
+BITS_PER_BYTE = (
+    "Bits per byte: how many bits the model needs for each byte of text that it has not seen; "
+    "8 if it knows nothing, and less is better."
+)
 # Those that Mini has by itself.
 EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_valid_functions")
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from matplotlib.axes import Axes
     from modeling_mini.analysis.figures import Picture
 
 console = Console()
@@ -32,8 +39,10 @@ warnings_console = Console(stderr=True)
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int | None, unit: str, show: bool = True) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, and nothing elsewhere. Yields the function that advances it."""
-    if not (show and console.is_terminal):
+    """A progress bar on a terminal, and a line elsewhere. Yields the function that advances it."""
+    if not (show and console.is_interactive):
+        if show:
+            console.print(f"{description} ...", highlight=False, markup=False, soft_wrap=True)
         yield lambda amount: None
         return
     amount_column = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
@@ -217,6 +226,25 @@ class Monitor:
         """As long as the steps so far took, with all that happened between them, the rest will take."""
         return (time.monotonic() - self._started) / max(1, step - self.start_step) * (self.max_steps - step)
 
+    def introduce(self, lines: list[str]) -> None:
+        """Says what the run is about to do."""
+        for line in lines:
+            self.say(line)
+        if not self.console.is_interactive:
+            self.say("First step ...")  # the live line says it too
+
+    def show_samples(self, step: int, samples: list[str]) -> None:
+        """Shows how a few lines of each sample begin, above the live display."""
+        if not self.enabled:
+            return
+        overflow = "ellipsis" if self.console.is_terminal else "ignore"
+        for sample in samples:
+            lines = [line for line in sample.splitlines() if line.strip()][:SAMPLE_LINES]
+            name = f"step {step}: "
+            for number, line in enumerate(lines):
+                text = Text(name + line if number == 0 else " " * len(name) + line)
+                self.console.print(text, no_wrap=True, overflow=overflow, crop=self.console.is_terminal)
+
     def say(self, line: str) -> None:
         """Prints a line above the live display."""
         if self.enabled:
@@ -260,6 +288,7 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
     A figure of bits per byte of training and validation beside the compressors, and of the learning rate; `None` where
     nothing was logged yet.
     """
+    from matplotlib.ticker import LogLocator, NullLocator
     from modeling_mini.analysis.figures import new_figure  # loads matplotlib
 
     metrics = read_metrics(folder)
@@ -272,19 +301,24 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
     with new_figure(figsize=(8, 5.5 + 1.5 * len(own))) as figure:
         curve, rate, *others = figure.subplots(2 + len(own), 1, sharex=True, height_ratios=(4, 1, *[1.5 for _ in own]))
         curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
+        labels = [(bits, f"{name} -9  {bits:.3f}", "#737373") for name, bits in compressors.items()]
+        for (bits, *_), style in zip(labels, ("--", ":"), strict=False):
+            curve.axhline(bits, color="#737373", linestyle=style, linewidth=1)
         if validation:
             curve.plot(*zip(*validation, strict=True), color="#08519c", marker="o", markersize=4, label="validation")
-            step, bits = validation[-1]
-            curve.annotate(f"{bits:.3f}", (step, bits), xytext=(0, -14), textcoords="offset points", ha="right")
-        for (name, bits), style in zip(compressors.items(), ("--", ":"), strict=False):
-            curve.axhline(bits, color="#737373", linestyle=style, linewidth=1, label=f"{name} -9: {bits:.3f}")
+            labels.append((validation[-1][1], f"validation  {validation[-1][1]:.3f}", "#08519c"))
         shown = [bits for _, bits in [*train, *validation]] + list(compressors.values())
-        # The first steps begin near 8 bits. They may leave the picture, so that the rest can be read.
-        ceiling = sorted(bits for _, bits in train)[int(0.95 * (len(train) - 1))] * 1.05
-        curve.set_ylim(min(shown) * 0.95, max(ceiling, max(compressors.values(), default=0) * 1.05))
+        if max(shown) > 2 * min(shown):  # the fall from 8, and small differences at its end
+            curve.set_yscale("log")
+            curve.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+            curve.yaxis.set_major_formatter("{x:g}")
+            curve.yaxis.set_minor_locator(NullLocator())
+        curve.set_ylim(min(shown) * 0.95, max(shown) * 1.05)
         curve.set_ylabel("bits per byte")
         curve.set_title(title, loc="left")
-        curve.legend(frameon=False)
+        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        write_beside(curve, labels)
+        figure.supxlabel(BITS_PER_BYTE, fontsize=8, color="#525252")
         curve.grid(alpha=0.3)
         rate.plot(*zip(*rates, strict=True), color="#525252", linewidth=1.2)
         rate.set_ylabel("learning rate")
@@ -295,6 +329,19 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
             axes.grid(alpha=0.3)
         figure.axes[-1].set_xlabel("step")
     return figure
+
+
+def write_beside(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
+    """Writes labels (value, text, colour) at the right edge, each at its value, or above the label below it."""
+    axes.figure.draw_without_rendering()  # it decides how high the axes are
+    lowest = -math.inf
+    for value, text, color in sorted(labels):
+        height = axes.transData.transform((0, value))[1] * 72 / axes.figure.dpi  # points
+        lowest = max(height, lowest + LABEL_POINTS)
+        axes.annotate(
+            text, (1, value), xycoords=("axes fraction", "data"), xytext=(6, lowest - height),
+            textcoords="offset points", va="center", color=color, annotation_clip=False,
+        )  # fmt: skip
 
 
 def own_metrics_in(lines: list[dict[str, float]]) -> dict[str, list[tuple[float, float]]]:

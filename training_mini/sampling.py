@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .build import Run
 from .data.corpus import PYTHON_PROMPT, Corpus
 
+# A sample is written so often until so large a share of it is not blank; deeply indented source has half.
+MOST_TRIES, LEAST_VISIBLE = 4, 0.3
 FUNCTIONS = 100  # so that a share of them is a whole number of percent
 LONGEST_FUNCTION = 256  # tokens
 
@@ -34,26 +36,38 @@ def functions_of_run(run: Run) -> float | None:
 def write_samples(
     model: PreTrainedModel, corpus: Corpus, prompts: list[tuple[str, list[int]]], max_length: int, seed: int
 ) -> list[dict[str, str]]:
-    """A sample for each prompt, of at most `max_length` tokens with the prompt. The model does not change."""
+    """
+    A sample for each prompt, of at most `max_length` tokens with the prompt. One that is mostly blank is written anew
+    with another seed, a few times. The model does not change.
+    """
     samples = []
     was_training = model.training
     model.eval()
     # A compiled model would compile again for the shape of each prompt.
     with torch.compiler.set_stance("force_eager"):
         for prompt, prompt_ids in prompts:
-            set_seed(seed)
             ids = torch.tensor([prompt_ids[: max_length - 1]], device=model.device)  # (1, prompt)
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_length=max_length,
-                min_new_tokens=corpus.min_new_tokens(max_length - ids.shape[1]),
-            )
-            # In a conversation, special tokens show who speaks.
-            text = corpus.tokenizer.decode(output[0], skip_special_tokens=not corpus.is_chat)
-            samples.append({"prompt": prompt, "text": text})
+            tries: list[tuple[float, str]] = []
+            while len(tries) < MOST_TRIES and (not tries or tries[-1][0] < LEAST_VISIBLE):
+                set_seed(seed + len(tries))
+                output = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_length=max_length,
+                    min_new_tokens=corpus.min_new_tokens(max_length - ids.shape[1]),
+                )
+                written = corpus.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+                # In a conversation, special tokens show who speaks.
+                text = corpus.tokenizer.decode(output[0], skip_special_tokens=not corpus.is_chat)
+                tries.append((visible_share(written), text))
+            samples.append({"prompt": prompt, "text": max(tries)[1]})
     model.train(was_training)
     return samples
+
+
+def visible_share(text: str) -> float:
+    """The share of the characters of a text that are not blank, from 0 to 1."""
+    return len("".join(text.split())) / max(1, len(text))
 
 
 def share_of_valid_functions(
@@ -95,8 +109,9 @@ def share_of_valid_functions(
     finally:
         model.train(was_training)
     texts = tokenizer.batch_decode(output, skip_special_tokens=True)
-    end = torch.tensor(model.generation_config.eos_token_id, device=output.device)  # one or several
-    has_ended = torch.isin(output[:, ids.shape[1] :], end).any(dim=1).tolist()
+    ends = model.generation_config.eos_token_id  # one, several or none
+    ends = torch.tensor([] if ends is None else ends, device=output.device)
+    has_ended = torch.isin(output[:, ids.shape[1] :], ends).any(dim=1).tolist()
     functions = [first_function(text, is_whole) for text, is_whole in zip(texts, has_ended, strict=True)]
     return sum(map(is_valid_python, functions)) / count
 

@@ -45,7 +45,8 @@ class Costs:
         monitoring, save_steps = arguments.monitoring, arguments.run.save_steps
         evaluations = 1 + (steps - 1) // monitoring.eval_steps
         checkpoints = 1 + (steps - 1) // save_steps
-        sampled = 1 + ((steps - 1) // monitoring.sample_every if monitoring.sample_every else 0)
+        every = monitoring.steps_between_samples
+        sampled = 1 + ((steps - 1) // every if every else 0)
         # Each evaluation may write a best model; at the end there are the last model and perhaps a merged one.
         folders = evaluations + 1 + arguments.adapter.merge
         return (

@@ -17,9 +17,8 @@ from .checkpoints import advice_of_sound_state, check_is_finite, save_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
-from .lora import merged_model
 from .metrics import inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
-from .model_folders import at_best, model_card, save_checkpoint_folder
+from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
 from .result import TrainingResult
@@ -78,7 +77,7 @@ class Trainer:
                     evaluation = self.loop()
                     if evaluation is None and self.is_done():
                         evaluation = self.evaluate()  # a run that was resumed at its end has none yet
-                result = self.finish(evaluation) if evaluation is not None else self.result(None)
+                result = self.finish(evaluation) if evaluation is not None else self.leave()
         finally:
             self.run.run_folder.release()
         self.callbacks.call("on_train_end")
@@ -97,6 +96,7 @@ class Trainer:
         compile_model(run)
         run.model.train()
         if self.arguments.optimization.max_minutes is not None:
+            self.monitor.say("Timing the first steps ...")
             self.arguments, line = fix_max_steps(run, self.forward_and_backward, self.micro_batches, self.started)
             run.arguments, lines = self.arguments, [line]
         arguments = self.arguments
@@ -114,8 +114,7 @@ class Trainer:
             self.monitor.warn(problem)
         if self.state.step == 0:
             self.monitor.record(0, size_metrics(run))
-        for line in [*description_of(run, self.micro_batches, self.window.peak_flops), *lines]:
-            self.monitor.say(line)
+        self.monitor.introduce([*description_of(run, self.micro_batches, self.window.peak_flops), *lines])
         self.callbacks.call("on_train_begin")
         self.window.restart()
 
@@ -133,19 +132,21 @@ class Trainer:
                 # 2. Has somebody asked the run to stop? All processes agree on it here.
                 must_stop = self.stop.agreed()
                 # 3. Let the model write; at the end, `finish` does.
-                if self.is_due(monitoring.sample_every) and not (is_last or must_stop):
-                    self.sample()
+                if self.is_due(monitoring.steps_between_samples) and not (is_last or must_stop):
+                    self.monitor.show_samples(self.state.step, self.sample())
                 # 4. Write a checkpoint to go on from.
                 is_due = is_last or must_stop or self.is_due(save_steps) or self.callbacks.asked("save")
                 if is_due and self.saved_step != self.state.step:
                     self.save()
             if is_last or must_stop:
+                if self.window.steps:
+                    self.log()  # what was learned since the last log line
                 return evaluation if is_last else None
             # 5. One step on the next global batch.
             self.training_step()
             # 6. Record what happened.
             is_due = self.is_due(monitoring.logging_steps) or self.callbacks.asked("log")
-            if is_due or self.state.step == self.arguments.optimization.max_steps:
+            if is_due or self.state.step in (1, self.arguments.optimization.max_steps):
                 self.log()
             if self.is_due(monitoring.internals_steps):
                 self.log_internals()
@@ -280,11 +281,9 @@ class Trainer:
         best = " - best so far" if is_best else ""
         self.monitor.say(f"step {state.step}: {evaluation.description(run.compressors)}{best}")
         state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
-        if is_best and self.written(lambda: self.save_model("best", evaluation)):
+        if is_best and self.written(lambda: save_model(run, "best", evaluation)):
             state.best_loss, state.best_step, state.best_sequences = evaluation.loss, state.step, state.sequences
-        if accelerator.is_main_process:
-            with self.monitor.warning_of_errors("curves.png"):
-                draw_curves(run.folder, run.title, run.compressors)
+        self.draw_curves()
         self.callbacks.call("on_evaluate", metrics=metrics)
         return evaluation
 
@@ -308,38 +307,27 @@ class Trainer:
             return False
         return True
 
-    def save_model(self, name: str, evaluation: Evaluation) -> None:
-        """
-        Writes a checkpoint folder to use and share: `best`, `final`, or `merged`, which is the model that the run
-        started from with the best adapter in it. If it fails on the main process, every process raises.
-        """
-        run, state, error = self.run, self.state, None
-        if name == "merged":
-            state, evaluation = at_best(state, evaluation)
-        with run.ema_weights():
-            check_is_finite(run.folder, self.state, self.parallel, run.model)
-            try:
-                if name != "merged":
-                    model = self.parallel.gather_full_model(run.model)
-                else:
-                    model = merged_model(self.arguments, run.folder / "best") if self.monitor.enabled else None
-                if model is not None:
-                    prompts = run.corpus.beginnings(run.held_out)
-                    card = model_card(model, self.arguments, state, evaluation, run.compressors, prompts)
-                    save_checkpoint_folder(model, run.corpus.tokenizer, run.folder / name, card)
-            except Exception as caught:  # the other processes wait for the outcome
-                error = caught
-        self.parallel.raise_everywhere(error)
-
     def finish(self, evaluation: Evaluation) -> TrainingResult:
         """Saves the last model, and the merged one if that was asked for, and writes the last sample."""
-        self.save_model("final", evaluation)
+        save_model(self.run, "final", evaluation)
         if self.arguments.adapter.merge:
-            self.save_model("merged", evaluation)
+            save_model(self.run, "merged", evaluation)
         samples, share = self.sample(), functions_of_run(self.run)
         if share is not None and self.state.step > self.monitor.start_step:  # otherwise it is recorded already
             self.monitor.record(self.state.step, {"eval_valid_functions": share})
         return self.result(evaluation, samples, share)
+
+    def leave(self) -> TrainingResult:
+        """Ends a run that was asked to stop. If it has no model to write with yet, it gets one."""
+        if self.state.evaluated_step == 0:
+            save_model(self.run, "final", None)
+        self.draw_curves()
+        return self.result(None)
+
+    def draw_curves(self) -> None:
+        if self.accelerator.is_main_process:
+            with self.monitor.warning_of_errors("curves.png"):
+                draw_curves(self.run.folder, self.run.title, self.run.compressors)
 
     def sample(self) -> list[str]:
         """The samples for the prompts. They are also added to `samples.jsonl`."""

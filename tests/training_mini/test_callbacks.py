@@ -49,6 +49,7 @@ def test_events_come_in_the_order_of_transformers(tmp_path: Path) -> None:
     for number in range(4):
         expected += [(event, number + (event in step[3:])) for event in step]
         expected += [("on_evaluate", number + 1)] * (number % 2)
+        expected += [("on_sample", number + 1)] * (number == 1)  # at the end, after the last checkpoint
     expected += [("on_save", 4), ("on_sample", 4), ("on_train_end", 4)]
     assert recorder.events == expected
     history = trainer.callbacks.state.log_history
@@ -67,7 +68,9 @@ def test_what_a_callback_asks_for_is_done_before_the_next_step(tmp_path: Path) -
     trainer = run(tmp_path / "run", Asks, flags=flags)
     assert [step_of(folder) for folder in states_of(tmp_path / "run")] == [1, 3]
     lines = metrics(tmp_path / "run")
-    assert [line["step"] for line in lines if "loss" in line] == [2]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3], (
+        "the first step and the last are logged always"
+    )
     assert [line["step"] for line in lines if "eval_loss" in line] == [2, 3], "a run that ends is evaluated"
     assert trainer.state.step == 3 and (tmp_path / "run" / "final").is_dir()
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from helpers.runs import train_here
-from training_mini import trainer as trainer_module
+from training_mini import model_folders
 from training_mini.distributed import Parallel
 
 
@@ -52,7 +52,7 @@ def test_a_card_that_cannot_be_made_is_told_to_the_other_processes(
         told.append(error)
         raise_everywhere(parallel, error)
 
-    monkeypatch.setattr(trainer_module, "model_card", no_card)
+    monkeypatch.setattr(model_folders, "model_card", no_card)
     monkeypatch.setattr(Parallel, "raise_everywhere", listen)
     with pytest.raises(KeyError, match="lion"):
         train_here(tmp_path / "run", "--max_steps", 3)

@@ -1,5 +1,6 @@
 """What is recorded and shown."""
 
+import itertools
 import re
 import subprocess
 import sys
@@ -11,7 +12,16 @@ from files_mini import append_text, json_lines
 from PIL import Image
 from rich.console import Console
 from training_mini import monitoring
-from training_mini.monitoring import Monitor, StatusLine, draw_curves, format_seconds, progress_bar, read_metrics
+from training_mini.monitoring import (
+    BITS_PER_BYTE,
+    Monitor,
+    StatusLine,
+    curves_of,
+    draw_curves,
+    format_seconds,
+    progress_bar,
+    read_metrics,
+)
 
 METRICS = {"loss": 2.0, "bits_per_byte": 2.885, "learning_rate": 1e-3, "tokens_per_second": 1234.5}
 
@@ -151,18 +161,44 @@ def test_curves(tmp_path: Path) -> None:
     for step in range(1, 101):
         monitor.record(step, {"bits_per_byte": 7 / step**0.3, "learning_rate": 1e-3 * (1 - step / 100)})
     monitor.record(100, {"eval_bits_per_byte": 1.9})
+    figure = curves_of(tmp_path, "a run", {"gzip": 2.2, "xz": 1.9})
+    curve = figure.axes[0]
+    assert curve.get_title(loc="left") == "a run" and curve.get_ylim()[1] > 7, "from the first loss on"
+    assert figure.get_supxlabel() == BITS_PER_BYTE
+    # The labels stand beside the lines, and not on each other: two of them have the same value.
+    figure.draw_without_rendering()
+    boxes = sorted((text.get_window_extent() for text in curve.texts), key=lambda box: box.y0)
+    assert [text.get_text() for text in curve.texts] == ["validation  1.900", "xz -9  1.900", "gzip -9  2.200"]
+    assert all(box.x0 > curve.get_window_extent().x1 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert all(above.y0 >= below.y1 - 1 for below, above in itertools.pairwise(boxes))
     draw_curves(tmp_path, "a run", {"gzip": 2.2, "xz": 1.9})
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 600 and len(image.convert("L").getcolors()) > 20
 
 
-def test_progress_bar_is_silent_without_a_terminal(
+def test_without_a_terminal_a_line_says_what_a_progress_bar_would_show(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitoring, "console", Console(force_terminal=False))
-    with progress_bar("reading", 10, "bytes") as advance:
-        advance(5)
-    assert capsys.readouterr().out == ""
+    for show, line in ((True, "Reading [a] ...\n"), (False, "")):
+        with progress_bar("Reading [a]", 10, "bytes", show) as advance:
+            advance(5)
+        assert capsys.readouterr().out == line
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_samples_on_the_way(
+    is_terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitoring, "console", Console(force_terminal=is_terminal, width=30, color_system=None))
+    monitor = Monitor(tmp_path, main_process())
+    monitor.introduce(["Training: a model"])
+    monitor.show_samples(100, ["def f():\n\n    return [1] # more than fits\n" + "x\n" * 10, "\n\nb"])
+    lines = capsys.readouterr().out.splitlines()
+    # A terminal says it on its live line.
+    assert lines[0] == "Training: a model" and (lines.pop(1) == "First step ..." if not is_terminal else True)
+    assert lines[1] == "step 100: def f():" and lines[3:] == ["          x"] * 3 + ["step 100: b"]
+    assert lines[2].strip() == ("return [1] # mo…" if is_terminal else "return [1] # more than fits")
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3661, "1:01:01")])

@@ -9,7 +9,31 @@ import torch
 from helpers.runs import metrics, train_here
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
-from training_mini.sampling import first_function, is_valid_python, share_of_valid_functions
+from training_mini import sampling
+from training_mini.sampling import first_function, is_valid_python, share_of_valid_functions, write_samples
+
+
+def test_a_sample_that_is_mostly_blank_is_written_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seeds = ByteTokenizer(), []
+    texts = {"a few": ["\n\n        x", "     \n", "x = 1 and more"], "never": [" ", "   x", "    ", " \n", "xxxx"]}
+    left: list[str] = []
+    monkeypatch.setattr(sampling, "set_seed", seeds.append)
+    corpus = SimpleNamespace(tokenizer=tokenizer, is_chat=False, min_new_tokens=lambda capacity: None)
+
+    def generate(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        written = tokenizer(left.pop(0), add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.cat([ids, written], dim=1)
+
+    model = SimpleNamespace(
+        device=torch.device("cpu"), training=False, eval=lambda: None, train=lambda mode: None, generate=generate
+    )
+    prompts = [("def ", tokenizer("def ").input_ids)]
+    left[:] = texts["a few"]
+    assert write_samples(model, corpus, prompts, 64, 7) == [{"prompt": "def ", "text": "def x = 1 and more"}]
+    assert seeds == [7, 8, 9]
+    left[:] = texts["never"]
+    assert write_samples(model, corpus, prompts, 64, 7)[0]["text"] == "def    x", "the least blank of four"
+    assert left == ["xxxx"]
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,9 @@ class TextCorpus(Corpus):
         return TrainingBatches(self.train, collator, batch_size, seed)
 
     def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
-        default = PYTHON_PROMPT if self.is_python else "\n"
-        return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given or [default]]
+        if not given:
+            given = [PYTHON_PROMPT] if self.is_python else self.beginnings(held_out)[:1] or ["\n"]
+        return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
         text = self.text_of(self.validation[:READ_FOR_BEGINNINGS]).decode("utf-8", "ignore")
@@ -230,7 +231,7 @@ def beginning_of(line: str) -> str:
 def load_corpus(
     arguments: DataArguments,
     max_eval_tokens: int = 0,
-    show_progress: bool = True,
+    show_progress: bool = False,
     source: DocumentSource | None = None,
 ) -> Corpus:
     """
