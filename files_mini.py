@@ -50,6 +50,8 @@ def find_checkpoint(model: str | None) -> str:
             return model if place == folder else str(place)
     if (folder / "trainer_state.json").is_file():
         raise ValueError(f"{model!r} is a state to resume training from; name its run, or the folder best or final.")
+    if (folder / "config.yaml").is_file():  # a run
+        raise ValueError(f"The run {model!r} has no model yet: the first one is saved at the first evaluation.")
     raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
 
 

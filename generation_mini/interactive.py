@@ -10,6 +10,7 @@ import dataclasses
 import signal
 import sys
 
+from modeling_mini.loading.checkpoints import is_chat_model
 from shape_mini import nearest_name
 from tokenization.chat import encode_messages
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,12 +44,10 @@ class Conversation:
     """What has been said, and how the next answer begins."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        end_ids = model.generation_config.eos_token_id
-        end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
         self.tokenizer = tokenizer
         self.context = context_of(model)
         self.defaults = model.generation_config
-        self.is_chat = tokenizer.chat_template is not None and tokenizer.convert_tokens_to_ids("<|end|>") in end_ids
+        self.is_chat = is_chat_model(model, tokenizer)
         self.turns: list[Turn] = []
 
     def say(self, said: str, room: int) -> tuple[list[int], int]:

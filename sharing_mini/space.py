@@ -10,7 +10,9 @@ import yaml
 from .staging import Staged
 
 ROOT = Path(__file__).parent.parent
-PAGE = "generation_mini.demo"
+PAGE = "generation_mini.demo.server"
+# What the page has beside its modules.
+DATA = ("generation_mini/demo/*.js", "modeling_mini/web/*.html", "modeling_mini/web/*.css", "modeling_mini/web/*.js")
 # Module to distribution, where they differ.
 DISTRIBUTIONS = {"yaml": "pyyaml"}
 APP = '''"""The page to try {name}."""
@@ -33,7 +35,8 @@ def write_space(name: str, staged: Staged, folder: Path, license: str | None) ->
         folder: empty.
     """
     modules = modules_of(PAGE)
-    for path in modules:
+    data = [path.relative_to(ROOT) for pattern in DATA for path in ROOT.glob(pattern)]
+    for path in [*modules, *data]:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text((ROOT / path).read_text(encoding="utf-8"), encoding="utf-8")

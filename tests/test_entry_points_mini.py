@@ -14,7 +14,7 @@ from modeling_mini.export import FORMATS
 from training_mini.arguments import parse_arguments as parse_training
 
 PROGRAMS = (
-    "training_mini.arguments", "training_mini.compare", "generation_mini.arguments", "generation_mini.demo",
+    "training_mini.arguments", "training_mini.compare", "generation_mini.arguments", "generation_mini.demo.arguments",
     "sharing_mini.arguments",
     "modeling_mini.analysis.__main__", "modeling_mini.export.__main__", "modeling_mini.export.quantized",
     *(f"modeling_mini.export.{format}" for format in FORMATS),

@@ -14,16 +14,16 @@ FLOORS = {
     "shape_mini": 1, "configuration_mini": 1, "tokenization": 1, "files_mini": 1, "entry_points_mini": 1,
     "cards_mini": 1, "installation_mini": 1,
     "modeling_mini": 2,
-    "modeling_mini/analysis": 3, "modeling_mini/export": 3,
+    "modeling_mini/analysis": 3, "modeling_mini/export": 3, "modeling_mini/web": 3,
     "training_mini": 4, "generation_mini": 4, "sharing_mini": 4,
     "train_accelerate": 5, "generate": 5, "push_to_hub": 5,
 }  # fmt: skip
 # The folders of each package that hold modules.
 FOLDERS = {
     "tokenization": set(),
-    "modeling_mini": {"loading", "analysis", "export"},
+    "modeling_mini": {"loading", "analysis", "export", "web"},
     "training_mini": {"data"},
-    "generation_mini": set(),
+    "generation_mini": {"demo"},
     "sharing_mini": set(),
 }
 # A newcomer reads each of these in one sitting.

@@ -15,7 +15,9 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_config(configuration_mini.MiniConfig.preset("tiny"))
 assert "site-packages" in modeling_mini.__file__, modeling_mini.__file__
-assert Path(modeling_mini.__file__).with_name("export").joinpath("web", "index.html").is_file()
+packages = Path(modeling_mini.__file__).parents[1]
+for name in ("modeling_mini/web/index.html", "modeling_mini/export/web/worker.js", "generation_mini/demo/writer.js"):
+    assert (packages / name).is_file(), name
 print(type(model).__name__, len(tokenization.ByteTokenizer()))
 """
 

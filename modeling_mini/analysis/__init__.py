@@ -1,8 +1,9 @@
 """
-Three ways to look into a model: what it costs, where its attention goes, and what its activations and gradients are.
+Ways to look into a model: what it costs, where its attention goes, what its activations and gradients are, and what
+each of its layers would have said.
 
-Each is a few functions and a command of `python -m modeling_mini.analysis`; docs/ANALYSIS.md shows both. `import
-modeling_mini` does not import this package.
+The first three are a few functions and a command of `python -m modeling_mini.analysis` each; docs/ANALYSIS.md shows
+both. `import modeling_mini` does not import this package.
 """
 
 from .activations import (
@@ -17,6 +18,7 @@ from .activations import (
 from .attention import AttentionSummary, attention_weights, draw_attention, eager_attention, summarize_attention
 from .cost import InferenceMemory, ModelCost, TrainingMemory, measure_inference_memory, measure_training_memory
 from .inputs import prompt_ids, text_windows, token_labels
+from .logit_lens import logit_lens
 
 __all__ = [
     "ActivationStatistics",
@@ -31,6 +33,7 @@ __all__ = [
     "draw_attention",
     "eager_attention",
     "gradient_norms",
+    "logit_lens",
     "measure_inference_memory",
     "measure_training_memory",
     "prompt_ids",

@@ -4,7 +4,8 @@ Writes a Mini for onnxruntime and transformers.js, with a web page that generate
     OUT/onnx/model.onnx             prefill and decoding with a cache (onnx_graph.py)
     OUT/onnx/model_quantized.onnx   with --q8: its matrices as integers of 8 bits
     OUT/config.json, generation_config.json, tokenizer files
-    OUT/index.html, worker.js       the page; any web server can serve the folder
+    OUT/index.html, page.css, *.js  the page (modeling_mini/web); any web server can serve the folder
+    OUT/labels.json                 a readable name for each token, for the page
     OUT/vendor/                     with --node_modules: transformers.js itself, so that the page needs no network
 """
 
@@ -22,11 +23,13 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from entry_points_mini import Settings, option
-from files_mini import writing
+from files_mini import display_name, writing
 from modeling_mini import MiniForCausalLM
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..analysis.inputs import token_labels
+from ..web import PAGE_FILES, describe, render_page
 from .card import ExportCard
 from .native import SHARED_FIELDS
 from .onnx_graph import build_graph
@@ -95,7 +98,7 @@ def export_onnx(
         write_tokenizer(tokenizer, out)
         config = transformers_js_config(model, is_large)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_page(out, node_modules)
+        write_page(model, tokenizer, out, node_modules)
     difference = largest_difference(model, path)
     if not difference < LARGEST_DIFFERENCE:
         raise ValueError(f"onnxruntime gives other logits than the model (by {difference:.0e} of the largest).")
@@ -157,12 +160,18 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def write_page(out: Path, node_modules: str | None) -> None:
+def write_page(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, node_modules: str | None) -> None:
     """Writes the page. It loads transformers.js from the folder `vendor/` beside it, or from a CDN."""
+    description = describe(model, tokenizer, display_name(model.name_or_path))
+    description["sentences"].append("It runs in this page, on your device: what you write here stays here.")
+    (out / "index.html").write_text(render_page(description), encoding="utf-8")
+    labels = token_labels(tokenizer, list(range(len(tokenizer))))
+    names = {"labels": labels, "special": tokenizer.all_special_ids}
+    (out / "labels.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
     library = CDN if node_modules is None else "./vendor"
-    for template in WEB.iterdir():
-        text = template.read_text(encoding="utf-8").replace("LIBRARY", library)
-        (out / template.name).write_text(text, encoding="utf-8")
+    for source in (*PAGE_FILES, *WEB.iterdir()):
+        text = source.read_text(encoding="utf-8").replace("LIBRARY", library)
+        (out / source.name).write_text(text, encoding="utf-8")
     if node_modules is not None:
         (out / "vendor").mkdir()
         for name in VENDORED:

@@ -162,6 +162,13 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         raise ValueError(f"The tokenizer in {name_or_path!r} is damaged ({type(error).__name__}: {error}).") from None
 
 
+def is_chat_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model was taught to chat: it then ends its turns with <|end|>, as its generation settings say."""
+    end_ids = model.generation_config.eos_token_id
+    end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
+    return tokenizer.chat_template is not None and tokenizer.convert_tokens_to_ids("<|end|>") in end_ids
+
+
 def load_assistant(
     name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> PreTrainedModel:

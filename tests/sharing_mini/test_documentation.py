@@ -23,7 +23,7 @@ def test_blocks(quick_run: Path, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     ran = 0
     with HubServer().running() as hub:
-        environment = {**os.environ, **hub.environment(tmp_path / "hf"), "PATH": path}
+        environment = {**os.environ, **hub.environment(tmp_path / "hf"), "PATH": path, "PYTHONPATH": str(ROOT)}
         for language, block in BLOCKS:
             if language == "text":
                 continue
@@ -33,7 +33,10 @@ def test_blocks(quick_run: Path, tmp_path: Path) -> None:
             )
             assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
             ran += 1
-        assert ran == 4 and set(hub.repositories) == {("model", "user/name"), ("model", "user/again")}
+        models = {("model", "user/name"), ("model", "user/again")}
+        assert ran == 5 and set(hub.repositories) == {*models, ("space", "user/name-page")}
+        page = hub.repositories["space", "user/name-page"]
+        assert page.settings["sdk"] == "static" and {"index.html", "worker.js", "onnx/model.onnx"} <= set(page.files())
         assert hub.model("user/again").private and "v1" in hub.model("user/name").tags
         weights = "model.safetensors"
         assert hub.model("user/again").files()[weights] == hub.model("user/name").files()[weights]

@@ -146,6 +146,7 @@ class TextCorpus(Corpus):
     def beginnings(self, held_out: HeldOut) -> list[str]:
         text = self.text_of(self.validation[:READ_FOR_BEGINNINGS]).decode("utf-8", "ignore")
         lines = [line for line in text.splitlines()[1:-1] if line[:1].isalpha()]
+        lines = [line for line in lines if line.count(" ") >= 2] or lines  # words, where the script has spaces
         found = list(dict.fromkeys(beginning_of(line) for line in lines[:: max(1, len(lines) // BEGINNINGS)]))
         return found[:BEGINNINGS]
 

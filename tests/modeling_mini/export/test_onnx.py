@@ -1,5 +1,7 @@
 """ONNX: the graph in onnxruntime, the folder in Node by transformers.js, and the page in Chromium."""
 
+import contextlib
+import dataclasses
 import functools
 import http.server
 import json
@@ -18,24 +20,24 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from filelock import FileLock
+from generation_mini.arguments import GenerationArguments
+from generation_mini.text_generation import write_on
+from helpers import browser
 from helpers.exports import learned_merges
 from modeling_mini import MiniForCausalLM
 from modeling_mini.export import export, onnx
 from modeling_mini.export.__main__ import run
 from modeling_mini.export.onnx import TRANSFORMERS_JS, VENDORED, empty_cache, largest_difference
 from modeling_mini.export.onnx_graph import ACTIVATIONS, build_graph
+from modeling_mini.loading.checkpoints import load_model
 from onnx_ir import to_proto
-from tokenization import ByteTokenizer, CharTokenizer
+from tokenization import CHAT_TEMPLATE, ByteTokenizer, CharTokenizer, encode_messages
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2CLS
 
 NODE, NPM = shutil.which("node"), shutil.which("npm")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 CONTEXT = 48
+GREEDY = GenerationArguments(max_new_tokens=200, temperature=0.0)
 PROMPT, PROMPTS = "the ", ["héllo", "a", "import 日本\n"]
 
 
@@ -334,60 +336,119 @@ def test_in_node(node_modules: Path, checkpoint: Path, exported: Path, tmp_path:
     assert in_node(node_modules, snippet(exported, "js")) == written_by_mini(checkpoint, "The", 100) + "\n"
 
 
-@pytest.fixture
-def page_folder(node_modules: Path, checkpoint: Path, tmp_path: Path) -> Path:
-    return export("onnx", checkpoint, tmp_path / "page", node_modules=str(node_modules))
+@pytest.fixture(scope="module")
+def page_folder(node_modules: Path, checkpoint: Path) -> Path:
+    """The page of a model that says what it is, and answers in turns where the test asks for a chat."""
+    card = "---\nmini:\n  dataset: fairy tales\n  prompts: ['the ', 'once']\n---\n"
+    (checkpoint / "README.md").write_text(card, encoding="utf-8")
+    return export("onnx", checkpoint, checkpoint.with_name("page"), node_modules=str(node_modules))
 
 
-@pytest.fixture
-def served(page_folder: Path) -> Iterator[str]:
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[str]:
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Handler, directory=str(page_folder))
-    ) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
 
 
+in_chromium = pytest.mark.skipif(browser.CHROMIUM is None, reason="there is no Chromium here")
+# A phone that has no WebGPU, and remembers what the page said while it loaded.
+PHONE = """
+delete Navigator.prototype.gpu;
+addEventListener("DOMContentLoaded", () => {
+  const status = document.getElementById("status");
+  window.said = [status.textContent];
+  new MutationObserver(() => said.push(status.textContent)).observe(status, { childList: true });
+});
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
-def test_in_a_browser(served: str, checkpoint: Path) -> None:
-    """The page writes what Mini writes, asks nobody but the server of its folder, and stops when it is told to."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        context = browser.new_context()
-        elsewhere, wrong = [], []
-        context.on(
-            "request", lambda request: request.url.startswith((served, "data:")) or elsewhere.append(request.url)
-        )
-        page = context.new_page()
-        page.on("console", lambda message: wrong.append(message.text))
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(served)
+@in_chromium
+def test_in_a_browser(page_folder: Path, checkpoint: Path) -> None:
+    """The page writes what generate.py writes, far beyond the context, and asks nobody but the server of its folder."""
+    model, tokenizer = load_model(str(checkpoint))
+    with served(page_folder) as url, browser.opened(url, script=PHONE) as found:
+        page = found.page
+        assert page.title() == "Mini: checkpoint" and page.inner_text("h1") == "checkpoint"
+        about = page.inner_text("#about")
+        assert "parameters, trained on fairy tales." in about and "what you write here stays here" in about
+        assert page.input_value("#prompt") == "the "
+        assert page.locator("#examples button").all_text_contents() == ["the ", "once"]
         page.wait_for_selector("#write:enabled")
-        assert page.text_content("#status") == f"Ready, with a context of {CONTEXT} tokens"
-        page.fill("#prompt", PROMPT)
-        page.fill("#tokens", "60")
-        page.fill("#temperature", "0")
-        page.click("#write")
-        page.wait_for_function("document.querySelector('#status').textContent.startsWith('60 tokens, ')")
-        expected = written_by_mini(checkpoint, PROMPT, 60).rstrip("\ufffd")
-        assert page.text_content("#text") == expected and len(expected) > 40
+        said = page.evaluate("said")
+        assert said[0] == "Loading" and said[-1] == "Ready." and "Loading the model: 100 %" in said
+        for prompt in (PROMPT, "a long prompt, which is longer than the context " * 2):
+            ids = tokenizer(prompt).input_ids
+            (expected,) = write_on(model, tokenizer, [ids], GREEDY, lambda notice: None)
+            assert browser.write(page, prompt, temperature=0, max_new_tokens=GREEDY.max_new_tokens) == (
+                prompt + expected.text
+            )
+        assert "The prompt has 97 tokens and the context 48: only the last 23 tokens" in page.inner_text("#notice")
+        first = browser.write(page, PROMPT, temperature=0.9, top_p=0.9, top_k=50, seed=4, max_new_tokens=60)
+        assert browser.write(page, PROMPT) == first, "the same seed, the same text"
+        assert browser.write(page, PROMPT, seed=5) != first
+        browser.check_colours(page)
+        browser.check_other_character(page, 3)
+        assert page.is_hidden("#inside")
+        browser.check_stop(page)
+        assert found.elsewhere == [] and found.wrong == []
 
-        page.fill("#tokens", "100000")
-        page.fill("#temperature", "0.7")
-        page.click("#write")
-        page.wait_for_function("document.querySelector('#text').textContent.length > 100")
-        assert page.text_content("#status") == "Writing"
-        page.click("#stop")
-        page.wait_for_function("document.querySelector('#status').textContent.includes(' per second')")
-        stopped = int(page.text_content("#status").split()[0])
-        assert 60 < stopped < 100_000 and page.is_enabled("#write")
-        assert elsewhere == [] and wrong == []
-        browser.close()
+
+@pytest.mark.slow
+@in_chromium
+@pytest.mark.parametrize("screen", browser.SCREENS, ids=str)
+def test_on_every_screen(page_folder: Path, screen: tuple[int, int, str], tmp_path: Path) -> None:
+    with served(page_folder) as url, browser.opened(url, *screen) as found:
+        browser.write(found.page, PROMPT, max_new_tokens=40, seed=1)
+        found.page.locator("#text .piece").nth(4).click()
+        browser.check_layout(found.page)
+        assert browser.share_of_red(found.page, tmp_path / "text.png") > 0.01
+        assert found.wrong == []
+
+
+@pytest.mark.slow
+@in_chromium
+def test_a_chat_in_a_browser(node_modules: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """The ids that are read are those of `encode_messages`, so the first answer is Mini's."""
+    shutil.copytree(checkpoint, tmp_path / "chat")
+    model, tokenizer = load_model(str(tmp_path / "chat"))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chat")
+    model.generation_config.eos_token_id = [2, 7]
+    model.generation_config.save_pretrained(tmp_path / "chat")
+    folder = export("onnx", tmp_path / "chat", tmp_path / "page", node_modules=str(node_modules))
+    ids, _ = encode_messages(tokenizer, [{"role": "user", "content": "hi"}], add_generation_prompt=True)
+    (expected,) = write_on(model, tokenizer, [ids], dataclasses.replace(GREEDY, max_new_tokens=15), lambda notice: None)
+    with served(folder) as url, browser.opened(url) as found:
+        assert browser.write(found.page, "hi", temperature=0, max_new_tokens=15) == expected.text
+        found.page.evaluate("document.querySelector('#status').textContent = ''")
+        browser.write(found.page, "a message that takes the room of the first", max_new_tokens=15)
+        assert "The oldest 1 of the turns did not fit" in found.page.inner_text("#notice")
+        assert found.page.locator(".said").count() == 2 and found.wrong == []
+
+
+@in_chromium
+def test_what_cannot_be_loaded_is_said_in_a_sentence(exported: Path, page_folder: Path, tmp_path: Path) -> None:
+    """A page from a file, one whose library is not to be had, and one whose model is still being written."""
+    with browser.opened((exported / "index.html").as_uri()) as found:
+        assert "opened from a file" in found.page.inner_text("#problem")
+        assert "python -m http.server" in found.page.inner_text("#problem") and found.page.is_disabled("#write")
+    folder = tmp_path / "page"
+    shutil.copytree(page_folder, folder, ignore=shutil.ignore_patterns("model.onnx"))
+    for missing, sentence in (
+        ("", "could not be loaded: if it is still being written, load the page again when that is done ("),
+        ("vendor/transformers.min.js", "The page could not load transformers.js, which runs the model ("),
+    ):
+        (folder / missing).unlink() if missing else None
+        with served(folder) as url, browser.opened(url) as found:
+            found.page.wait_for_function("document.querySelector('#problem').textContent !== ''")
+            assert sentence in found.page.inner_text("#problem") and found.page.is_disabled("#write")
+    with served(page_folder) as url, browser.opened(url, script="delete window.WebAssembly") as found:
+        found.page.wait_for_function("document.querySelector('#problem').textContent !== ''")
+        assert found.page.inner_text("#problem").startswith("This browser runs no WebAssembly")
