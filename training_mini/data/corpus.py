@@ -148,7 +148,7 @@ class TextCorpus(Corpus):
         lines = [line for line in text.splitlines()[1:-1] if line[:1].isalpha()]
         lines = [line for line in lines if line.count(" ") >= 2] or lines  # words, where the script has spaces
         found = list(dict.fromkeys(beginning_of(line) for line in lines[:: max(1, len(lines) // BEGINNINGS)]))
-        return found[:BEGINNINGS]
+        return [*([PYTHON_PROMPT] if self.is_python else []), *found][:BEGINNINGS]
 
     def min_new_tokens(self, capacity: int) -> int | None:
         return capacity // 2  # else a document that ends early leaves nothing to look at

@@ -395,6 +395,8 @@ def test_beginnings_are_of_the_held_out_text(load, tmp_path: Path) -> None:
     assert all(f"\n{beginning} " in held_out for beginning in found)
     (tmp_path / "empty.txt").write_text(".\n" * 100, encoding="utf-8")
     assert load(tmp_path / "empty.txt").beginnings(held_out=None) == []
+    (tmp_path / "code.py").write_text("x\nimport os as o\n" * 100, encoding="utf-8")
+    assert load(tmp_path / "code.py").beginnings(held_out=None) == ["def ", "import"]
 
     turns = [{"role": "user", "content": "Hi <|end|>?"}, {"role": "assistant", "content": "Yes."}]
     long = [{"role": "user", "content": "x" * 100}, turns[1]]
