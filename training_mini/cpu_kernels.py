@@ -7,17 +7,20 @@ another it is faster in the forward pass and slower in the gradient of the weigh
 are measured at the start of a run.
 """
 
+import contextlib
 import functools
+import json
 import time
 
 import torch
+from files_mini import cache_folder, read_json, write_text
+from installation_mini import processor_name
 from torch import nn
 
 # A linear layer has three products: its output, and in the backward pass the gradients of its inputs and its weight.
 PRODUCTS = ("output", "input_gradient", "weight_gradient")
 ROUNDS = 9
-# oneDNN has to be faster by this factor. Otherwise chance would decide, and equal runs would not be equal bit by bit.
-MARGIN = 1.1
+MARGIN = 1.1  # oneDNN has to be faster by this factor, because a small gain may be chance
 # A step with fewer FLOPs takes a few hundredths of a second, and there is nothing to gain.
 SMALLEST_STEP = 2e9
 
@@ -82,13 +85,27 @@ def use_products(model: nn.Module, choice: Choice) -> None:
 def measure_products(model: nn.Module, tokens: int) -> Choice:
     """
     The products that oneDNN computes faster than MKL here, for the linear layers of a model and so many tokens in a
-    micro-batch. It takes well under a second.
+    micro-batch. It takes well under a second, and once on a machine: the result is kept in the cache, so that equal
+    runs are equal bit by bit.
     """
     layers = {shape_of(module): module for module in model.modules() if type(module) is nn.Linear}
     parameters = sum(module.weight.numel() for module in model.modules() if type(module) is nn.Linear)
     if 6 * parameters * tokens < SMALLEST_STEP or not onednn_is_available():
         return {}
-    choice = {shape: faster_products(layer.out_features, layer.in_features, tokens) for shape, layer in layers.items()}
+    cache, measured = cache_folder() / "products.json", {}
+    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+        measured = read_json(cache)
+    known = len(measured)
+    choice = {}
+    for shape, layer in layers.items():
+        key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {tokens} x {shape}"
+        if key not in measured:
+            measured[key] = faster_products(layer.out_features, layer.in_features, tokens)
+        choice[shape] = measured[key]
+    if len(measured) > known:
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_text(cache, json.dumps(measured, indent=1))
     return {shape: products for shape, products in choice.items() if products}
 
 

@@ -15,7 +15,7 @@ from .checkpoints import TrainerState, check_is_finite
 from .evaluation import Evaluation
 from .lora import has_lora, lora_alpha, merged_model
 from .optimizers import OPTIMIZERS
-from .own_model import has_own_code, write_code
+from .own_model import class_of, has_own_code, write_code
 
 
 def save_model(run: Run, name: str, evaluation: Evaluation | None) -> None:
@@ -114,7 +114,7 @@ def model_card(
         eval_results=results or None,
     )
     has_code = model.config.model_type == "mini" or bool(getattr(model.config, "auto_map", None))
-    rows = {"class": f"`{type(model).__module__}.{type(model).__name__}`"} if has_own_code(model) else {}
+    rows = {"class": f"`{class_of(model).__module__}.{class_of(model).__name__}`"} if has_own_code(model) else {}
     if rows and not has_code:
         rows["code"] = "not in this folder: the class must be imported, and known to the Auto classes, before it loads"
     facts = Facts(

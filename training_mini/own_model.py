@@ -78,9 +78,14 @@ def is_same(one: type, other: type) -> bool:
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 
+def class_of(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The class of a model, without the subclass that FSDP2 makes of it."""
+    return next(known for known in type(model).__mro__ if not known.__module__.startswith("torch.distributed."))
+
+
 def has_own_code(model: PreTrainedModel) -> bool:
     """Whether the class of a model is the user's own, and Mini has to write its code. transformers may do so itself."""
-    module = type(model).__module__
+    module = class_of(model).__module__
     return not (module.startswith(("transformers.", "peft.")) or module == MODEL_MODULE or model._auto_class)
 
 
@@ -91,7 +96,7 @@ def name_code(model: PreTrainedModel) -> str:
     """
     if not has_own_code(model):
         return ""
-    model_class = type(model)
+    model_class = class_of(model)
     name = f"{model_class.__module__}.{model_class.__name__}"
     try:
         code_of(model_class)
@@ -108,7 +113,7 @@ def name_code(model: PreTrainedModel) -> str:
 def write_code(model: PreTrainedModel, folder: Path) -> None:
     """Writes the code of an own class into a checkpoint folder, if `name_code` has named it."""
     if has_own_code(model) and getattr(model.config, "auto_map", None):
-        for name, content in code_of(type(model)).items():
+        for name, content in code_of(class_of(model)).items():
             (folder / name).write_text(content, encoding="utf-8")
 
 

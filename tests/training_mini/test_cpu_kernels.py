@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ def test_model_and_what_is_saved_of_it_stay_the_same() -> None:
 
 
 @pytest.mark.parametrize("faster", [[], ["output"], ["input_gradient", "weight_gradient"], list(PRODUCTS)])
-def test_the_faster_product_is_taken(faster: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_faster_product_is_taken(faster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path / "cache"))
     clock = itertools.count()  # each reading is a second later
     monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: next(clock))
 
@@ -77,6 +79,11 @@ def test_the_faster_product_is_taken(faster: list[str], monkeypatch: pytest.Monk
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2))
     choice = measure_products(model, 4096)
     assert choice == ({"128 x 128": faster, "264 x 128": faster} if faster else {})
+    monkeypatch.setattr(cpu_kernels, "faster_products", None)
+    assert measure_products(model, 4096) == choice, "it is measured once on a machine"
+    (tmp_path / "cache" / "products.json").write_text("{")
+    monkeypatch.setattr(cpu_kernels, "faster_products", lambda outputs, inputs, tokens: list(PRODUCTS))
+    assert measure_products(model, 4096) == {"128 x 128": list(PRODUCTS), "264 x 128": list(PRODUCTS)}
 
 
 def test_a_small_step_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
