@@ -42,7 +42,7 @@ EXPECTED = {
     "gguf": [*COMMON, r"[\w.-]+\.gguf"],
     "onnx": [
         *COMMON, *TOKENIZER, r"(config|generation_config)\.json", r"(onnx/)?[\w.-]+\.onnx(_data(_\d+)?|\.data)?",
-        r"[\w-]+\.(html|js|mjs)", r"vendor/[\w.-]+\.(js|mjs|wasm)",
+        r"[\w-]+\.(html|css|js|mjs)", r"labels\.json", r"vendor/[\w.-]+\.(js|mjs|wasm)",
     ],
 }  # fmt: skip
 WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".png")
