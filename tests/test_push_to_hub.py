@@ -82,7 +82,10 @@ def test_the_command(server: HubServer, pushed: str, quick_run: Path) -> None:
     read = [token for path, token in server.headers_seen if path.startswith((f"/user/name/resolve/{commit}", "/cdn/"))]
     assert len(read) > 10 and set(read) == {""}, "the last look was that of a stranger"
     card = repository.files()["README.md"].decode()
-    sample = card.split("Written by these weights after '\\n', with seed 42:\n\n```text\n")[1].split("\n```\n")[0]
+    # The prompt is a beginning of the run's own held-out text.
+    (sample,) = re.findall(
+        r"Written by these weights after .+, with seed 42:\n\n```text\n(.*?)\n```\n", card, re.DOTALL
+    )
     assert len(sample) > 20 and "of 66,496 parameters" in card
 
 
