@@ -9,7 +9,7 @@ import torch
 import transformers
 from cards_mini import CARD, read_card
 from datasets import Dataset
-from helpers.programs import run_program
+from helpers.programs import ROOT, run_program
 from helpers.runs import forked, losses
 from modeling_mini import MiniForCausalLM
 from modeling_mini.loading.checkpoints import load_checkpoint
@@ -72,8 +72,7 @@ def test_adapter_as_a_user_types_it(quick_run: Path, tmp_path: Path) -> None:
     learns = rf"From \S*tiny-sample/best: {trainable:,} of [\d,]+ parameters learn \(\d+\.\d%\), "
     needs = r"about [\d.]+ MiB of memory for 8 x 64 tokens; in full, [\d.]+ MiB\.\n"
     assert re.search(learns + needs, result.stdout), result.stdout
-    # The program is elsewhere, so it is named by its path.
-    assert re.search(r"python \S*generate\.py --model runs/tiny-sample-sample-lora", result.stdout), result.stdout
+    assert f"python {ROOT}/generate.py --model runs/tiny-sample-sample-lora" in result.stdout
     assert f"Merged       {run.relative_to(tmp_path)}/merged" in result.stdout
     for name in ("best", "final"):
         assert {path.name for path in (run / name).iterdir()} == {

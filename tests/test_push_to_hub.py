@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cards_mini import CARD, read_card
 from entry_points_mini import one_sentence_errors
 from helpers.hub_server import Fault, HubServer
 from helpers.programs import ROOT, one_sentence, run_program
@@ -82,10 +83,8 @@ def test_the_command(server: HubServer, pushed: str, quick_run: Path) -> None:
     read = [token for path, token in server.headers_seen if path.startswith((f"/user/name/resolve/{commit}", "/cdn/"))]
     assert len(read) > 10 and set(read) == {""}, "the last look was that of a stranger"
     card = repository.files()["README.md"].decode()
-    # The prompt is a beginning of the run's own held-out text.
-    (sample,) = re.findall(
-        r"Written by these weights after .+, with seed 42:\n\n```text\n(.*?)\n```\n", card, re.DOTALL
-    )
+    prompt = read_card(quick_run / "best" / CARD).facts.prompts[0]
+    sample = card.split(f"Written by these weights after {prompt!r}, with seed 42:\n\n```text\n")[1].split("\n```\n")[0]
     assert len(sample) > 20 and "of 66,496 parameters" in card
 
 
