@@ -248,7 +248,7 @@ def load_corpus(
         ValueError: for a dataset that does not exist, is empty, or holds bytes that its tokenizer cannot read.
     """
     if arguments.streaming:
-        return stream_corpus(arguments, max_eval_tokens, *find_stream(arguments))
+        return stream_corpus(arguments, max_eval_tokens)
     if source is None and is_encoded(arguments):
         if arguments.tokenizer == "bpe":
             raise ValueError(f"{arguments.dataset!r} is encoded and has a tokenizer of its own: leave out --tokenizer.")
@@ -350,15 +350,13 @@ def open_corpus(name: str, folder: Path) -> Corpus:
 def stream_corpus(
     arguments: DataArguments,
     max_eval_tokens: int,
-    open_documents: Callable[[], DocumentStream],
-    notes: tuple[str, ...] = (),
+    open_documents: Callable[[], DocumentStream] | None = None,
 ) -> StreamCorpus:
     """
     A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
 
     Args:
-        open_documents: opens the documents at their beginning.
-        notes: what is to be known of them, a sentence each.
+        open_documents: opens documents at their beginning, in the place of those that the arguments name.
 
     Raises:
         ValueError: for a tokenizer that would have to be learned from the text first, and without `max_eval_tokens`.
@@ -370,6 +368,9 @@ def stream_corpus(
         )
     if not max_eval_tokens:
         raise ValueError("--streaming holds out the first max_eval_tokens tokens, so --max_eval_tokens cannot be 0.")
+    notes: tuple[str, ...] = ()
+    if open_documents is None:
+        open_documents, notes = find_stream(arguments)
 
     def encode(name: str, pieces: Iterator[bytes]) -> np.ndarray:
         ids = [*encode_pieces(tokenizer, name, pieces, arguments.errors), np.array([tokenizer.eos_token_id])]
