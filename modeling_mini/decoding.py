@@ -14,6 +14,11 @@ Why it is right: weights are read anew in each call of `generate`, so training, 
 have their effect. And each operation is the one that the module would call, on the same numbers in the same order. On a
 CPU the logits of every preset are equal bit by bit. At narrower widths, the last bit of a product of fused projections
 may differ. tests/modeling_mini/test_decoding.py checks this on hundreds of random models.
+
+Many sequences at once, in float32 on a CPU, are the exception. Their time is that of the products, so these are done in
+the form that is fastest there: weights are copied once in the order in which a product reads them, attention is two
+batched products, and sequences that have ended are no longer computed. The same numbers are added in another order, so
+the last bits of logits differ. `generate(..., fast_decoding="exact")` decodes any number of sequences as it does few.
 """
 
 from collections.abc import Callable
@@ -45,6 +50,13 @@ NORMS: dict[type[nn.Module], tuple[Callable[..., torch.Tensor], tuple[str, ...]]
 }
 # Cache and text start with space for this many more tokens. When they are full, their capacity doubles.
 FIRST_CAPACITY = 1024
+# From this many sequences on, float32 on a CPU is decoded in the form for many. Weights of more bytes are not copied.
+MANY_SEQUENCES = 8
+PACKED_BYTES = 128 * 1024**2
+# The cache of many sequences starts with space for fewer tokens: each takes as much memory as that of a whole batch.
+FIRST_CAPACITY_OF_MANY = 64
+# When no more than this part of the sequences is unfinished, the others leave. It copies the cache of those that stay.
+STAYING = 0.75
 
 
 # When ----------------------------------------------------------------------------------------------------------------
@@ -131,17 +143,20 @@ class Linear(NamedTuple):
     bias: torch.Tensor | None
 
     @classmethod
-    def of(cls, *projections: nn.Linear) -> "Linear":
-        """One projection without a copy, or a copy of several that have no biases."""
+    def of(cls, *projections: nn.Linear, pack: bool = False) -> "Linear":
+        """
+        One projection without a copy, or a copy of several that have no biases. Packed, the transpose is contiguous: a
+        product with 8 to 64 rows then takes two thirds of the time (docs/LOG.md).
+        """
         weight, bias = projections[0].weight, projections[0].bias
         if len(projections) > 1:
             weight = torch.cat([projection.weight for projection in projections])
-        return cls(weight, weight.t(), bias)
+        return cls(weight, weight.t().contiguous() if pack else weight.t(), bias)
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
             return torch.mm(states, self.transposed)  # what F.linear calls in the end
-        return F.linear(states, self.weight, self.bias)
+        return torch.addmm(self.bias, states, self.transposed)
 
 
 class Norm(NamedTuple):
@@ -189,9 +204,15 @@ class Weights(NamedTuple):
     num_heads: int
     num_key_value_heads: int
     head_dim: int
+    for_many: bool
 
     @classmethod
-    def of(cls, model: PreTrainedModel, may_copy: bool = True) -> "Weights":
+    def of(cls, model: PreTrainedModel, may_copy: bool = True, for_many: bool = False) -> "Weights":
+        """
+        Args:
+            may_copy: whether weights may be copied, which hides later changes of the model.
+            for_many: takes the form for many sequences at once: packed weights, and attention as batched products.
+        """
         config, body = model.config, model.model
         modules = body.layers[: config.num_hidden_layers]
         projections = [
@@ -205,9 +226,12 @@ class Weights(NamedTuple):
         is_small = sum(projection.weight.nbytes for projection in projections) <= FUSED_BYTES
         # With a bias in bfloat16, a fused product rounds at another point of the computation.
         together = may_copy and is_small and all(projection.bias is None for projection in projections)
+        pack = for_many and sum(projection.weight.nbytes for projection in projections) <= PACKED_BYTES
 
         def join(*projections: nn.Linear) -> list[Linear]:
-            return [Linear.of(*projections)] if together else [Linear.of(one) for one in projections]
+            if together:
+                return [Linear.of(*projections, pack=pack)]
+            return [Linear.of(one, pack=pack) for one in projections]
 
         layers = [
             Layer(
@@ -215,10 +239,10 @@ class Weights(NamedTuple):
                 query_key_value=join(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
                 q_norm=Norm.of(layer.self_attn.q_norm),
                 k_norm=Norm.of(layer.self_attn.k_norm),
-                o_proj=Linear.of(layer.self_attn.o_proj),
+                o_proj=Linear.of(layer.self_attn.o_proj, pack=pack),
                 post_attention_layernorm=Norm.of(layer.post_attention_layernorm),
                 gate_up=join(layer.mlp.gate_proj, layer.mlp.up_proj),
-                down_proj=Linear.of(layer.mlp.down_proj),
+                down_proj=Linear.of(layer.mlp.down_proj, pack=pack),
                 activation=layer.mlp.act_fn.forward,
                 scaling=layer.self_attn.scaling,
             )
@@ -228,10 +252,11 @@ class Weights(NamedTuple):
             embedding=body.embed_tokens.weight,
             layers=layers,
             norm=Norm.of(body.norm),
-            head=Linear.of(model.lm_head),
+            head=Linear.of(model.lm_head, pack=pack),
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
+            for_many=for_many,
         )
 
 
@@ -240,6 +265,41 @@ def projected(states: torch.Tensor, projections: list[Linear]) -> torch.Tensor:
     if len(projections) == 1:
         return projections[0](states)
     return torch.cat([projection(states) for projection in projections], dim=-1)
+
+
+def attention_of_many(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """
+    Attention of one query for each head, as two batched products of which each takes all query heads of a group.
+
+    Args:
+        query: (batch, heads, head_dim).
+        keys, values: (batch, key_value_heads, length, head_dim); in memory, heads come before sequences.
+        mask: as `mask_of_many` makes it, or `None`.
+
+    Returns:
+        (batch, heads, head_dim).
+    """
+    batch, kv_heads, _, head_dim = keys.shape
+    keys, values = (states.transpose(0, 1).flatten(0, 1) for states in (keys, values))  # views
+    group = query.view(batch, kv_heads, -1, head_dim).transpose(0, 1).reshape(kv_heads * batch, -1, head_dim)
+    group.mul_(scaling)
+    if mask is None:
+        scores = torch.bmm(group, keys.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(mask, group, keys.transpose(1, 2))
+    output = torch.bmm(torch.softmax(scores, dim=-1), values)  # (key_value_heads * batch, heads of a group, head_dim)
+    return output.view(kv_heads, batch, -1, head_dim).transpose(0, 1).reshape(query.shape)
+
+
+def mask_of_many(mask: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """
+    A mask (batch, 1, 1, length), true where a token may be seen, as numbers to add to the scores of
+    `attention_of_many`: (key_value_heads * batch, heads / key_value_heads, length).
+    """
+    added = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, -float("inf"))[:, 0]
+    return added.expand(kv_heads, -1, heads // kv_heads, -1).flatten(0, 1)
 
 
 def decoding_step(
@@ -259,10 +319,13 @@ def decoding_step(
         cos, sin: (batch or 1, 1, rotary_dim), at the position of the token. The first half of `sin` is negated.
         cache: for each layer, the keys and under them the values, (batch, 2 * key_value_heads, length, head_dim), with
             space for those of the new token at the end.
+            With weights for many sequences, heads come before sequences in memory.
         mask: (batch, 1, 1, length), true where a token may be seen, or `None` if all may.
         cache_position: (1,), the index in the cache at which the new token is written; by default, the last.
     """
     batch, heads, kv_heads, head_dim = len(token_ids), weights.num_heads, weights.num_key_value_heads, weights.head_dim
+    if weights.for_many and mask is not None:
+        mask = mask_of_many(mask, heads, kv_heads)
     rotary_dim = cos.shape[-1]
     hidden_states = F.embedding(token_ids, weights.embedding)
     for layer, keys_and_values in zip(weights.layers, cache, strict=True):
@@ -280,17 +343,20 @@ def decoding_step(
         else:
             keys_and_values.index_copy_(2, cache_position, states[:, heads:].unsqueeze(2))
         keys, values = keys_and_values.split(kv_heads, dim=1)
-        query = states[:, :heads].unsqueeze(2)
-        if mask is not None and heads != kv_heads:  # as transformers does it for grouped heads with a mask
-            query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-        attention = F.scaled_dot_product_attention(
-            query,
-            keys,
-            values,
-            attn_mask=mask,
-            scale=layer.scaling,
-            enable_gqa=mask is None and heads != kv_heads,
-        )
+        if weights.for_many:
+            attention = attention_of_many(states[:, :heads], keys, values, mask, layer.scaling)
+        else:
+            query = states[:, :heads].unsqueeze(2)
+            if mask is not None and heads != kv_heads:  # as transformers does it for grouped heads with a mask
+                query = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
+            attention = F.scaled_dot_product_attention(
+                query,
+                keys,
+                values,
+                attn_mask=mask,
+                scale=layer.scaling,
+                enable_gqa=mask is None and heads != kv_heads,
+            )
         hidden_states = hidden_states + layer.o_proj(attention.reshape(batch, heads * head_dim))
         gate_up = projected(layer.post_attention_layernorm(hidden_states), layer.gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
@@ -314,6 +380,7 @@ class RotaryTable:
         self.weight = model.model.embed_tokens.weight  # of the type in which the model computes
         self.has_table = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
         self.first_positions = position_ids[:, -1:] + 1
+        self.rows: torch.Tensor | None = None
 
     def reserve(self, capacity: int) -> None:
         """Computes those of the first `capacity` new tokens, where they do not depend on the length of the text."""
@@ -328,10 +395,19 @@ class RotaryTable:
         return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
     def at(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of one new token, (batch or 1, 1, rotary_dim)."""
+        """Those of one new token, (batch or 1, 1, rotary_dim); of the kept sequences alone, if not all were kept."""
         if self.has_table:
-            return self.cos[:, new : new + 1], self.sin[:, new : new + 1]
-        return self.between(new, new + 1)
+            cos, sin = self.cos[:, new : new + 1], self.sin[:, new : new + 1]
+        else:
+            # Of all sequences, because the frequencies depend on the longest, be it finished or not.
+            cos, sin = self.between(new, new + 1)
+        if self.rows is not None and len(cos) > 1:
+            cos, sin = cos[self.rows], sin[self.rows]
+        return cos, sin
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """From now on, gives those of these sequences (indices) of the batch."""
+        self.rows = rows
 
 
 class Decoder:
@@ -343,6 +419,7 @@ class Decoder:
         attention_mask: (batch, length of the cache), 1 for tokens and 0 for padding; `None` without padding.
         position_ids: as `RotaryTable` takes them.
         max_new_tokens: how many tokens will follow at most.
+        exact: decodes many sequences in the form for few.
     """
 
     def __init__(
@@ -352,30 +429,59 @@ class Decoder:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         max_new_tokens: int,
+        exact: bool = False,
     ) -> None:
-        self.weights = Weights.of(model)
-        self.rotary_table = RotaryTable(model, position_ids)
         self.cache = cache
+        self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
+        self.for_many = not exact and are_many(self.filled[0])
+        self.rows: torch.Tensor | None = None  # the indices of those that are computed, if some have left
+        self.batch = len(self.filled[0])
+        self.weights = Weights.of(model, for_many=self.for_many)
+        self.rotary_table = RotaryTable(model, position_ids)
         self.length = self.prompt_length = cache.get_seq_length()
         self.max_length = self.length + max_new_tokens
-        self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
         self.mask = attention_mask.bool()[:, None, None, :] if attention_mask is not None else None
-        self.reserve(self.length + min(max_new_tokens, FIRST_CAPACITY))
+        if self.for_many and self.mask is not None and self.mask.all():
+            self.mask = None
+        first_capacity = FIRST_CAPACITY_OF_MANY if self.for_many else FIRST_CAPACITY
+        self.reserve(self.length + min(max_new_tokens, first_capacity))
 
     def reserve(self, capacity: int) -> None:
         """Moves the cache into tensors of `capacity` tokens."""
-        more = capacity - self.length
-        self.whole = [F.pad(keys_and_values, (0, 0, 0, more)) for keys_and_values in self.filled]
+        self.whole = [with_capacity(keys_and_values, capacity, self.for_many) for keys_and_values in self.filled]
         if self.mask is not None:
-            self.whole_mask = F.pad(self.mask, (0, more), value=True)  # padding stands in the prompt alone
+            # Padding stands in the prompt alone.
+            self.whole_mask = F.pad(self.mask, (0, capacity - self.length), value=True)
         self.rotary_table.reserve(capacity - self.prompt_length)
         self.capacity = capacity
+
+    def leave(self, unfinished: torch.Tensor) -> None:
+        """
+        No longer computes finished sequences, if they are enough to be worth it. Their logits are 0 from then on.
+
+        Args:
+            unfinished: (batch,), true for each sequence that goes on.
+        """
+        if not self.for_many:
+            return
+        rows = unfinished.nonzero().squeeze(1)
+        if len(rows) > STAYING * len(self.filled[0]):
+            return
+        kept = rows if self.rows is None else torch.searchsorted(self.rows, rows)
+        self.rows = rows
+        self.filled = [keys_and_values[kept] for keys_and_values in self.filled]
+        if self.mask is not None:
+            self.mask = self.mask[kept]
+        self.rotary_table.keep(rows)
+        self.reserve(self.capacity)
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
         """The logits (batch, vocab_size) after these tokens (batch,), which are now part of the text."""
         if self.length == self.capacity:
             self.reserve(min(2 * self.capacity, self.max_length))
         cos, sin = self.rotary_table.at(self.length - self.prompt_length)
+        if self.rows is not None:
+            token_ids = token_ids[self.rows]
         self.length += 1
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
@@ -383,12 +489,37 @@ class Decoder:
         # Inference mode makes tensors cheaper. The cache itself is made outside, because its owner may use it
         # elsewhere.
         with torch.inference_mode():
-            return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
+            logits = decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
+            if self.rows is None:
+                return logits
+            return logits.new_zeros(self.batch, logits.shape[1]).index_copy_(0, self.rows, logits)
 
     def give_back(self) -> None:
-        """Puts keys and values into transformers' cache, as its own loop would have done."""
+        """
+        Puts keys and values into transformers' cache, as its own loop would have done. If sequences have left, nobody
+        wanted the cache, and it stays as it is.
+        """
+        if self.rows is not None:
+            return
         for layer, keys_and_values in zip(self.cache.layers, self.filled, strict=True):
             layer.keys, layer.values = keys_and_values.chunk(2, dim=1)
+
+
+def are_many(keys_and_values: torch.Tensor) -> bool:
+    """Whether sequences with this cache are decoded in the form for many."""
+    is_float32_on_cpu = keys_and_values.dtype == torch.float32 and keys_and_values.device.type == "cpu"
+    return is_float32_on_cpu and len(keys_and_values) >= MANY_SEQUENCES
+
+
+def with_capacity(keys_and_values: torch.Tensor, capacity: int, heads_first: bool) -> torch.Tensor:
+    """A copy of the cache of a layer, (batch, heads, length, head_dim), with space for `capacity` tokens."""
+    batch, heads, length, head_dim = keys_and_values.shape
+    if heads_first:  # in memory, as `attention_of_many` needs it
+        whole = keys_and_values.new_empty(heads, batch, capacity, head_dim).transpose(0, 1)
+    else:
+        whole = keys_and_values.new_empty(batch, heads, capacity, head_dim)
+    whole[:, :, :length] = keys_and_values
+    return whole
 
 
 def decode(
@@ -413,6 +544,10 @@ def decode(
         each for each in stopping_criteria if type(each) not in (EosTokenCriteria, MaxLengthCriteria)
     )
     has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    exact = getattr(generation_config, "fast_decoding", True) == "exact"
+    # Finished sequences need no computing where nobody can see what would be computed.
+    may_leave = has_end and not exact and not keeps and not getattr(generation_config, "keeps_cache", True)
+    may_leave = may_leave and all(type(each).__module__.startswith("transformers.") for each in logits_processor)
     text = F.pad(input_ids, (0, max(1, min(FIRST_CAPACITY, max_length - length))))
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
 
@@ -451,15 +586,18 @@ def decode(
             unfinished &= ~others(text[:, :length].contiguous(), scores).bool()
         if length >= max_length or not unfinished.any():
             break
+        if may_leave and decoder is not None:
+            decoder.leave(unfinished)
         if decoder is None:
             # The last token is not read by the model.
             max_new_tokens = max_length - length
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
             step = model.compiled_step
-            if step is not None and step.suits(model, batch, mask):
+            if step is not None and not exact and step.suits(model, batch, mask):
                 decoder = step.decoder(model, cache, mask, position_ids, max_new_tokens)
+                may_leave = False
             else:
-                decoder = Decoder(model, cache, mask, position_ids, max_new_tokens)
+                decoder = Decoder(model, cache, mask, position_ids, max_new_tokens, exact)
         logits = decoder.logits(next_tokens).to(copy=True, dtype=torch.float32)
 
     if decoder is not None:

@@ -56,12 +56,25 @@ class FastGenerationMixin:
         logger.warning(f"Decoding is not compiled, and goes on without: {reason[:300]}")
 
     def _prepare_generation_config(
-        self, generation_config: GenerationConfig | None, fast_decoding: bool | None = None, **kwargs: Any
+        self, generation_config: GenerationConfig | None, fast_decoding: bool | str | None = None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict]:
-        """Lets `generate` take `fast_decoding=False`: transformers' generation configs have no such field."""
+        """
+        Lets `generate` take `fast_decoding`: transformers' generation configs have no such field.
+
+        Args:
+            fast_decoding: `True` by default; `False` for transformers' loop; "exact" for the fast path with the bits of
+                that loop also where many sequences are decoded at once.
+
+        Raises:
+            ValueError: for any other value.
+        """
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         if fast_decoding is not None:
             generation_config.fast_decoding = fast_decoding
+        if (given := getattr(generation_config, "fast_decoding", True)) not in (True, False, "exact"):
+            raise ValueError(f'fast_decoding must be True, False or "exact", got {given!r}.')
+        # A cache of the caller has to be whole at the end, also the part of sequences that have ended.
+        generation_config.keeps_cache = model_kwargs.get("past_key_values") is not None
         return generation_config, model_kwargs
 
     def _sample(

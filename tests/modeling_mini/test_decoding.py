@@ -2,6 +2,7 @@
 The fast path of `generate`: when it runs, and that it writes what transformers' loop and a loop without a cache write.
 """
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -93,6 +94,108 @@ def test_presets_give_the_same_bits(name: str, tokens: int, fast_calls: list[int
             assert torch.equal(fast.sequences, slow.sequences), (dtype, batch)
             assert torch.equal(torch.stack(fast.logits), torch.stack(slow.logits)), (dtype, batch)
     assert len(fast_calls) == 6
+
+
+def random_request_of_many(draw: random.Random, vocab_size: int) -> dict[str, Any]:
+    """A random request with 8 to 20 sequences, of which some end before others."""
+    request = random_request(draw, vocab_size)
+    batch, length = draw.choice([8, 9, 20]), request["input_ids"].shape[1]
+    request["input_ids"] = torch.randint(1, vocab_size, (batch, length))
+    request["attention_mask"] = torch.ones(batch, length, dtype=torch.long)
+    if draw.random() < 0.5:
+        for row in range(batch):
+            request["attention_mask"][row, : draw.randrange(length)] = 0
+    request["eos_token_id"] = torch.randint(1, vocab_size, (max(1, vocab_size // 8),)).tolist()
+    return request | {"num_return_sequences": 1}
+
+
+@pytest.mark.parametrize("group", range(20))
+def test_many_sequences_give_the_same(group: int, monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]) -> None:
+    """
+    200 models of random shapes, each with a random request of many sequences: text, logits and cache; the text alone,
+    where sequences leave; and "exact", which never takes the form for many.
+    """
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY_OF_MANY", 5)  # the cache has to grow
+    products, left = [], []
+    attention_of_many, leave = decoding.attention_of_many, decoding.Decoder.leave
+
+    def counted_leave(self: decoding.Decoder, unfinished: torch.Tensor) -> None:
+        leave(self, unfinished)
+        left.append(self.rows is not None)
+
+    monkeypatch.setattr(decoding, "attention_of_many", lambda *args: (products.append(1), attention_of_many(*args))[1])
+    monkeypatch.setattr(decoding.Decoder, "leave", counted_leave)
+    for number in range(10):
+        draw = random.Random(f"many {group} {number}")
+        torch.manual_seed(draw.randrange(2**32))
+        settings = random_settings(draw)
+        model = make_model(**settings)
+        request = random_request_of_many(draw, settings["vocab_size"])
+        all_results = {"return_dict_in_generate": True, "output_logits": True}
+        outputs = {}
+        for name, more in {
+            "slow": {"fast_decoding": False} | all_results, "fast": all_results, "text": {},
+            "exact": {"fast_decoding": "exact"},
+        }.items():  # fmt: skip
+            torch.manual_seed(7)
+            before = len(products)
+            # A copy, because dynamic RoPE keeps the frequencies of the last text.
+            outputs[name] = copy.deepcopy(model).generate(**request, **more)
+            assert name not in ("slow", "exact") or len(products) == before
+        slow, fast = outputs["slow"], outputs["fast"]
+        context = f"{settings}\n{request}"
+        assert torch.equal(fast.sequences, slow.sequences), context
+        assert torch.equal(outputs["text"], slow.sequences), context
+        assert torch.equal(outputs["exact"], slow.sequences), context
+        assert len(fast.logits) == len(slow.logits)
+        for a, b in zip(fast.logits, slow.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        for a, b in zip(fast.past_key_values.layers, slow.past_key_values.layers, strict=True):
+            torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=2e-5, atol=2e-5)
+    assert products and any(left)
+    assert len(fast_calls) == 30
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_exact_gives_the_same_bits_for_many(name: str, fast_calls: list[int]) -> None:
+    """And the form for many does not, so that the option has something to switch."""
+    model = MiniForCausalLM(MiniConfig.preset(name)).eval()
+    ids, mask = torch.randint(8, 264, (16, 12)), torch.ones(16, 12, dtype=torch.long)
+    mask[1:, :5] = 0
+    request = {"max_new_tokens": 20, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    request |= {"inputs": ids, "attention_mask": mask, "eos_token_id": None, "pad_token_id": 0}
+    exact, many, slow = (torch.stack(model.generate(**request, fast_decoding=f).logits) for f in ("exact", True, False))
+    assert torch.equal(exact, slow)
+    assert not torch.equal(many, slow)
+    assert len(fast_calls) == 2
+
+
+def test_finished_sequences_leave_unless_somebody_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache of the caller, or a processor of the caller, all sequences are computed to the end."""
+    rows = []
+    logits = decoding.Decoder.logits
+    monkeypatch.setattr(
+        decoding.Decoder, "logits", lambda self, ids: (logits(self, ids), rows.append(len(self.filled[0])))[0]
+    )
+    model = make_model()
+    ids = torch.randint(1, 97, (12, 5))
+    request = {"inputs": ids, "max_new_tokens": 30, "do_sample": False, "eos_token_id": list(range(20))}
+    expected = model.generate(**request, fast_decoding=False)
+    assert torch.equal(model.generate(**request), expected)
+    assert rows[0] == 12 and rows[-1] < 9 and rows == sorted(rows, reverse=True)
+    cache, cache_of_loop = (DynamicCache(config=model.config) for _ in range(2))
+    for more in ({"past_key_values": cache}, {"logits_processor": LogitsProcessorList([Forbid()])}):
+        rows.clear()
+        model.generate(**request, **more)
+        assert set(rows) == {12}
+    model.generate(**request, past_key_values=cache_of_loop, fast_decoding=False)
+    for a, b in zip(cache.layers, cache_of_loop.layers, strict=True):
+        torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=2e-5, atol=2e-5)
+
+
+def test_wrong_fast_decoding() -> None:
+    with pytest.raises(ValueError, match=r"fast_decoding must be .*, got 'fast'"):
+        make_model().generate(torch.randint(1, 97, (1, 5)), max_new_tokens=2, fast_decoding="fast")
 
 
 @pytest.mark.parametrize("norm_type", ["layernorm", "rmsnorm"])
