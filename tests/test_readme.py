@@ -13,6 +13,7 @@ from modeling_mini import MiniConfig, MiniForCausalLM
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
 QUICKSTART = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
+(TEST_COMMAND,) = re.findall(r"^```\n(.*)\n```$", README, flags=re.MULTILINE)
 BLOCKS, QUICKSTART_BLOCKS = (
     re.findall(r"^```(\w+)\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL) for page in (README, QUICKSTART)
 )
@@ -63,11 +64,22 @@ def test_blocks(copy: Path) -> None:
     sample = outputs[0].split("--- a sample ---\n")[1]
     assert re.search(r"\b(self|if|in|not|return|import|class)\b", sample.removeprefix("def "))
     assert (copy / ".venv" / "bin" / "accelerate").exists()
+    # The second command as it stands there, on one file of the tests.
+    environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+    environment["PYTEST_ADDOPTS"] = "-n 0 tests/test_files.py"
+    result = subprocess.run(
+        ["bash", "-c", TEST_COMMAND], cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and re.search(r"\d passed", result.stdout), f"{result.stdout}\n{result.stderr}"
 
 
 def test_test_command_is_what_ci_runs() -> None:
-    (command,) = re.findall(r"^```\n(.*)\n```$", README, flags=re.MULTILINE)
-    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    """In an environment of its own, CI installs what this command installs, and runs what it runs."""
+    *_, install, command = TEST_COMMAND.split(" && ")
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert command in lines
+    pip, requirements = install.split(" install ")
+    assert any(line.startswith(f"{pip} install ") and line.endswith(f" {requirements}") for line in lines)
 
 
 @pytest.mark.parametrize("row", re.findall(r"^\| `(\w+)` \| ([\d.]+)M \| (.*) \|$", README, flags=re.MULTILINE))
@@ -88,15 +100,20 @@ def test_table_of_sizes(row: tuple[str, str, str]) -> None:
     "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
 )
 def test_pictures_and_links_exist(page: Path) -> None:
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (page.parent / target).exists(), target
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", text):
+        headings = re.findall(r"^#+ (.*)$", (page.parent / target).read_text("utf-8") if target else text, re.MULTILINE)
+        # As GitHub makes them.
+        assert heading in {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in headings}, heading
 
 
 def test_flags_that_are_named_exist() -> None:
     help_texts = "".join(run_program(program, "--help", "all", cwd=ROOT).stdout for program in PROGRAMS)
     pages = [README] + [
         (ROOT / "docs" / f"{name}.md").read_text("utf-8")
-        for name in ("QUICKSTART", "TRAINING", "SCALING", "RELIABILITY")
+        for name in ("QUICKSTART", "GENERATION", "TRAINING", "SCALING", "RELIABILITY")
     ]
     others = {"--config_file", "--quiet", "--signal"}  # of accelerate and of Slurm
     flags = {flag for page in pages for flag in re.findall(r"`(--[a-z0-9_]+)", page)} - others
