@@ -1,5 +1,5 @@
 """
-Finds the documents of a dataset: the standard library, a generated sample, files, or a dataset on the Hub.
+Finds the documents of a dataset: the standard library, packages, a generated sample, files, or a dataset on the Hub.
 
 A document is a name and an iterator over pieces of its bytes. The pieces have a limited size, so a file may be larger
 than the memory.
@@ -7,21 +7,20 @@ than the memory.
 
 import hashlib
 import json
-import os
-import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from shape_mini import nearest_name
 
 from ..arguments import DataArguments
 from .files import FoundFiles, find_files, quick_look
 from .formats import DataFile
+from .packages import package_files, standard_library_files, without_copies
+from .questions import python_questions
 from .records import EXAMPLE_COLUMNS, Document, Record, file_documents, record_documents
 from .samples import chat_examples, instruction_examples, sample_documents
 
-BUILT_IN = ("python-stdlib", "sample", "chat-sample", "instruction-sample")
+BUILT_IN = ("python-stdlib", "python-packages", "python-questions", "sample", "chat-sample", "instruction-sample")
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,11 @@ def open_source(arguments: DataArguments) -> DocumentSource:
     name = arguments.dataset
     if name == "python-stdlib":
         return file_source(name, FoundFiles([DataFile(file) for file in standard_library_files()]), arguments)
+    if name == "python-packages":
+        # The standard library comes first, so what is held out of it is what python-stdlib holds out.
+        library = standard_library_files()
+        source = file_source(name, FoundFiles([DataFile(file) for file in [*library, *package_files()]]), arguments)
+        return replace(source, read=lambda: without_copies(source.read(), always=len(library)))
     if name == "sample":
         return DocumentSource(name, "sample-1", lambda advance: "sample-1", sample_documents)
     if name in SAMPLES_OF_EXAMPLES:
@@ -68,21 +72,9 @@ def open_source(arguments: DataArguments) -> DocumentSource:
     return hub_source(arguments) if found is None else file_source(name, found, arguments)
 
 
-def standard_library_files() -> list[Path]:
-    """The modules of the running interpreter's standard library, without tests and installed packages."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = []
-    for parent, folders, names in os.walk(root):
-        # To walk through installed packages takes a second.
-        folders[:] = [folder for folder in folders if folder not in left_out]
-        files += [Path(parent, name) for name in names if name.endswith(".py")]
-    if not files:
-        raise ValueError(f"The standard library of this Python has no source in {root}; name another --dataset.")
-    return sorted(files)
-
-
-SAMPLES_OF_EXAMPLES = {"chat-sample": chat_examples, "instruction-sample": instruction_examples}
+SAMPLES_OF_EXAMPLES = {
+    "python-questions": python_questions, "chat-sample": chat_examples, "instruction-sample": instruction_examples,
+}  # fmt: skip
 
 
 def sample_of_examples(name: str) -> DocumentSource:
