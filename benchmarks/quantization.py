@@ -171,7 +171,9 @@ def show(results: dict[str, Any], settings: Settings) -> None:
             "" if bits is None else f"{bits - reference:+.4f}",
         )
     console.print(table)
-    console.print("Loop: quantized layers are decoded by transformers' loop, the others by Mini's fast path.")
+    console.print(
+        "Loop: decoded by transformers' loop, which a GPU needs for quantized layers; the others by Mini's own."
+    )
     for name in results["left_out"]:
         console.print(f"{name} does not fit into the memory that is free.")
 

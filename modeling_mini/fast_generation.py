@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .compiled_decoding import CompiledStep
 from .decoding import NORMS, decode, obstacle, obstacle_of_model
 from .graph_decoding import GraphStep
+from .quantized_decoding import dequantized, has_quantized_layers
 
 logger = logging.get_logger(__name__)
 
@@ -46,10 +47,11 @@ class FastGenerationMixin:
         then on. On a GPU it gives a CUDA graph, for any batch. All other requests are decoded as before. If there is no
         compiler, or the model has layers other than the plain ones, a warning says so and nothing changes.
         """
-        reason = obstacle_of_model(self, self.plain_modules)
+        model = dequantized(self) if has_quantized_layers(self) else self
+        reason = obstacle_of_model(model, self.plain_modules)
         if reason is None:
             try:
-                self.compiled_step = compiled_step_class(self.device)(self)
+                self.compiled_step = compiled_step_class(self.device)(model)
                 return
             except (ValueError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -88,9 +90,13 @@ class FastGenerationMixin:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         """What `generate` calls for greedy decoding and for sampling: the fast path wherever it gives the same."""
-        if obstacle(self, self.plain_modules, generation_config, synced_gpus, model_kwargs) is None:
+        model = self
+        # Layers of bitsandbytes compute other bits than their weights as numbers.
+        if getattr(generation_config, "fast_decoding", True) is True and has_quantized_layers(self):
+            model = dequantized(self)
+        if obstacle(model, self.plain_modules, generation_config, synced_gpus, model_kwargs) is None:
             return decode(
-                self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+                model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
             )
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs
