@@ -34,13 +34,18 @@ def test_blocks(tmp_path: Path) -> None:
         )
         assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
         outputs.append(result.stdout)
-    _, before, _, training, of_adapter, of_merged, in_python, of_rounded, peft = outputs
+    _, before, _, training, of_adapter, of_merged, in_python, of_rounded, peft, dpo, grpo = outputs
     assert len(ANSWERS) == 2 and "continues what you write" in before and "capital" not in before
     assert re.search(r"[\d,]+ of [\d,]+ parameters learn \([\d.]+%\), about [\d.]+ MiB", training)
     assert "What is the capital of" in of_adapter
     assert "answers in turns" in of_merged and re.findall(r"^> (.+)$", of_merged, flags=re.MULTILINE) == ANSWERS
     assert in_python == "The capital of Italy is Rome.\n"
     assert "parameters learn" in of_rounded and "trainable params" in peft
+    assert dpo.endswith("\nTokyo\n")
+    first, last = map(
+        int, re.search(r"^right: (\d+)% in the first steps, (\d+)% in the last$", grpo, re.MULTILINE).groups()
+    )
+    assert last > first + 5
 
 
 def test_flags_that_are_named_exist(tmp_path: Path) -> None:
