@@ -14,7 +14,8 @@ from modeling_mini.export import FORMATS
 from training_mini.arguments import parse_arguments as parse_training
 
 PROGRAMS = (
-    "training_mini.arguments", "training_mini.compare", "generation_mini.arguments", "generation_mini.demo.arguments",
+    "training_mini.arguments", "training_mini.compare", "training_mini.sweep",
+    "generation_mini.arguments", "generation_mini.demo.arguments",
     "sharing_mini.arguments",
     "modeling_mini.analysis.__main__", "modeling_mini.export.__main__", "modeling_mini.export.quantized",
     *(f"modeling_mini.export.{format}" for format in FORMATS),
@@ -208,6 +209,7 @@ LIGHT = [
     ("generate.py", "--help", 0), ("generate.py", "--temprature 1", 2), ("generate.py", "--model missing", 2),
     ("generate.py", "--model modeling_mini --batch_file missing.txt --output a", 2),
     ("training_mini.compare", "--help", 0), ("training_mini.compare", "missing", 2),
+    ("training_mini.sweep", "--help", 0), ("training_mini.sweep", "missing.yaml", 2),
     ("training_mini.check_launch", "--help", 0), ("training_mini.check_launch", "missing.yaml", 2),
     ("push_to_hub.py", "--help", 0), ("push_to_hub.py", "missing user/name", 2), ("push_to_hub.py", "a b --dry", 2),
 ]  # fmt: skip

@@ -1,0 +1,98 @@
+"""Several runs in one process, and their comparison."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers.runs import QUICK
+from training_mini import from_python
+from training_mini.monitoring import read_metrics
+from training_mini.sweep import main
+
+FLAGS = dict(zip((flag.removeprefix("--") for flag in QUICK[::2]), QUICK[1::2], strict=True))
+COMMON = {**FLAGS, "max_steps": 6, "warmup_steps": 1, "eval_steps": 3, "save_steps": 3}
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    content = {"common": COMMON, "runs": {"with": None, "without": {"qk_norm": False}}}
+    (tmp_path / "norms.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "norms.yaml"
+
+
+def test_runs_take_turns_and_are_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(file), "--seeds", "1", "2"])
+    printed = capsys.readouterr().out
+    assert re.findall(r"Run \d of 4: (.*)", printed) == [
+        "with, seed 1", "without, seed 1", "with, seed 2", "without, seed 2",
+    ]  # fmt: skip
+    folder = Path("runs/norms")
+    assert (folder / "comparison.png").is_file()
+    assert sorted(path.name for path in folder.glob("*-seed-*")) == [
+        "with-seed-1", "with-seed-2", "without-seed-1", "without-seed-2",
+    ]  # fmt: skip
+    assert "qk_norm" in printed and "±" in printed, "one table with the setting that differs, and the spread over seeds"
+    paths = [folder / name / "config.yaml" for name in ("with-seed-1", "without-seed-2")]
+    settings = [yaml.safe_load(path.read_text()) for path in paths]
+    assert [(each["qk_norm"], each["seed"]) for each in settings] == [(True, 1), (False, 2)]
+
+    main([str(file), "--seeds", "1", "2"])  # nothing is trained again
+    assert capsys.readouterr().out.count("(finished before)") == 4
+    other = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**other, "common": {**COMMON, "max_steps": 7}}))
+    with pytest.raises(ValueError, match="There is a run in 'runs/norms/with-seed-1' whose settings are others"):
+        main([str(file), "--seeds", "1"])
+
+
+def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = metrics_of(file, "whole")
+    train, calls = from_python.train, []
+
+    def killed(settings: object) -> object:
+        calls.append(settings)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(settings)
+
+    monkeypatch.setattr(from_python, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main([str(file), "--folder", "parts"])
+    assert Path("parts/with-seed-42/final").is_dir() and not Path("parts/without-seed-42").exists()
+    assert metrics_of(file, "parts") == whole
+    assert len(calls) == 3, "the finished one was not trained again"
+
+
+def metrics_of(file: Path, folder: str) -> list[float]:
+    main([str(file), "--folder", folder])
+    names = ("with-seed-42", "without-seed-42")
+    return [line["loss"] for name in names for line in read_metrics(Path(folder, name)) if "loss" in line]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("runs: [1, 2]", "must say under 'runs' what to train"),
+        ("{", "is not valid YAML"),
+        ("runs: {a: {}}\nseed: 1", "has the key 'seed'.*did you mean 'seeds'"),
+        ("runs: {a: {}}\nseeds: [one]", r"seeds in .* must be a list of whole numbers, got \['one'\]"),
+        ("runs: {a: 3}", "'a' in .* must hold settings and their values, got 3"),
+        ("runs: {a: {output_dir: b}}", "output_dir in 'a' of .*: a sweep chooses that for each run"),
+        ("runs: {a: {learning_rte: 1}}", "The run 'a' in .*: TrainingSettings has no setting 'learning_rte'"),
+        ("runs: {a: {max_steps: 0}}", "The run 'a' in .*: max_steps must be at least 1, got 0"),
+    ],
+)
+def test_what_is_no_sweep(file: Path, content: str, message: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        main([str(file)])
+    assert not Path("runs").exists()
+
+
+def test_a_file_that_is_missing_and_several_processes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"There is no file 'none\.yaml'"):
+        main(["none.yaml"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="A sweep trains in one process"):
+        main([str(file)])

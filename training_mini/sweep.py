@@ -1,0 +1,159 @@
+"""
+Trains several runs in one process and compares them: `python -m training_mini.sweep FILE --seeds 1 2 3`.
+
+The file is YAML: under `runs` the settings of each run by its name, under `common` those of all.
+
+    common: {dataset: sample, max_steps: 300}
+    runs:
+      with-qk-norm: {}
+      without: {qk_norm: false}
+
+Seeds take turns, so that an hour in which the machine is slow does not fall on one run alone. The same command again
+goes on where the last one stopped, and finished runs are not trained again.
+"""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from entry_points_mini import EXIT_INTERRUPTED, ArgumentParser, Settings, one_sentence_errors, option
+from files_mini import RUNS_FOLDER, read_text
+from shape_mini import nearest_name
+
+from .arguments import Arguments
+from .compare import compare
+from .monitoring import console
+from .settings import TrainingSettings
+
+KEYS = ("common", "runs", "seeds")
+SETTINGS = "config.yaml"  # of a run
+EACH_RUN = ("output_dir", "resume", "overwrite", "seed")  # settings that the sweep gives to each run itself
+
+
+@dataclass
+class SweepSettings(Settings):
+    """Which seeds, and where the runs go."""
+
+    seeds: list[int] = option([], "train each run with each of these seeds (default: those of the file, or 42)")
+    folder: str | None = option(None, "folder of the runs (default: runs/ and the name of the file)")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """
+    One of the runs.
+
+    Attributes:
+        label: its name and its seed, for people.
+        given: its settings.
+        arguments: the same, checked and complete.
+    """
+
+    label: str
+    given: dict[str, Any]
+    arguments: Arguments = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.arguments.output_dir
+
+    def is_finished(self) -> bool:
+        """
+        Whether it was trained to its end before.
+
+        Raises:
+            ValueError: if there is another run in its folder.
+        """
+        if not (self.folder / SETTINGS).is_file():
+            return False
+        before = yaml.safe_load(read_text(self.folder / SETTINGS))
+        if before != self.arguments.as_dict():
+            raise ValueError(
+                f"There is a run in {str(self.folder)!r} whose settings are others than those of {self.label}: move it "
+                f"away, or name another --folder."
+            )
+        return (self.folder / "final").is_dir()
+
+
+def plan(path: Path, seeds: list[int], folder: Path) -> list[PlannedRun]:
+    """
+    The runs of a sweep file, seed by seed.
+
+    Raises:
+        ValueError: for a file that is no sweep, and for settings that cannot be a run, naming the run.
+    """
+    content = read_sweep(path)
+    common = content.get("common") or {}
+    planned = []
+    for seed in seeds or content.get("seeds") or [42]:
+        for name, own in content["runs"].items():
+            given = {**common, **(own or {}), "seed": seed}
+            try:
+                settings = TrainingSettings(**given, output_dir=str(folder / f"{name}-seed-{seed}"))
+                planned.append(PlannedRun(f"{name}, seed {seed}", given, settings.arguments()))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"The run {name!r} in {path}: {error}") from None
+    return planned
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """The content of a sweep file, of which the form is right; raises ValueError where it is not."""
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}.")
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:
+        raise ValueError(f"{path} must say under 'runs' what to train: names, and the settings of each.")
+    for key in content:
+        if key not in KEYS:
+            hint = nearest_name(str(key), KEYS) or "."
+            raise ValueError(f"{path} has the key {key!r}, and a sweep has {', '.join(KEYS)}{hint}")
+    if not isinstance(seeds := content.get("seeds") or [], list) or not all(type(seed) is int for seed in seeds):
+        raise ValueError(f"seeds in {path} must be a list of whole numbers, got {content['seeds']!r}.")
+    for name, settings in {"common": content.get("common"), **content["runs"]}.items():
+        if settings is not None and not isinstance(settings, dict):
+            raise ValueError(f"{name!r} in {path} must hold settings and their values, got {settings!r}.")
+        if given := [setting for setting in EACH_RUN if setting in (settings or {})]:
+            raise ValueError(f"{given[0]} in {name!r} of {path}: a sweep chooses that for each run.")
+    return content
+
+
+def sweep(planned: list[PlannedRun], out: Path) -> bool:
+    """Trains what is not finished, and compares all; whether nobody stopped it."""
+    from .from_python import train  # loads torch, which no help text needs
+
+    finished = [run.is_finished() for run in planned]  # before any work: a run that is in the way is an error
+    for number, (run, is_finished) in enumerate(zip(planned, finished, strict=True), start=1):
+        console.print(f"Run {number} of {len(planned)}: {run.label}{' (finished before)' if is_finished else ''}")
+        if is_finished:
+            continue
+        resume = {"resume": True} if (run.folder / SETTINGS).is_file() else {}
+        result = train(TrainingSettings(**run.given, **resume, output_dir=str(run.folder)))
+        if result.stopped_by is not None:
+            console.print("Stopped. The same command goes on from here.")
+            return False
+    compare([run.folder for run in planned], out)
+    return True
+
+
+def main(argv: list[str]) -> None:
+    parser = ArgumentParser([SweepSettings], description="Train several runs in one process, and compare them.")
+    parser.others.add_argument("file", help="YAML file with the settings of the runs")
+    settings, others = parser.parse(argv)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("A sweep trains in one process: start it by python -m training_mini.sweep.")
+    folder = Path(settings.folder) if settings.folder is not None else RUNS_FOLDER / Path(others.file).stem
+    planned = plan(Path(others.file), settings.seeds, folder)
+    if not sweep(planned, folder / "comparison.png"):
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        main(sys.argv[1:])
