@@ -74,9 +74,12 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
             raise ValueError(f"The format {format} has no option {name!r}{nearest_name(name, names) or '.'}")
     chosen = module.Options(**options)
     target = destination(out, overwrite, find_checkpoint(str(checkpoint)))
-    model, tokenizer = load_model(str(checkpoint), device="cpu")
+    beside = getattr(chosen, "lora", False)  # an adapter stays beside its base
+    model, tokenizer = load_model(str(checkpoint), device="cpu", merge=not beside)
     destination(out, overwrite, model.name_or_path)  # the base of an adapter
-    if not isinstance(model, PreTrainedModel):
+    if beside and isinstance(model, PreTrainedModel):
+        raise ValueError(f"lora is for the folder of an adapter, and {str(checkpoint)!r} is a model: leave it out.")
+    if not beside and not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"The adapter {str(checkpoint)!r} cannot be merged into the weights of {model.name_or_path!r}, and other "
             f"runtimes have no place for it beside them: export the model that it lies on."
@@ -88,7 +91,7 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     with new_folder(target) as partial:
         card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})
         with writing(target):
-            write_card(card, model, partial, format)
+            write_card(card, model.get_base_model() if beside else model, partial, format)
     return Path(out)
 
 

@@ -21,10 +21,12 @@ import torch
 from configuration_mini import MiniConfig
 from entry_points_mini import Settings, option
 from files_mini import writing
+from peft import PeftModel
 from shape_mini import nearest_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import ExportCard, name_for_files
+from .gguf_adapter import Adapter, taken_off, write_adapter
 from .gguf_vocabulary import Vocabulary
 from .native import checked_native
 
@@ -46,6 +48,7 @@ class Options(Settings):
     """What to write."""
 
     types: list[str] = option(["F32", "F16", "Q8_0"], "of the weights: F32, F16 or Q8_0, a file for each")
+    lora: bool = option(False, "write a LoRA adapter beside its base, for llama.cpp's --lora, in place of merging it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,13 +60,23 @@ class Options(Settings):
                 raise ValueError(f"types must be among {', '.join(TYPES)}, got {name!r}{hint}")
 
 
-def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path, types: list[str]) -> ExportCard:
+def export_gguf(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    types: list[str],
+    lora: bool = False,
+) -> ExportCard:
     """
-    Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`.
+    Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`, and with `lora` also `NAME-lora.gguf`: the
+    adapter that lies on `model`, beside its base.
 
     Raises:
         ValueError: if llama.cpp would compute something else or encode text differently. The error gives the reason.
     """
+    adapter = None
+    if lora:
+        model, adapter = taken_off(model)
     native, _ = checked_native(model)
     config = native.config
     if config.hidden_act not in ("silu", "swish"):
@@ -76,13 +89,29 @@ def export_gguf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out:
     for type_name in types:
         with writing(out):
             write_file(out / f"{name}-{type_name}.gguf", native, model.config, vocabulary, rope, name, type_name)
-    smallest = f"{name}-{types[-1]}.gguf"
+    smallest, option, argument = f"{name}-{types[-1]}.gguf", "", ""
+    files = [f"{name}-{type_name}.gguf" for type_name in types]
+    facts, exactness = {}, ""
+    if adapter is not None:
+        file = f"{name}-lora.gguf"
+        with writing(out):
+            write_adapter(
+                out / file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], name, adapter.alpha,
+                adapter_tensors(adapter, config.model_type, model.config),
+            )  # fmt: skip
+        files.append(file)
+        option, argument = f" --lora {file}", f', lora_path="{file}"'
+        facts["adapter"] = adapter.facts
+        exactness = f" `{file}` holds the adapter in float32; with it, the base computes what the merged model does."
+        if adapter.in_full:
+            modules = ", ".join(f"`{module}`" for module in adapter.in_full)
+            exactness += f" The adapter was trained together with {modules}, which the base has from it."
     usage = f"""
 With [llama.cpp](https://github.com/ggml-org/llama.cpp), where the files are (from the Hub they come by `hf download
 PATH_OR_REPOSITORY --local-dir .`):
 
 ```bash
-llama-cli -m {smallest} -p "def " -n 100 -no-cnv
+llama-cli -m {smallest}{option} -p "def " -n 100 -no-cnv
 ```
 
 or with `pip install llama-cpp-python`:
@@ -90,7 +119,7 @@ or with `pip install llama-cpp-python`:
 ```python
 from llama_cpp import Llama
 
-llama = Llama("{smallest}", n_ctx={config.max_position_embeddings}, verbose=False)
+llama = Llama("{smallest}"{argument}, n_ctx={config.max_position_embeddings}, verbose=False)
 print(llama("def ", max_tokens=100)["choices"][0]["text"])
 ```
 """
@@ -98,8 +127,8 @@ print(llama("def ", max_tokens=100)["choices"][0]["text"])
         title=f"Mini for llama.cpp, {model.num_parameters() / 1e6:.1f}M parameters",
         usage=usage,
         exactness=f"The architecture `{config.model_type}` of llama.cpp computes what Mini does. F32 holds the "
-        "weights as they are, F16 rounds them, and Q8_0 stores them in blocks of 32 with 8 bits each.",
-        facts={"files": ", ".join(f"`{name}-{type_name}.gguf`" for type_name in types)},
+        f"weights as they are, F16 rounds them, and Q8_0 stores them in blocks of 32 with 8 bits each.{exactness}",
+        facts={"files": ", ".join(f"`{file}`" for file in files), **facts},
         library_name="llama.cpp",
         tags=["gguf", config.model_type],
     )
@@ -179,16 +208,8 @@ def write_file(
         writer.add_rope_scaling_attn_factors(rope["attention_factor"])
     vocabulary.write(writer)
 
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for parameter_name, parameter in weights_of(native):
-        tensor_name = names.get_name(parameter_name, try_suffixes=(".weight", ".bias"))
-        if tensor_name is None:
-            raise ValueError(f"llama.cpp has no place for {parameter_name} in its architecture {kind}.")
-        if kind == "llama" and ".q_proj." in parameter_name:
-            parameter = interleaved(parameter, config.num_attention_heads)
-        if kind == "llama" and ".k_proj." in parameter_name:
-            parameter = interleaved(parameter, config.num_key_value_heads)
-        add_tensor(writer, tensor_name, parameter, quantization)
+        add_tensor(writer, *as_there(parameter_name, parameter, kind, config), quantization)
     if "factors" in rope:
         add_tensor(writer, "rope_freqs.weight", rope["factors"], quantization)
 
@@ -196,6 +217,33 @@ def write_file(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def as_there(name: str, parameter: torch.Tensor, kind: str, config: MiniConfig) -> tuple[str, torch.Tensor]:
+    """
+    A parameter under llama.cpp's name, and with its rows as llama.cpp wants them.
+
+    Raises:
+        ValueError: if the architecture `kind` has no such parameter.
+    """
+    names = gguf.get_tensor_name_map(ARCHITECTURES[kind], config.num_hidden_layers)
+    tensor_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if tensor_name is None:
+        raise ValueError(f"llama.cpp has no place for {name} in its architecture {kind}.")
+    if kind == "llama" and ".q_proj." in name:
+        parameter = interleaved(parameter, config.num_attention_heads)
+    if kind == "llama" and ".k_proj." in name:
+        parameter = interleaved(parameter, config.num_key_value_heads)
+    return tensor_name, parameter
+
+
+def adapter_tensors(adapter: Adapter, kind: str, config: MiniConfig) -> dict[str, torch.Tensor]:
+    """The matrices of an adapter by llama.cpp's names. The rows of B are those of the weight that it adds to."""
+    tensors = {}
+    for layer, (a, b) in adapter.factors.items():
+        name, b = as_there(f"{layer}.weight", b, kind, config)
+        tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
+    return tensors
 
 
 def weights_of(native: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:

@@ -35,7 +35,7 @@ def base_of_adapter(adapter: str) -> str:
 
 
 def with_adapter(
-    model: PreTrainedModel, adapter: str, merge_quantized: bool = False, vocabulary: int = 0
+    model: PreTrainedModel, adapter: str, merge_quantized: bool = False, vocabulary: int = 0, merge: bool = True
 ) -> PreTrainedModel:
     """
     A model with an adapter in it. The adapter is merged into the weights, so that generating is as fast as without it.
@@ -45,6 +45,7 @@ def with_adapter(
     Args:
         merge_quantized: merge into quantized weights too, which rounds what the adapter has learned.
         vocabulary: how many tokens the tokenizer of the adapter has, if it brings one.
+        merge: whether to merge where that is possible.
 
     Raises:
         ValueError: if the adapter cannot be read, or does not fit the model.
@@ -85,7 +86,7 @@ def with_adapter(
             f"{misfit}: it was trained with {wanted - before} tokens more, and their weights are not in its file; save "
             f"it with save_embedding_layers=True, or name the resized base by --model."
         )
-    stays_beside = getattr(model, "is_quantized", False) and not merge_quantized
+    stays_beside = not merge or (getattr(model, "is_quantized", False) and not merge_quantized)
     if stays_beside or not hasattr(adapted.base_model, "merge_and_unload") or adapts_tied_embedding(model):
         return adapted.eval()
     with warnings.catch_warnings():

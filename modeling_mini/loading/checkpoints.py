@@ -25,14 +25,14 @@ from .quantization import check_bitsandbytes, is_quantized, quantization_config
 
 
 def load_model(
-    model: str | None, adapter: str | None = None, merge_quantized: bool = False, **loading: Any
+    model: str | None, adapter: str | None = None, merge_quantized: bool = False, merge: bool = True, **loading: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     The model and tokenizer of `--model` and `--adapter`, ready to generate. If `--model` is the folder of an adapter,
     the base that it names is loaded.
 
     Args:
-        merge_quantized: see `with_adapter`.
+        merge_quantized, merge: see `with_adapter`.
         loading: passed to `load_checkpoint`.
 
     Raises:
@@ -68,7 +68,7 @@ def load_model(
         own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
         if len(own) > len(tokenizer):  # tokens were added before it was trained
             tokenizer, vocabulary = own, len(own)
-    return with_adapter(base, adapter, merge_quantized, vocabulary), tokenizer
+    return with_adapter(base, adapter, merge_quantized, vocabulary, merge), tokenizer
 
 
 def has_tokenizer(adapter: str) -> bool:

@@ -8,6 +8,7 @@ import torch
 from configuration_mini import MiniConfig
 from helpers.random_models import SHAPE
 from modeling_mini import MiniForCausalLM
+from peft import LoraConfig, get_peft_model
 from tokenization import BpeTokenizer, ByteTokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import TokenizersBackend
@@ -19,6 +20,18 @@ def write(model: MiniForCausalLM, folder: Path, tokenizer: Any = None) -> Path:
     """A checkpoint folder."""
     model.save_pretrained(folder)
     (tokenizer or ByteTokenizer()).save_pretrained(folder)
+    return folder
+
+
+def write_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """The folder of a LoRA adapter of that base, with weights that are not small."""
+    model = MiniForCausalLM.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 6, **settings}))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+    adapted.save_pretrained(folder)
     return folder
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import regex
 import torch
-from helpers.exports import bpe_tokenizer, learned_merges, random_model, write
+from helpers.exports import bpe_tokenizer, learned_merges, random_model, write, write_adapter
 from modeling_mini.export import export
 from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
 from tokenization import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
@@ -205,3 +205,63 @@ def test_a_weight_beyond_f16_is_refused(tmp_path: Path) -> None:
     folder = write(model, tmp_path / "m")
     with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight has weights that are too large for F16"):
         export("gguf", folder, tmp_path / "out", types=["F16"])
+
+
+def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path) -> None:
+    """What llama.cpp makes of the two files, written down again: W + alpha / r B A is the weight when merged."""
+    base = write(random_model(norm_type="rmsnorm"), tmp_path / "m")
+    targets = ["q_proj", "k_proj", "o_proj", "up_proj"]
+    adapter = write_adapter(
+        base, tmp_path / "adapter", target_modules=targets, use_rslora=True, rank_pattern={"k_proj": 2},
+        modules_to_save=["embed_tokens"], ensure_weight_tying=True,
+    )  # fmt: skip
+    out = export("gguf", adapter, tmp_path / "out", types=["F32"], lora=True)
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "m-F32.gguf", "m-lora.gguf"]
+    reader = gguf.GGUFReader(out / "m-lora.gguf")
+    for key, value in {
+        "general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 6.0
+    }.items():  # fmt: skip
+        assert value_of(reader, key) == value, key
+    assert {t.tensor_type.name for t in reader.tensors} == {"F32"}
+    matrices, base_tensors = tensors_of(reader), tensors_of(gguf.GGUFReader(out / "m-F32.gguf"))
+    merged = tensors_of(gguf.GGUFReader(export("gguf", adapter, tmp_path / "merged", types=["F32"]) / "m-F32.gguf"))
+    assert len(matrices) == 2 * len(targets) * 2
+    for name, weight in base_tensors.items():
+        if f"{name}.lora_a" in matrices:
+            a, b = matrices.pop(f"{name}.lora_a"), matrices.pop(f"{name}.lora_b")
+            weight = weight + 6.0 / len(a) * b @ a
+        np.testing.assert_allclose(weight, merged[name], atol=2e-6, err_msg=name)
+    assert not matrices
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "--lora m-lora.gguf" in card and "together with `embed_tokens`" in card and "rsLoRA, alpha 6" in card
+
+
+@pytest.mark.parametrize(
+    ("sentence", "settings"),
+    [
+        ("trained with use_dora", {"use_dora": True}),
+        ("trains biases", {"bias": "all"}),
+        ("trains biases", {"lora_bias": True}),
+        ("both are one matrix", {"target_modules": ["q_proj", "embed_tokens"]}),
+        ("trains single tokens", {"trainable_token_indices": [8, 9]}),
+    ],
+)
+def test_adapters_that_llama_cpp_cannot_have_are_refused(
+    sentence: str, settings: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(checkpoint, tmp_path / "adapter", **settings)
+    with pytest.raises(ValueError, match=rf"cannot have this adapter beside its base: it .*{sentence}.* --lora to"):
+        export("gguf", adapter, tmp_path / "out", lora=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_untied_embedding_has_no_place_for_an_adapter(tmp_path: Path) -> None:
+    base = write(random_model(tie_word_embeddings=False), tmp_path / "m")
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match=r"base: model\.embed_tokens has an adapter of the kind Embedding, and llama"):
+        export("gguf", adapter, tmp_path / "out", lora=True)
+
+
+def test_a_model_is_no_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"lora is for the folder of an adapter, and '.*' is a model"):
+        export("gguf", checkpoint, tmp_path / "out", lora=True)

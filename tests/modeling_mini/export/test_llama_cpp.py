@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.exports import HALF_TURNED, bpe_tokenizer, learned_merges, random_model, write
+from helpers.exports import HALF_TURNED, bpe_tokenizer, learned_merges, random_model, write, write_adapter
 from modeling_mini.export import export
+from modeling_mini.loading.checkpoints import load_model
 from tokenization import SPECIAL_TOKENS, ByteTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,11 +71,42 @@ def test_logits(fields: dict[str, Any], tmp_path: Path) -> None:
         assert difference < tolerance, type_name
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     "fields",
     [{}, {"norm_type": "rmsnorm"}, {"norm_type": "rmsnorm", "qk_norm": True}],
     ids=["stablelm", "llama", "qwen3"],
 )
+ADAPTERS = {
+    "all layers": {"target_modules": "all-linear"},
+    "two layers, rsLoRA": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "ranks and scales of its own": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"k_proj": 2},
+        "alpha_pattern": {"up_proj": 16},
+    },
+    "beside the embedding": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "beside norms": {"modules_to_save": ["norm", "input_layernorm"]},
+}
+
+
+@KINDS
+@pytest.mark.parametrize("settings", ADAPTERS.values(), ids=ADAPTERS)
+def test_logits_of_an_adapter_beside_its_base(settings: dict[str, Any], fields: dict[str, Any], tmp_path: Path) -> None:
+    model = random_model(**fields)
+    folder = write_adapter(write(model, tmp_path / "m"), tmp_path / "adapter", **settings)
+    out = export("gguf", folder, tmp_path / "out", types=["F32"], lora=True)
+    ids = torch.randint(264, (60,)).tolist()
+    merged, _ = load_model(str(folder), device="cpu")
+    with torch.no_grad():
+        ours = merged(input_ids=torch.tensor([ids])).logits[0].numpy()
+        of_base = model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    with loaded(out / "m-F32.gguf", lora_path=str(out / "m-lora.gguf"), n_ctx=64, logits_all=True) as llama:
+        theirs = logits_of(llama, ids)
+    assert np.abs(theirs - ours).max() / np.abs(ours).max() < 2e-5
+    assert np.abs(theirs - of_base).max() / np.abs(ours).max() > 1e-2
+
+
+@KINDS
 def test_greedy_writes_the_same_200_tokens(fields: dict[str, Any], tmp_path: Path) -> None:
     model = random_model(**fields, max_position_embeddings=256)
     folder = write(model, tmp_path / "m")
