@@ -44,8 +44,12 @@ PARTS = ("a", "b", "c")
 # In the unit of the part.
 GOALS = {"a": 1.50, "b": 1.50, "c": 1.35}
 UNITS = {"a": "nats", "b": "bits/byte", "c": "bits/byte"}
-FORMER_RECIPE = ("--optimizer", "adamw", "--norm_type", "layernorm", "--qk_norm", "false")
-BPE = ("--tokenizer", "bpe", "--vocab_size", "2048")
+FORMER_RECIPE = (
+    "--optimizer", "adamw", "--norm_type", "layernorm", "--qk_norm", "false", "--train_batch_size", "16",
+    "--max_steps", "1200", "--eval_steps", "300",
+)  # fmt: skip
+# So many tokens are about the bytes that part b is evaluated on; how many exactly depends on the version of Python.
+BPE = ("--tokenizer", "bpe", "--vocab_size", "2048", "--max_eval_tokens", "85444")
 # Of nanoGPT's README; its evaluations are part of the recipe.
 NANOGPT_RECIPE = (
     "config/train_shakespeare_char.py", "--device=cpu", "--compile=False", "--eval_iters=20", "--log_interval=1",
@@ -63,7 +67,7 @@ class Settings(OutputSettings):
     seeds: list[int] = option([1, 2, 3], "seeds of Mini; nanoGPT has one, and runs once for each all the same")
     shakespeare: str | None = option(None, "the text file of Tiny Shakespeare, for part a")
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, which then takes part in a")
-    bpe_steps: int = option(900, "steps of part c")
+    bpe_steps: int = option(1800, "steps of part c")
     max_steps: int | None = option(None, "for a trial: so many steps for all")
 
     def __post_init__(self) -> None:

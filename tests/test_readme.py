@@ -113,7 +113,7 @@ def test_flags_that_are_named_exist() -> None:
     help_texts = "".join(run_program(program, "--help", "all", cwd=ROOT).stdout for program in PROGRAMS)
     pages = [README] + [
         (ROOT / "docs" / f"{name}.md").read_text("utf-8")
-        for name in ("QUICKSTART", "GENERATION", "TRAINING", "SCALING", "RELIABILITY")
+        for name in ("QUICKSTART", "GENERATION", "LEARNING", "TRAINING", "SCALING", "RELIABILITY")
     ]
     others = {"--config_file", "--quiet", "--signal"}  # of accelerate and of Slurm
     flags = {flag for page in pages for flag in re.findall(r"`(--[a-z0-9_]+)", page)} - others
