@@ -5,7 +5,7 @@ and long prompts, greedy and sampling, with and without a cache.
     python benchmarks/decoding.py [--size small] [--batch_sizes 1 8 64] [--prompts 16 1000] [--tokens 200]
 
 "Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop; "Mini, compiled"
-after `compile_decoding()`: on a CPU for one sequence, on a GPU a CUDA graph for any batch. "Llama, static" has
+after `compile_decoding(many=True)`: on a CPU native functions, on a GPU a CUDA graph. "Llama, static" has
 transformers' static cache, for which `generate` compiles the model on a GPU. llama.cpp and onnxruntime take part with
 one sequence, greedy, where they are installed. Medians over the rounds; the last line is JSON.
 """
@@ -60,7 +60,7 @@ class Settings(PlaceSettings):
     rounds: int = option(5, "how often each contender has its turn; the median counts", at_least=1)
     bf16: bool = option(False, "weights in bfloat16")
     manners: list[str] = option(list(MANNERS), "greedy, sampling or both", choices=MANNERS)
-    compile: bool = option(True, "also measure compiled decoding (half a minute of compiling the first time)")
+    compile: bool = option(True, "also measure compiled decoding (about a minute of compiling the first time)")
     static_cache: bool | None = option(None, "also measure Llama with a static cache (default: on a GPU)")
     runtimes: list[str] = option(list(RUNTIMES), "others that take part where they are installed")
 
@@ -82,7 +82,7 @@ class Settings(PlaceSettings):
 
     def contenders(self, batch_size: int, manner: str) -> list[str]:
         """Who takes part in a case."""
-        compiled = [COMPILED] if self.compile and (batch_size == 1 or self.device == "cuda") else []
+        compiled = [COMPILED] if self.compile else []
         static = [STATIC] if self.static_cache else []
         runtimes = self.runtimes if batch_size == 1 and manner == "greedy" else []
         return [*compiled, *CONTENDERS, *static, *runtimes]
@@ -122,7 +122,7 @@ def make_model(contender: str, settings: Settings) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     if contender == COMPILED:
-        model.compile_decoding()
+        model.compile_decoding(many=max(settings.batch_sizes) > 1)
         assert model.compiled_step is not None
     with mock.patch.object(fast_generation, "decode", wraps=fast_generation.decode) as fast_path:
         run_model(model, Case(contender, 1, 4, "greedy", True, 2), settings)

@@ -5,8 +5,7 @@ import sys
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from accelerate.utils import set_seed
 from entry_points_mini import quiet_libraries
-from modeling_mini.fast_generation import compiled_step_class
-from modeling_mini.loading.checkpoints import existing_device, load_assistant, load_model
+from modeling_mini.loading.checkpoints import load_assistant, load_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,8 +18,6 @@ from .text_generation import CharacterStreamer, Stopwatch, encode_prompt, own_pr
 def run(arguments: GenerationArguments) -> None:
     """Loads the model and writes."""
     quiet_libraries()
-    if arguments.compile:
-        check_compile(arguments)
     own_processors(arguments)  # what is wrong with them shows before a model is loaded
     batch_file = None
     if arguments.batch_file is not None:
@@ -29,7 +26,7 @@ def run(arguments: GenerationArguments) -> None:
     if arguments.compile:
         if not hasattr(model, "compile_decoding"):
             raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
-        model.compile_decoding()
+        model.compile_decoding(many=arguments.texts_at_once > 1)
     if arguments.seed is not None:
         set_seed(arguments.seed)
     assistant = None
@@ -42,21 +39,6 @@ def run(arguments: GenerationArguments) -> None:
         converse(model, tokenizer, arguments, assistant)
     else:
         write_once(model, tokenizer, arguments, assistant)
-
-
-def check_compile(arguments: GenerationArguments) -> None:
-    """
-    Refuses to compile a step that would then not be taken.
-
-    Raises:
-        ValueError: if there are more texts at once than the compiled step of the device has.
-    """
-    device = existing_device(arguments.device)
-    if arguments.texts_at_once > 1 and not compiled_step_class(device).takes_batches:
-        raise ValueError(
-            f"compile is for one text at a time on a {device.type}, and this is {arguments.texts_at_once}: give "
-            f"num_return_sequences 1, and batch_size 1 with --batch_file."
-        )
 
 
 def write_once(

@@ -13,6 +13,10 @@ copied, and training, loading or merging between two steps have their effect. (A
 pointers to its constants. From Python, these would point to memory that has been freed.) The number of tokens in the
 cache is a variable, so the function is not compiled again when a text grows.
 
+Several sequences have a function of their own, for any number of them, padded or not (`compile_decoding(many=True)`).
+With several rows, a product is faster in a library. So that function calls the library for products, on weights that
+are packed once for each call of `generate`, and fuses all that is between them.
+
 It adds the same numbers as the modules, in another order. So logits differ by rounding, by about 1e-7 of their size.
 Therefore it is used in float32 only: in bfloat16 the difference would sometimes choose another token.
 """
@@ -36,7 +40,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .decoding import FIRST_CAPACITY, RotaryTable
+from .decoding import FIRST_CAPACITY, Decoder, RotaryTable
 
 # What the compiled step depends on, besides the shapes of the weights: fields of the config, and attributes of modules.
 FIELDS_WITHOUT_EFFECT = {
@@ -45,8 +49,9 @@ FIELDS_WITHOUT_EFFECT = {
 }  # fmt: skip
 CONFIG_FIELDS = tuple(name for name in MiniConfig.own_fields() if name not in FIELDS_WITHOUT_EFFECT)
 MODULE_FIELDS = ("eps", "scaling")
-# The length with which the step is traced. The compiled step takes any length.
-EXAMPLE_LENGTH = 20
+# With what the steps are traced. The compiled ones take any length and capacity, and any number of sequences from 2 on.
+EXAMPLE_LENGTH, EXAMPLE_CAPACITY, EXAMPLE_BATCH = 20, 32, 5
+DIMENSIONS = {"batch": 2, "length": 1, "capacity": 1}  # the variable ones, and their least values
 
 
 class StepOfModel(nn.Module):
@@ -105,9 +110,9 @@ def product(projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
 
 
 def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
-    """The rotary embedding of queries or keys (heads, head_dim)."""
-    pairs, rest = states[:, :rotary_dim], states[:, rotary_dim:]
-    other = torch.cat((pairs[:, rotary_dim // 2 :], pairs[:, : rotary_dim // 2]), dim=-1)
+    """The rotary embedding of queries or keys (..., heads, head_dim)."""
+    pairs, rest = states[..., :rotary_dim], states[..., rotary_dim:]
+    other = torch.cat((pairs[..., rotary_dim // 2 :], pairs[..., : rotary_dim // 2]), dim=-1)
     return torch.cat((pairs * cos + other * sin, rest), dim=-1)
 
 
@@ -130,6 +135,127 @@ class StepWithWeights(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `StepOfModel`, with the weights as `weights_of` names them."""
         return self.step_with(weights, (token_id, cos, sin, caches))
+
+
+class StepOfBatch(nn.Module):
+    """Computes what `decoding_step` computes, for two or more sequences, with products that go to a library."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        caches: list[torch.Tensor],
+        packed: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            token_ids: (batch,).
+            cos, sin: (batch, rotary_dim), at the positions of the tokens. The first half of `sin` is negated.
+            mask: (batch, length), what is added to the scores of the earlier tokens: 0, or -inf for padding.
+            caches: for each layer, the keys and then the values of the earlier tokens, (2 * key_value_heads, batch,
+                capacity, head_dim), of which the first `length` are read.
+            packed: as `packed_weights` makes them.
+
+        Returns:
+            The logits (batch, vocab_size) after the tokens, and their own keys and values (layers, 2 *
+            key_value_heads, batch, head_dim). The caller puts these into the caches.
+        """
+        config, body = self.model.config, self.model.model
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        (batch,), length, rotary_dim = token_ids.shape, mask.shape[1], cos.shape[-1]
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+
+        def linear(states: torch.Tensor, name: str) -> torch.Tensor:
+            bias = packed.get(f"{name}.bias")
+            return states @ packed[name] if bias is None else torch.addmm(bias, states, packed[name])
+
+        hidden_states = body.embed_tokens.weight[token_ids]
+        new = []
+        for number, (layer, cache) in enumerate(zip(body.layers[: config.num_hidden_layers], caches, strict=True)):
+            torch._check(length <= cache.shape[2])
+            attention = layer.self_attn
+            states = linear(layer.input_layernorm(hidden_states), f"{number}.query_key_value")
+            states = states.view(batch, heads + 2 * kv_heads, head_dim)
+            query, key, value = states.split((heads, kv_heads, kv_heads), dim=1)
+            query = turned(attention.q_norm(query), cos, sin, rotary_dim) * attention.scaling
+            key = turned(attention.k_norm(key), cos, sin, rotary_dim)
+            # (key_value_heads, batch, heads of a group, head_dim), and below with one head: heads come first, as in
+            # the cache.
+            query = query.view(batch, kv_heads, -1, head_dim).transpose(0, 1)
+            key, value = key.transpose(0, 1), value.transpose(0, 1)
+            new.append(torch.cat((key, value)))
+
+            # The token itself is not in the cache yet, so it is a second term of each sum.
+            keys, values = (part.flatten(0, 1)[:, :length] for part in cache.split(kv_heads))
+            scores = torch.bmm(query.reshape(kv_heads * batch, -1, head_dim), keys.transpose(1, 2))
+            scores = scores.view(kv_heads, batch, -1, length) + mask.unsqueeze(1)
+            own_score = (query * key.unsqueeze(2)).sum(-1, keepdim=True)
+            highest = torch.maximum(scores.amax(-1, keepdim=True), own_score)
+            weights, own_weight = (scores - highest).exp(), (own_score - highest).exp()
+            output = torch.bmm(weights.view(kv_heads * batch, -1, length), values).view(query.shape)
+            output = output + own_weight * value.unsqueeze(2)
+            output = output / (weights.sum(-1, keepdim=True) + own_weight)
+
+            hidden_states = hidden_states + linear(output.transpose(0, 1).reshape(batch, -1), f"{number}.o_proj")
+            states = layer.post_attention_layernorm(hidden_states)
+            gate, up = linear(states, f"{number}.gate_up").chunk(2, dim=-1)
+            hidden_states = hidden_states + linear(layer.mlp.act_fn(gate) * up, f"{number}.down_proj")
+        return linear(body.norm(hidden_states), "head"), torch.stack(new)
+
+
+class StepOfBatchWithWeights(nn.Module):
+    """As `StepWithWeights`, for `StepOfBatch`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        step = StepOfBatch(model)
+        self.step_with = lambda weights, arguments: torch.func.functional_call(step, weights, arguments)
+
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        mask: torch.Tensor,
+        caches: list[torch.Tensor],
+        packed: dict[str, torch.Tensor],
+        weights: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `StepOfBatch`, with the other weights as `weights_between_products` names them."""
+        return self.step_with(weights, (token_ids, cos, sin, mask, caches, packed))
+
+
+def packed_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """
+    Copies of the matrices and biases of `StepOfBatch`. Projections of the same input are one, (in, out), in the order
+    in which a product with few rows reads them fastest.
+    """
+    packed: dict[str, torch.Tensor] = {}
+
+    def pack(name: str, *projections: nn.Linear) -> None:
+        packed[name] = torch.cat([each.weight for each in projections]).detach().t().contiguous()
+        if projections[0].bias is not None:
+            packed[f"{name}.bias"] = torch.cat([each.bias for each in projections]).detach()
+
+    for number, layer in enumerate(model.model.layers[: model.config.num_hidden_layers]):
+        attention, mlp = layer.self_attn, layer.mlp
+        pack(f"{number}.query_key_value", attention.q_proj, attention.k_proj, attention.v_proj)
+        pack(f"{number}.o_proj", attention.o_proj)
+        pack(f"{number}.gate_up", mlp.gate_proj, mlp.up_proj)
+        pack(f"{number}.down_proj", mlp.down_proj)
+    pack("head", model.lm_head)
+    return packed
+
+
+def weights_between_products(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What `StepOfBatch` reads of the parameters themselves, by their names in it: embedding and norms."""
+    return {name: weight for name, weight in weights_of(model).items() if "_proj" not in name and "lm_head" not in name}
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -163,13 +289,7 @@ class CompiledStep:
             kind = str(weight.dtype).removeprefix("torch.")
             raise ValueError(f"It is compiled for float32 on a CPU; this model is {kind} on a {weight.device.type}.")
         self.shape = self.shape_of(model)
-        path = package_path(model)
-        self.run = load_package(path)
-        if self.run is None:
-            write_package(model, path)
-            self.run = load_package(path)
-        if self.run is None:
-            raise RuntimeError(f"What was compiled to {path} cannot be loaded.")
+        self.run = load_or_write(package_path(model), lambda path: write_package(model, path))
 
     def shape_of(self, model: PreTrainedModel) -> list[Any]:
         """Everything about a model that the compiled function depends on."""
@@ -202,6 +322,82 @@ class CompiledStep:
     def __reduce__(self) -> tuple[type, tuple]:
         """A model that is pickled and loaded again has no compiled step."""
         return type(None), ()
+
+
+class CompiledStepForMany(CompiledStep):
+    """Two native functions for models of this shape: one for one sequence, and one for any number of them."""
+
+    takes_batches = True
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(model)
+        path = package_path(model, for_many=True)
+        self.run_many = load_or_write(path, lambda path: write_package_for_many(model, path))
+
+    def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
+        """Whether it computes what the model does: any sequences but a padded one alone, and the compiled shape."""
+        return self.shape_of(model) == self.shape if batch > 1 else super().suits(model, batch, attention_mask)
+
+    def decoder(
+        self,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        max_new_tokens: int,
+    ) -> "CompiledDecoder | CompiledBatchDecoder":
+        """The state of one call of `generate`. The arguments are those of `Decoder`."""
+        arguments = (model, cache, attention_mask, position_ids, max_new_tokens)
+        if len(cache.layers[0].keys) == 1:
+            return super().decoder(*arguments)
+        return CompiledBatchDecoder(self.run_many, *arguments)
+
+
+class CompiledBatchDecoder(Decoder):
+    """
+    `Decoder` with a compiled step for several sequences.
+
+    Args:
+        run: the compiled step. The other arguments are those of `Decoder`.
+    """
+
+    fewest = 2
+
+    def __init__(self, run: Callable[[list[torch.Tensor]], list[torch.Tensor]], *arguments: Any) -> None:
+        self.run = run
+        super().__init__(*arguments)
+
+    def takes_form_for_many(self, keys_and_values: torch.Tensor) -> bool:
+        """Always: there is no other form of this step."""
+        return True
+
+    def read_weights(self, model: PreTrainedModel) -> None:
+        """Packs the weights of the products, and takes the others as they are."""
+        self.weights = [*packed_weights(model).values(), *weights_between_products(model).values()]
+
+    def reserve(self, capacity: int) -> None:
+        """Moves the cache into one tensor (layers, 2 * key_value_heads, batch, capacity, head_dim)."""
+        batch, heads, length, head_dim = self.filled[0].shape
+        self.caches = self.filled[0].new_empty(len(self.filled), heads, batch, capacity, head_dim)
+        self.whole = [cache.transpose(0, 1) for cache in self.caches]
+        for whole, filled in zip(self.whole, self.filled, strict=True):
+            whole[:, :, :length] = filled
+        # What is added to scores; padding stands in the prompt alone.
+        self.added = self.caches.new_zeros(batch, capacity)
+        if self.mask is not None:
+            self.added[:, : self.length].masked_fill_(~self.mask[:, 0, 0], -float("inf"))
+            self.whole_mask = F.pad(self.mask, (0, capacity - self.length), value=True)
+        self.rotary_table.reserve(capacity - self.prompt_length)
+        self.capacity = capacity
+
+    def step(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The compiled step, and its keys and values put into the cache."""
+        earlier, batch = self.length - 1, len(token_ids)
+        cos, sin = (table[:, 0].expand(batch, -1).contiguous() for table in (cos, sin))
+        mask = self.added[:, :earlier].contiguous()
+        logits, keys_and_values = self.run([token_ids, cos, sin, mask, *self.caches.unbind(), *self.weights])
+        self.caches.select(3, earlier).copy_(keys_and_values)
+        return logits
 
 
 class CompiledDecoder:
@@ -257,10 +453,11 @@ class CompiledDecoder:
             layer.keys, layer.values = keys_and_values.transpose(0, 1)[None].chunk(2, dim=1)
 
 
-def package_path(model: PreTrainedModel) -> Path:
-    """The file for the step of models of this shape. Its name is a hash of everything that the step depends on."""
+def package_path(model: PreTrainedModel, for_many: bool = False) -> Path:
+    """The file for a step of models of this shape. Its name is a hash of everything that the step depends on."""
     weights = {name: (list(tensor.shape), tensor.stride()) for name, tensor in model.named_parameters()}
     parts = {
+        "for_many": for_many,
         "constants": constants_of(model),
         "rotary_dim": 2 * len(model.model.rotary_emb.inv_freq),
         "weights": weights,
@@ -272,6 +469,22 @@ def package_path(model: PreTrainedModel) -> Path:
     name = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"
     return Path(folder, "decoding", f"{name}.pt2")
+
+
+def load_or_write(path: Path, write: Callable[[Path], None]) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """
+    The function in a file, which is written first if it is not there or damaged.
+
+    Raises:
+        RuntimeError: if what was written cannot be loaded; and what `write` raises.
+    """
+    run = load_package(path)
+    if run is None:
+        write(path)
+        run = load_package(path)
+    if run is None:
+        raise RuntimeError(f"What was compiled to {path} cannot be loaded.")
+    return run
 
 
 def load_package(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor]] | None:
@@ -290,7 +503,7 @@ def load_package(path: Path) -> Callable[[list[torch.Tensor]], list[torch.Tensor
 
 def write_package(model: PreTrainedModel, path: Path) -> None:
     """
-    Exports and compiles the step.
+    Exports and compiles the step of one sequence.
 
     Raises:
         RuntimeError: if there is no compiler, or it fails.
@@ -302,13 +515,43 @@ def write_package(model: PreTrainedModel, path: Path) -> None:
     cos, sin = (torch.rand(2 * len(model.model.rotary_emb.inv_freq)) for _ in range(2))
     caches = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
     length, weights = torch.export.Dim("length", min=1), weights_of(model)
+    compile_to(
+        path,
+        StepWithWeights(model),
+        (torch.zeros(1, dtype=torch.long), cos, sin, caches, weights),
+        (None, None, None, [{0: length}] * len(caches), dict.fromkeys(weights)),
+    )
+
+
+def write_package_for_many(model: PreTrainedModel, path: Path) -> None:
+    """As `write_package`, for the step of several sequences."""
+    config = model.config
+    rotary_dim = 2 * len(model.model.rotary_emb.inv_freq)
+    cos, sin = (torch.rand(EXAMPLE_BATCH, rotary_dim) for _ in range(2))
+    shape = (2 * config.num_key_value_heads, EXAMPLE_BATCH, EXAMPLE_CAPACITY, config.head_dim)
+    caches = [torch.rand(shape) for _ in range(config.num_hidden_layers)]
+    mask, packed, weights = (
+        torch.zeros(EXAMPLE_BATCH, EXAMPLE_LENGTH),
+        packed_weights(model),
+        weights_between_products(model),
+    )
+    batch, length, capacity = (torch.export.Dim(name, min=least) for name, least in DIMENSIONS.items())
+    compile_to(
+        path,
+        StepOfBatchWithWeights(model),
+        (torch.zeros(EXAMPLE_BATCH, dtype=torch.long), cos, sin, mask, caches, packed, weights),
+        (
+            *({0: batch}, {0: batch}, {0: batch}, {0: batch, 1: length}, [{1: batch, 2: capacity}] * len(caches)),
+            *(dict.fromkeys(packed), dict.fromkeys(weights)),
+        ),
+    )
+
+
+def compile_to(path: Path, step: nn.Module, example: tuple, dynamic_shapes: tuple) -> None:
+    """Exports a step with an example of its arguments, and compiles it to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch about itself
-        exported = torch.export.export(
-            StepWithWeights(model),
-            (torch.zeros(1, dtype=torch.long), cos, sin, caches, weights),
-            dynamic_shapes=(None, None, None, [{0: length}] * len(caches), dict.fromkeys(weights)),
-        )
+        exported = torch.export.export(step, example, dynamic_shapes=dynamic_shapes)
         written = torch._inductor.aoti_compile_and_package(exported, package_path=os.path.join(folder, path.name))
         os.replace(written, path)

@@ -422,6 +422,8 @@ class Decoder:
         exact: decodes many sequences in the form for few.
     """
 
+    fewest = 1  # the sequences that `leave` leaves at least
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -433,10 +435,10 @@ class Decoder:
     ) -> None:
         self.cache = cache
         self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
-        self.for_many = not exact and are_many(self.filled[0])
+        self.for_many = not exact and self.takes_form_for_many(self.filled[0])
         self.rows: torch.Tensor | None = None  # the indices of those that are computed, if some have left
         self.batch = len(self.filled[0])
-        self.weights = Weights.of(model, for_many=self.for_many)
+        self.read_weights(model)
         self.rotary_table = RotaryTable(model, position_ids)
         self.length = self.prompt_length = cache.get_seq_length()
         self.max_length = self.length + max_new_tokens
@@ -445,6 +447,15 @@ class Decoder:
             self.mask = None
         first_capacity = FIRST_CAPACITY_OF_MANY if self.for_many else FIRST_CAPACITY
         self.reserve(self.length + min(max_new_tokens, first_capacity))
+
+    def takes_form_for_many(self, keys_and_values: torch.Tensor) -> bool:
+        """Whether sequences with this cache are decoded in the form for many."""
+        is_float32_on_cpu = keys_and_values.dtype == torch.float32 and keys_and_values.device.type == "cpu"
+        return is_float32_on_cpu and len(keys_and_values) >= MANY_SEQUENCES
+
+    def read_weights(self, model: PreTrainedModel) -> None:
+        """Takes what `step` needs of the model."""
+        self.weights = Weights.of(model, for_many=self.for_many)
 
     def reserve(self, capacity: int) -> None:
         """Moves the cache into tensors of `capacity` tokens."""
@@ -465,7 +476,7 @@ class Decoder:
         if not self.for_many:
             return
         rows = unfinished.nonzero().squeeze(1)
-        if len(rows) > STAYING * len(self.filled[0]):
+        if len(rows) > STAYING * len(self.filled[0]) or len(rows) < self.fewest:
             return
         kept = rows if self.rows is None else torch.searchsorted(self.rows, rows)
         self.rows = rows
@@ -489,10 +500,14 @@ class Decoder:
         # Inference mode makes tensors cheaper. The cache itself is made outside, because its owner may use it
         # elsewhere.
         with torch.inference_mode():
-            logits = decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
+            logits = self.step(token_ids, cos, sin)
             if self.rows is None:
                 return logits
             return logits.new_zeros(self.batch, logits.shape[1]).index_copy_(0, self.rows, logits)
+
+    def step(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """`decoding_step` for the sequences that have not left."""
+        return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
 
     def give_back(self) -> None:
         """
@@ -503,12 +518,6 @@ class Decoder:
             return
         for layer, keys_and_values in zip(self.cache.layers, self.filled, strict=True):
             layer.keys, layer.values = keys_and_values.chunk(2, dim=1)
-
-
-def are_many(keys_and_values: torch.Tensor) -> bool:
-    """Whether sequences with this cache are decoded in the form for many."""
-    is_float32_on_cpu = keys_and_values.dtype == torch.float32 and keys_and_values.device.type == "cpu"
-    return is_float32_on_cpu and len(keys_and_values) >= MANY_SEQUENCES
 
 
 def with_capacity(keys_and_values: torch.Tensor, capacity: int, heads_first: bool) -> torch.Tensor:
@@ -595,7 +604,7 @@ def decode(
             step = model.compiled_step
             if step is not None and not exact and step.suits(model, batch, mask):
                 decoder = step.decoder(model, cache, mask, position_ids, max_new_tokens)
-                may_leave = False
+                may_leave = may_leave and isinstance(decoder, Decoder)
             else:
                 decoder = Decoder(model, cache, mask, position_ids, max_new_tokens, exact)
         logits = decoder.logits(next_tokens).to(copy=True, dtype=torch.float32)

@@ -208,26 +208,25 @@ def test_what_torch_cannot_draw_from_is_a_sentence(model, tokenizer, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("argv", "is_right_on"),
+    ("argv", "many"),
     [
-        (["--prompt", "a"], ["cpu", "cuda"]),
-        (["--batch_file", "a", "--output", "b", "--batch_size", "1"], ["cpu", "cuda"]),
-        (["--num_return_sequences", "2"], ["cuda"]),
-        (["--batch_file", "a", "--output", "b"], ["cuda"]),
-        (["--batch_file", "a", "--output", "b", "--batch_size", "1", "--num_return_sequences", "3"], ["cuda"]),
+        (["--prompt", "a"], False),
+        (["--batch_file", "a", "--output", "b", "--batch_size", "1"], False),
+        (["--prompt", "a", "--num_return_sequences", "2"], True),
+        (["--batch_file", "a", "--output", "b"], True),
+        (["--batch_file", "a", "--output", "b", "--batch_size", "1", "--num_return_sequences", "3"], True),
     ],
 )
-def test_compile_serves_what_the_step_of_the_device_does(
-    argv: list[str], is_right_on: list[str], monkeypatch: pytest.MonkeyPatch
+def test_compile_is_for_as_many_texts_as_are_written_at_once(
+    argv: list[str], many: bool, model, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for device in ("cpu", "cuda"):
-        monkeypatch.setattr(program, "existing_device", lambda name, device=device: torch.device(device))
-        arguments = parse_arguments(["--compile", *argv])
-        if device in is_right_on:
-            program.check_compile(arguments)
-        else:
-            with pytest.raises(ValueError, match=f"^compile is for one text at a time on a {device}, and this is"):
-                program.check_compile(arguments)
+    monkeypatch.chdir(tmp_path)
+    Path("a").write_text("abc\n")
+    asked_for = []
+    monkeypatch.setattr(program, "load_model", lambda *args, **kwargs: (model, tokenizer))
+    monkeypatch.setattr(type(model), "compile_decoding", lambda self, many: asked_for.append(many))
+    program.run(parse_arguments(["--compile", "--max_tokens", "2", *argv]))
+    assert asked_for == [many]
 
 
 def test_beams(model, tokenizer) -> None:

@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 import torch
 from helpers.random_models import make_model, random_request, random_settings
-from modeling_mini import MiniForCausalLM, compiled_decoding
-from modeling_mini.compiled_decoding import CompiledDecoder, CompiledStep, StepOfModel
+from modeling_mini import MiniForCausalLM, compiled_decoding, decoding
+from modeling_mini.compiled_decoding import (
+    CompiledDecoder,
+    CompiledStep,
+    CompiledStepForMany,
+    StepOfBatchWithWeights,
+    StepOfModel,
+    packed_weights,
+    weights_between_products,
+)
 from modeling_mini.decoding import RotaryTable
 from torch import nn
 from transformers.activations import ACT2FN
@@ -68,17 +76,127 @@ def test_random_models_and_requests_give_the_same(group: int) -> None:
     assert calls > 20
 
 
+class UncompiledStepForMany(CompiledStepForMany):
+    """As `UncompiledStep`, for several sequences."""
+
+    def __init__(self, model: MiniForCausalLM) -> None:
+        self.shape = self.shape_of(model)
+        self.sizes: list[int] = []
+        step = StepOfBatchWithWeights(model)
+        packed, others = packed_weights(model), weights_between_products(model)
+        layers, names = model.config.num_hidden_layers, len(packed)
+
+        def run(inputs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            self.sizes.append(len(inputs[0]))
+            assert all(tensor.is_contiguous() for tensor in inputs)  # which the compiled function takes for granted
+            weights = inputs[4 + layers :]
+            return step(
+                *inputs[:4],
+                inputs[4 : 4 + layers],
+                dict(zip(packed, weights[:names], strict=True)),
+                dict(zip(others, weights[names:], strict=True)),
+            )
+
+        self.run_many = run
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_random_batches_give_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    100 models of random shapes and batches, padded or not, by the function before it is compiled: text, logits and
+    cache; and the text alone, where finished sequences leave.
+    """
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY_OF_MANY", 5)  # the cache has to grow
+    sizes = []
+    for number in range(10):
+        draw = random.Random(f"batch {group} {number}")
+        torch.manual_seed(draw.randrange(2**32))
+        settings = random_settings(draw)
+        model = make_model(**settings)
+        request = random_request(draw, settings["vocab_size"])
+        batch, length = draw.choice([2, 3, 8, 20]), request["input_ids"].shape[1]
+        request["input_ids"] = torch.randint(1, settings["vocab_size"], (batch, length))
+        mask = torch.ones(batch, length, dtype=torch.long)
+        if draw.random() < 0.5:
+            for row in range(batch):
+                mask[row, : draw.randrange(length)] = 0
+        ends = torch.randint(1, settings["vocab_size"], (max(1, settings["vocab_size"] // 8),)).tolist()
+        request |= {"attention_mask": mask, "eos_token_id": ends, "num_return_sequences": 1}
+        all_results = {"return_dict_in_generate": True, "output_logits": True}
+        outputs = []
+        for compiled, more in ((False, all_results | {"fast_decoding": False}), (True, all_results), (True, {})):
+            each = copy.deepcopy(model)  # dynamic RoPE keeps the frequencies of the last text
+            if compiled:
+                each.compiled_step = step = UncompiledStepForMany(each)
+            torch.manual_seed(7)
+            outputs.append(each.generate(**request, **more))
+            sizes += [(size, batch) for size in step.sizes] if compiled else []
+        expected, written, text = outputs
+        context = f"{settings}\n{request}"
+        assert torch.equal(written.sequences, expected.sequences), context
+        assert torch.equal(text, expected.sequences), context
+        assert len(written.logits) == len(expected.logits)
+        for a, b in zip(written.logits, expected.logits, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+        for a, b in zip(written.past_key_values.layers, expected.past_key_values.layers, strict=True):
+            torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=2e-5, atol=2e-5)
+    assert len(sizes) > 20 and any(size < batch for size, batch in sizes) and min(sizes)[0] >= 2
+
+
+def test_one_sequence_has_the_step_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a padded one alone has none; nor has "exact"."""
+    model = make_model()
+    step = UncompiledStepForMany(model)
+    assert step.suits(model, 1, None) and not step.suits(model, 1, torch.tensor([[0, 1]]))
+    assert step.suits(model, 2, torch.tensor([[0, 1], [1, 1]]))
+    model.compiled_step = step
+    ids = torch.randint(1, 97, (3, 5))
+    exact = model.generate(ids, max_new_tokens=6, do_sample=False, fast_decoding="exact")
+    assert not step.sizes
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), exact)
+    assert step.sizes == [3] * 5
+    one = CompiledDecoder.__new__(CompiledDecoder)
+    monkeypatch.setattr(CompiledStep, "decoder", lambda *arguments: one)
+    cache = model(ids[:1], use_cache=True).past_key_values
+    assert step.decoder(model, cache, None, torch.arange(5)[None], 3) is one
+
+
+SHAPE_WITH_EVERY_PART = {
+    "num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 48, "qk_norm": True, "attention_bias": True,
+    "mlp_bias": True, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def compiled() -> MiniForCausalLM:
     """A model with about every part, compiled for real."""
     torch.manual_seed(0)
-    model = make_model(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=48, qk_norm=True, attention_bias=True, mlp_bias=True,
-        rope_parameters={"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
-    )  # fmt: skip
+    model = make_model(**SHAPE_WITH_EVERY_PART)
     model.compile_decoding()
     assert model.compiled_step is not None
     return model
+
+
+@pytest.mark.slow
+def test_the_compiled_step_for_many_writes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 2 to 20 sequences, padded or not, from a prompt of one token on, over a cache that has to grow."""
+    monkeypatch.setattr(decoding, "FIRST_CAPACITY_OF_MANY", 7)
+    torch.manual_seed(0)
+    model = make_model(**SHAPE_WITH_EVERY_PART)
+    model.compile_decoding(many=True)
+    calls, run = [], model.compiled_step.run_many
+    monkeypatch.setattr(model.compiled_step, "run_many", lambda inputs: (calls.append(len(inputs[0])), run(inputs))[1])
+    for batch, length in ((2, 1), (3, 2), (8, 19), (20, 40)):
+        ids, mask = torch.randint(1, 97, (batch, length)), torch.ones(batch, length, dtype=torch.long)
+        mask[1:, : length // 2] = 0
+        for manner in ({"do_sample": False}, {"do_sample": True, "top_k": 20, "temperature": 0.8}):
+            texts = []
+            for switch in ({}, {"fast_decoding": False}):
+                torch.manual_seed(3)
+                request = {"max_new_tokens": 40, "eos_token_id": [5, 6, 7, 8], **manner, **switch}
+                texts.append(model.generate(ids, attention_mask=mask, **request))
+            assert torch.equal(*texts)
+    assert set(calls) >= {2, 3, 8, 20} and len(set(calls)) > 4  # some have left
 
 
 def counted(model: MiniForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
