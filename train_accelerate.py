@@ -1,5 +1,6 @@
 """Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help` for every setting."""
 
+import contextlib
 import os
 import shlex
 import signal
@@ -65,7 +66,19 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
     )
 
 
+def hear_ctrl_c() -> None:
+    """
+    Lets Ctrl-C end this process where a shell has told its launcher to ignore it (`trap '' INT`), so that the launcher
+    prints no traceback: this process inherits that, and the terminal belongs to it all the same.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        with contextlib.suppress(OSError):  # standard input is no terminal, or that of another session
+            if os.tcgetpgrp(0) == os.getpgrp():  # a job in the background goes on ignoring it
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main() -> None:
+    hear_ctrl_c()
     with one_sentence_errors():
         arguments = parse_arguments(sys.argv[1:])
         if not arguments.run.resume:  # there, what changed in the settings is said first

@@ -2,13 +2,16 @@
 
 import math
 import os
+import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pexpect
 import psutil
 import pytest
 import torch
@@ -201,6 +204,27 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     # The launcher sets OMP_NUM_THREADS to 1, and that is not what training runs with.
     assert f"1 x cpu with {psutil.cpu_count(logical=False)} threads" in result.stdout
     assert "GOMP_SPINCOUNT = '1000'" in result.stderr  # as OpenMP itself says it
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["\x03", None], ids=["Ctrl-C", "wrong input"])
+def test_the_launch_of_the_quickstart_shows_no_traceback_of_the_launcher(key: str | None, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
+    (launch,) = re.findall(r"`\((trap '' INT; accelerate launch .*) train_accelerate\.py\)`", page)
+    settings = [*QUICK, "--output_dir", "run", "--max_steps", "100000" if key else "none"]
+    command = f"({launch} {ROOT}/train_accelerate.py {shlex.join(settings)}); echo exit code $?"
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    with pexpect.spawn(
+        "bash", ["-c", command], cwd=tmp_path, env=environment, encoding="utf-8", timeout=200, dimensions=(24, 200)
+    ) as terminal:
+        if key is not None:
+            terminal.expect("bits/byte")
+            terminal.send(key)
+        terminal.expect(r"exit code (\d+)")
+        assert terminal.match[1] == "1", "that of accelerate with -q"
+        assert ("Stopped at step" if key else "error: ") in terminal.before
+        assert "Traceback" not in terminal.before and "KeyboardInterrupt" not in terminal.before
 
 
 def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
