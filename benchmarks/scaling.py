@@ -1,13 +1,16 @@
 """
 What docs/SCALING.md computes with: how fast one process encodes, reads and streams a corpus and writes a checkpoint.
 
-    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--size gpt2] [--rounds 3] [--output FILE]
+    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--size gpt2] [--steps 8] [--rounds 3]
+        [--output FILE]
 
 The text is Python's own standard library, repeated. Each figure is the best of the rounds, because the disk and its
 cache have moods; reading is from the page cache. The last line is JSON.
 """
 
+import contextlib
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -44,6 +47,7 @@ class ScalingSettings(OutputSettings):
     megabytes: int = option(200, "text to encode as bytes, to read and to stream", at_least=1)
     bpe_megabytes: int = option(20, f"text to encode as BPE with {BPE_ENTRIES:,} entries", at_least=1)
     size: str = option("gpt2", "the model whose checkpoint is written")
+    steps: int = option(8, "training steps beside which a checkpoint is written", at_least=1)
     rounds: int = option(3, "measure so many times and take the best", at_least=1)
 
 
@@ -116,27 +120,50 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
 
 
 def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, float]:
-    flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --warmup_steps 0 --max_steps 1".split()
+    flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --max_steps 100000".split()
     trainer = Trainer(parse_arguments([*flags, "--output_dir", str(folder / "run")]))
-    for parameter in trainer.run.unwrapped_model.parameters():
-        parameter.grad = parameter.detach() * 1e-3
-    trainer.run.optimizers[0].step()  # the moments exist from the first step on
-    writing, checking = [], []
-    for _ in range(settings.rounds):
-        start = time.perf_counter()
-        trainer.save()
-        writing.append(time.perf_counter() - start)
-        (state,) = states_of(folder / "run")
-        start = time.perf_counter()
-        assert damage_of(state) == ""
-        checking.append(time.perf_counter() - start)
-    size = sum(path.stat().st_size for path in state.iterdir())
+    with trainer.stop, contextlib.closing(trainer.monitor), contextlib.closing(trainer.writer):
+        trainer.begin()
+        trainer.training_step()  # the moments exist from the first step on
+        writing, checking = [], []
+        for _ in range(settings.rounds):
+            start = time.perf_counter()
+            trainer.save()
+            writing.append(time.perf_counter() - start)
+            (state,) = states_of(folder / "run")
+            start = time.perf_counter()
+            assert damage_of(state) == ""
+            checking.append(time.perf_counter() - start)
+        size = sum(path.stat().st_size for path in state.iterdir())
+        lost = steps_lost(trainer, settings)
     return {
         "checkpoint_bytes": size,
         "checkpoint_bytes_per_parameter": size / trainer.run.unwrapped_model.num_parameters(),
         "checkpoint_seconds": min(writing),
         "checkpoint_check_seconds": min(checking),
+        **lost,
     }
+
+
+def steps_lost(trainer: Trainer, settings: ScalingSettings) -> dict[str, float]:
+    """
+    How many training steps a checkpoint costs: the time of some steps with one, less that of as many without, in steps.
+    If a checkpoint in the background takes longer than the steps, the rest of its time counts too. Medians over turns.
+    """
+    seconds: dict[str, list[float]] = {"without": [], "waiting": [], "in_background": []}
+    for turn in range(settings.rounds + 1):  # the first turn warms up
+        for how, times in seconds.items():
+            start = time.perf_counter()
+            if how != "without":
+                trainer.save(in_background=how == "in_background")
+            for _ in range(settings.steps):
+                trainer.training_step()
+            trainer.complete_save()
+            times += [time.perf_counter() - start] * (turn > 0)
+    medians = {how: statistics.median(times) for how, times in seconds.items()}
+    step = medians["without"] / settings.steps
+    lost = {how: (medians[how] - medians["without"]) / step for how in ("waiting", "in_background")}
+    return {"step_seconds": step, **{f"steps_lost_{how}": steps for how, steps in lost.items()}}
 
 
 def measure(settings: ScalingSettings) -> dict[str, Any]:

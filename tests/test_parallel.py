@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from training_mini import distributed
 from training_mini import launch as launch_module
 from training_mini.arguments import OptimizationArguments
-from training_mini.checkpoints import states_of
+from training_mini.checkpoints import damage_of, states_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
 SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6".split()
@@ -69,6 +69,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_two_processes_equal_one(how: str, spread: str, parts: int, one: Path, tmp_path: Path) -> None:
     arguments = (*QUICK, *SETTINGS, "--gradient_accumulation_steps", parts, "--output_dir", "run")
+    arguments += ("--async_save", "true" if parts == 2 else "false")
     start, _, config = how.rpartition(" ")
     if start == "forked":
         output = forked(config, tmp_path, *arguments)
@@ -85,7 +86,8 @@ def test_two_processes_equal_one(how: str, spread: str, parts: int, one: Path, t
     assert rates[0] == rates[1]
     for name, tensor in weights(one).items():
         torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-4)
-    saved = FileSystemReader(states_of(run)[-1]).read_metadata().state_dict_metadata
+    assert [damage_of(state) for state in states_of(run)] == ["", ""], "that of step 6 was written in the background"
+    saved = FileSystemReader(states_of(run)[0]).read_metadata().state_dict_metadata
     chunks = len(saved["model.model.layers.0.mlp.up_proj.weight"].chunks)
     assert chunks == (2 if spread == "FSDP2" else 1), "a sharded matrix is saved in its parts"
 

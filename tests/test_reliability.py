@@ -37,9 +37,11 @@ def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
-def test_fifty_kills(tmp_path: Path) -> None:
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_fifty_kills(async_save: str, tmp_path: Path) -> None:
     """`kill -9` at 50 random instants of a run that saves at every step: it ends as an unbroken one, bit by bit."""
     settings = [*QUICK, "--max_steps", 200, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
+    settings += ["--async_save", async_save]
     fork_server.server()  # starts once, and its start is not the run's
     began = time.monotonic()
     assert run(tmp_path, *settings, "--output_dir", "whole") == 0

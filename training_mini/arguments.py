@@ -402,6 +402,10 @@ class RunArguments(Settings):
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "when a checkpoint cannot be written (a full disk): stop, or warn and train on"
     )
+    async_save: bool | None = option(
+        None,
+        "write checkpoints in the background, from a copy in memory (default: large ones, where the copy has room)",
+    )
     bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)")
     tf32: bool | None = option(None, "TF32 in float32 products (default: where a GPU has it)")
     torch_compile: bool = option(False, "compile the model; slow to start, faster after")

@@ -1,27 +1,25 @@
 """
-Checkpoints to resume from: `checkpoints/step_N`. Each is written beside its place, flushed and renamed, and compared
-with its checksums before it is read.
+Checkpoints to resume from: `checkpoints/step_N`. What is in them, what is compared with their checksums before they are
+read, and which of them a run can go on from. checkpoint_writer.py writes them.
 
 torch.distributed.checkpoint saves the weights and the optimizer. Each process writes its own part, and any number of
 processes can load the whole, sharded or not.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from accelerate.utils import gather_object
-from files_mini import not_written, read_json, reason_of, replace_folder, write_errors, write_text
+from files_mini import read_json
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -105,19 +103,18 @@ class Weights:
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.save_state(str(folder))
         else:
-            with may_be_alone():
-                dcp.save(self._tensors(), checkpoint_id=folder)
+            save_tensors(self.tensors(), folder)
 
     def load(self, folder: Path) -> None:
         """Loads the tensors. The settings of the optimizers are not loaded: the present command decides them."""
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.load_state(str(folder))
             return
-        tensors = self._tensors()
-        with may_be_alone():
-            # Without the settings: another version of Mini may have had others.
-            state = {"state": tensors["optimizer"]["state"]}
-            dcp.load({**tensors, "optimizer": state}, checkpoint_id=folder)
+        tensors = self.tensors()
+        ignore_being_alone()
+        # Without the settings: another version of Mini may have had others.
+        state = {"state": tensors["optimizer"]["state"]}
+        dcp.load({**tensors, "optimizer": state}, checkpoint_id=folder)
         if self.has_lora:  # the tensors are the parameters themselves, and have been loaded in place
             set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
         else:
@@ -128,7 +125,8 @@ class Weights:
                 optim_state_dict=tensors["optimizer"],
             )
 
-    def _tensors(self) -> dict[str, Any]:
+    def tensors(self) -> dict[str, Any]:
+        """The tensors themselves, not copies; of a sharded model, the part of this process."""
         if self.has_lora:
             # Weights that are not trained are in the checkpoint that the run started from.
             unwrapped = self.parallel.accelerator.unwrap_model(self.model)
@@ -142,65 +140,21 @@ class Weights:
         return tensors
 
 
-@contextlib.contextmanager
-def may_be_alone() -> Iterator[None]:
-    """Hides the warning of torch, at each save, that there is only one process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def save_state(run_folder: Path, state: TrainerState, weights: Weights, keep_last: int, keep_every: int) -> None:
+def save_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """
-    Writes `checkpoints/step_N`. Then removes older checkpoints, except the newest `keep_last` and those whose step is a
-    multiple of `keep_every`. Every process calls it, and all must see one file system.
+    Writes tensors into a folder. Every process calls it.
 
-    Raises:
-        OSError: on every process, if one of them could not write its part. The older checkpoints are still there.
+    Args:
+        group: the processes, where they are not to meet in the default group.
     """
-    parallel = weights.parallel
-    is_main = parallel.accelerator.is_main_process
-    target = run_folder / "checkpoints" / f"step_{state.step}"
-    partial = target.with_name(f".{target.name}.partial")
+    ignore_being_alone()
+    dcp.save(tensors, checkpoint_id=folder, process_group=group)
 
-    def begin() -> None:
-        if is_main:
-            for left_over in partial.parent.glob(".step_*"):  # of a process that was killed
-                shutil.rmtree(left_over)
-            partial.mkdir(parents=True)
 
-    def write() -> None:
-        weights.save(partial)
-        if is_main:
-            write_text(partial / STATE, json.dumps(asdict(state), indent=2) + "\n")
-
-    def add_checksums() -> None:
-        files = sorted(path for path in partial.rglob("*") if path.is_file())
-        accelerator = parallel.accelerator
-        mine = files[accelerator.process_index :: accelerator.num_processes]
-        sums = gather_object([{path.relative_to(partial).as_posix(): sha256(path) for path in mine}])
-        if is_main:
-            write_text(partial / CHECKSUMS, json.dumps({k: v for part in sums for k, v in part.items()}, indent=2))
-
-    def finish() -> None:
-        if is_main:
-            replace_folder(partial, target)
-            for old in states_of(run_folder)[:-keep_last]:
-                if not keep_every or step_of(old) % keep_every:
-                    # Renamed first: a folder called step_N is complete, even if this process is killed here.
-                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
-
-    for action in (begin, write, add_checksums, finish):
-        reason = ""
-        try:
-            action()
-        except write_errors() as error:
-            reason = reason_of(error)
-        reasons = [reason for reason in gather_object([reason]) if reason]
-        if reasons:
-            if is_main:
-                shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-            raise not_written(target, reasons[0])
+def ignore_being_alone() -> None:
+    """torch warns, at each save, that there is only one process."""
+    # Not within `catch_warnings`: that is for one thread only, and checkpoints are written in another one.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def sha256(path: Path) -> str:

@@ -6,14 +6,17 @@ every kind of device. accelerate's FSDP2 is silently DDP on a CPU, so that no te
 """
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import psutil
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -26,6 +29,7 @@ from .launch import check_launch, check_processes
 from .lora import blank_copy
 from .optimizers import OPTIMIZERS
 
+T = TypeVar("T")
 # Replaces "true" in ACCELERATE_USE_FSDP: accelerate reads it as false, and a second run in the process as its launch.
 SHARDED_BY_MINI = "no"
 
@@ -178,7 +182,23 @@ class Parallel:
 
     def anyone(self, flag: bool) -> bool:
         """Whether the flag is set on any process."""
-        return any(gather_object([flag]))
+        return any(self.gather(flag))
+
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """The values of all processes, on every process; of `group`, where they are not to meet in the default one."""
+        if self.accelerator.num_processes == 1:
+            return [value]
+        values: list[Any] = [None] * self.accelerator.num_processes
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    @functools.cached_property
+    def background_group(self) -> dist.ProcessGroup | None:
+        """
+        All processes once more, for what they do in the background: two threads must not meet in one group. It is on
+        the CPU, where files are written. Every process asks for it at the same place.
+        """
+        return dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
 
     def from_main(self, value: object) -> object:
         """The value of the main process, on every process."""

@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from .arguments import Arguments
 from .build import build_run, compile_model, description_of, find_micro_batches
 from .callbacks import Callbacks
-from .checkpoints import advice_of_sound_state, check_is_finite, save_state
+from .checkpoint_writer import CheckpointWriter, is_in_background
+from .checkpoints import advice_of_sound_state, check_is_finite
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
@@ -48,7 +49,7 @@ class Trainer:
         run: the parts of the run: model, data, optimizers and so on.
         micro_batches: the number of micro-batches into which this process splits its part of a batch.
         window: the steps since the last log line.
-        saved_step: the step of the last checkpoint that was written, or -1.
+        saved_step: the step of the last checkpoint that was written, or begun in the background, or -1.
         callbacks: what a caller in Python has asked to be called.
     """
 
@@ -63,6 +64,9 @@ class Trainer:
         self.schedulers: list[LRScheduler] = []
         self.micro_batches = arguments.optimization.gradient_accumulation_steps
         self.saved_step = self.state.step if arguments.run.resume else -1
+        keep = arguments.run.keep_last, arguments.run.keep_every
+        self.writer = CheckpointWriter(self.run.folder, self.parallel, *keep)
+        self.saves_in_background = is_in_background(self.run)
         self.window = make_log_window(self.run)
         self.learning_rate = 0.0
         self.dropout: float | None = None
@@ -79,6 +83,7 @@ class Trainer:
                         evaluation = self.evaluate()  # a run that was resumed at its end has none yet
                 result = self.finish(evaluation) if evaluation is not None else self.leave()
         finally:
+            self.writer.close()
             self.run.run_folder.release()
         self.callbacks.call("on_train_end")
         self.accelerator.wait_for_everyone()
@@ -137,7 +142,7 @@ class Trainer:
                 # 4. Write a checkpoint to go on from.
                 is_due = is_last or must_stop or self.is_due(save_steps) or self.callbacks.asked("save")
                 if is_due and self.saved_step != self.state.step:
-                    self.save()
+                    self.save(in_background=self.saves_in_background and not (is_last or must_stop))
             if is_last or must_stop:
                 if self.window.steps:
                     self.log()  # what was learned since the last log line
@@ -148,6 +153,8 @@ class Trainer:
             is_due = self.is_due(monitoring.logging_steps) or self.callbacks.asked("log")
             if is_due or self.state.step in (1, self.arguments.optimization.max_steps):
                 self.log()
+                if self.writer.is_written():
+                    self.complete_save()
             if self.is_due(monitoring.internals_steps):
                 self.log_internals()
 
@@ -287,25 +294,44 @@ class Trainer:
         self.callbacks.call("on_evaluate", metrics=metrics)
         return evaluation
 
-    def save(self) -> None:
-        """Writes a checkpoint to resume from."""
-        run, keep = self.run, (self.arguments.run.keep_last, self.arguments.run.keep_every)
+    def save(self, in_background: bool = False) -> None:
+        """Writes a checkpoint to resume from, or begins to."""
+        run = self.run
         check_is_finite(run.folder, self.state, self.parallel, run.model)
         self.state.stream = run.batches.state_dict(self.state.step)
-        if self.written(lambda: save_state(run.folder, self.state, run.weights, *keep)):
+        if self.written(lambda: self.writer.save(self.state, run.weights, in_background)):
             self.saved_step = self.state.step
-            self.callbacks.call("on_save")
+            if not in_background:
+                self.callbacks.call("on_save", checkpoint=run.folder / "checkpoints" / f"step_{self.state.step}")
+
+    def complete_save(self) -> None:
+        """Waits for the checkpoint in the background, if there is one. If it failed, the run stops or warns."""
+        if (checkpoint := self.writer.pending) is None:
+            return
+        try:
+            self.writer.wait()
+        except OSError as error:
+            self.survive(error)
+        else:
+            self.callbacks.call("on_save", checkpoint=checkpoint)
 
     def written(self, write: Callable[[], None]) -> bool:
         """Whether a write by all processes succeeded. If not, the run stops or warns, as `on_save_error` says."""
+        self.complete_save()  # first: one thing is written at a time
         try:
             write()
         except OSError as error:
-            if self.arguments.run.on_save_error == "stop" or self.stop.signal is not None:
+            if self.stop.signal is not None:
                 raise
-            self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")
+            self.survive(error)
             return False
         return True
+
+    def survive(self, error: OSError) -> None:
+        """Goes on after something could not be written, or does not."""
+        if self.arguments.run.on_save_error == "stop":
+            raise error
+        self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")
 
     def finish(self, evaluation: Evaluation) -> TrainingResult:
         """Saves the last model, and the merged one if that was asked for, and writes the last sample."""

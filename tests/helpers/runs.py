@@ -12,6 +12,7 @@ from helpers import fork_server
 from helpers.programs import free_port, run_program, start_program
 from safetensors.torch import load_file
 from training_mini.arguments import parse_arguments
+from training_mini.hooks import Hooks
 from training_mini.result import TrainingResult
 from training_mini.trainer import Trainer
 
@@ -28,9 +29,12 @@ def train(cwd: Path, *arguments: object, **environment: str) -> subprocess.Compl
     return run_program("train_accelerate.py", *QUICK, *arguments, cwd=cwd, **environment)
 
 
-def train_here(folder: Path, *arguments: object, bad_steps: range = range(0)) -> tuple[Trainer, TrainingResult]:
+def train_here(
+    folder: Path, *arguments: object, bad_steps: range = range(0), callbacks: tuple[object, ...] = ()
+) -> tuple[Trainer, TrainingResult]:
     """A run in this process, in which the gradients of some steps are not finite."""
-    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(folder), *map(str, arguments)]))
+    settings = parse_arguments([*QUICK, "--output_dir", str(folder), *map(str, arguments)])
+    trainer = Trainer(settings, Hooks(callbacks=callbacks))
 
     def spoil(gradient: torch.Tensor) -> torch.Tensor:
         return gradient * math.nan if trainer.state.step + 1 in bad_steps else gradient
