@@ -13,6 +13,7 @@ from installation_mini import processor_name
 from modeling_mini.loading.checkpoints import load_checkpoint
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -37,13 +38,14 @@ from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer
 from .data.own import own_corpus
-from .distributed import Parallel, blocks_of
+from .distributed import Parallel, blocks_of, check_mesh
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .hooks import NO_HOOKS, Hooks
 from .lora import add_lora, describe
 from .optimization import ExponentialMovingAverage, make_optimizers
 from .own_model import config_class_of, has_own_code, name_code
 from .run_folder import RunFolder
+from .sharded_start import ShardedStart
 
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # how a small model writes well
 
@@ -128,14 +130,15 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
     parallel = Parallel(arguments)
     accelerator = parallel.accelerator
     config_class = config_class_of(arguments, hooks)
-    check_settings(arguments, accelerator, config_class, has_model=hooks.has_model)
+    check_settings(arguments, parallel, config_class, has_model=hooks.has_model)
     folder = RunFolder(arguments, parallel)
     try:
         # 1. Data, and a model that fits its vocabulary.
         show_progress = accelerator.is_local_main_process and not hooks.is_quiet
         corpus = own_corpus(hooks.data, arguments.data, arguments.monitoring.max_eval_tokens, show_progress)
         set_seed(arguments.run.seed)
-        model = make_model(arguments, corpus, config_class, hooks)
+        is_sharded = parallel.is_sharded and not arguments.adapter.lora_r
+        model, start = make_model(arguments, corpus, config_class, hooks, is_sharded)
         batches, held_out = corpus.make_batches(arguments, model.config)
         held_out_text = corpus.text_of(held_out.ids)
         state = TrainerState(
@@ -148,6 +151,10 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
         # 2. The model on its device, and what moves its weights.
         blocks = blocks_of(model)
         wrapped: nn.Module = parallel.parallelize(model)
+        if start is not None:
+            start.materialize(accelerator.device)
+            if not arguments.run.resume:  # otherwise the checkpoint fills it
+                start.fill(arguments.run.seed)
         optimizers = make_optimizers(model, arguments.optimization)
         if parallel.is_deepspeed:
             wrapped, *optimizers = accelerator.prepare(model, *optimizers)
@@ -220,11 +227,11 @@ def choose_products(run: Run) -> None:
     on with the same bits.
     """
     accelerator, state, optimization = run.accelerator, run.state, run.arguments.optimization
-    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no":
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no" or run.parallel.tensor_size > 1:
         return
     here = processor_name()
     if not state.processor:
-        sequences = optimization.train_batch_size // accelerator.num_processes
+        sequences = optimization.train_batch_size // run.parallel.data_processes
         tokens = sequences // optimization.gradient_accumulation_steps * run.config.max_position_embeddings
         choice = measure_products(run.unwrapped_model, tokens) if accelerator.is_main_process else None
         state.products, state.processor = run.parallel.from_main(choice), run.parallel.from_main(here)
@@ -245,7 +252,7 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
             run.accelerator.backward(loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
 
     optimization = run.arguments.optimization
-    share = optimization.train_batch_size // run.accelerator.num_processes
+    share = optimization.train_batch_size // run.parallel.data_processes
     return run.parallel.find_micro_batches(run.model, share, optimization.gradient_accumulation_steps, try_micro_batch)
 
 
@@ -281,7 +288,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
         *corpus.notes,
     ]
     if arguments.model.model is not None:
-        sequences = arguments.optimization.train_batch_size // accelerator.num_processes // micro_batches
+        sequences = arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
         is_bf16, checkpointing = accelerator.mixed_precision == "bf16", arguments.run.gradient_checkpointing
         length = run.config.max_position_embeddings
         about = describe(run.unwrapped_model, sequences, length, is_bf16, checkpointing)
@@ -292,7 +299,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
 
 
 def check_settings(
-    arguments: Arguments, accelerator: Accelerator, config_class: type[PreTrainedConfig] | None, has_model: bool
+    arguments: Arguments, parallel: Parallel, config_class: type[PreTrainedConfig] | None, has_model: bool
 ) -> None:
     """
     Args:
@@ -304,13 +311,18 @@ def check_settings(
             before any data is read.
     """
     optimization = arguments.optimization
-    shares = accelerator.num_processes * optimization.gradient_accumulation_steps
+    shares = parallel.data_processes * optimization.gradient_accumulation_steps
     if optimization.train_batch_size % shares:
+        apart = " that have data of their own" if parallel.tensor_size > 1 else ""
         raise ValueError(
-            f"train_batch_size ({optimization.train_batch_size}) must be divisible by the number of processes "
-            f"({accelerator.num_processes}) times gradient_accumulation_steps "
+            f"train_batch_size ({optimization.train_batch_size}) must be divisible by the number of processes{apart} "
+            f"({parallel.data_processes}) times gradient_accumulation_steps "
             f"({optimization.gradient_accumulation_steps})."
         )
+    if parallel.tensor_size > 1 and not has_model:
+        base = arguments.model.model
+        shape = arguments.model.model_config(config_class) if base is None else AutoConfig.from_pretrained(base)
+        check_mesh(shape, parallel.tensor_size)
     if arguments.run.resume and (states := states_of(arguments.output_dir)):
         try:
             state = read_state(states[-1])
@@ -328,18 +340,30 @@ def check_settings(
 
 
 def make_model(
-    arguments: Arguments, corpus: Corpus, config_class: type[PreTrainedConfig] | None, hooks: Hooks
-) -> PreTrainedModel:
+    arguments: Arguments,
+    corpus: Corpus,
+    config_class: type[PreTrainedConfig] | None,
+    hooks: Hooks,
+    is_sharded: bool = False,
+) -> tuple[PreTrainedModel, ShardedStart | None]:
     """
     The model to train: a new one for the vocabulary of the corpus, the one of `--model`, or that of the caller, with an
     adapter if that was asked for. The tokens that end an answer in the corpus also end what the model generates.
+
+    Args:
+        is_sharded: it will be sharded, and should have no numbers before that.
+
+    Returns:
+        The model, and what will give it its numbers if it has none yet.
     """
+    start: ShardedStart | None = None
     if hooks.has_model:
         model = given_model(hooks.model, corpus)
     elif arguments.model.model is not None:
-        model = trained_model(arguments)
+        start = ShardedStart.of_checkpoint(arguments.model.model) if is_sharded else None
+        model = trained_model(arguments, start)
     else:
-        model = new_model(arguments, corpus, config_class)
+        model, start = new_model(arguments, corpus, config_class, is_sharded)
     corpus.tokenizer.model_max_length = model.config.max_position_embeddings
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []
@@ -347,18 +371,19 @@ def make_model(
         model.generation_config.eos_token_id = [*known, *new]
     if arguments.run.gradient_checkpointing:
         model.activation_checkpointing_enable()
-    return add_lora(model, arguments.adapter) if arguments.adapter.lora_r else model
+    return add_lora(model, arguments.adapter) if arguments.adapter.lora_r else model, start
 
 
 def new_model(
-    arguments: Arguments, corpus: Corpus, config_class: type[PreTrainedConfig] | None = None
-) -> PreTrainedModel:
+    arguments: Arguments, corpus: Corpus, config_class: type[PreTrainedConfig] | None, is_sharded: bool
+) -> tuple[PreTrainedModel, ShardedStart | None]:
     """A model with new weights, and settings for sampling that suit small models."""
     token_ids = token_ids_of(corpus.tokenizer)
     config = arguments.model.model_config(config_class, vocab_size=len(corpus.tokenizer), **token_ids)
-    model = AutoModelForCausalLM.from_config(config)
+    start = ShardedStart(lambda: AutoModelForCausalLM.from_config(config)) if is_sharded else None
+    model = start.model if start is not None else AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(**token_ids, **SAMPLING)
-    return model
+    return model, start
 
 
 def given_model(model: PreTrainedModel, corpus: Corpus) -> PreTrainedModel:
@@ -389,15 +414,17 @@ def token_ids_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {name: eos if token_id is None else token_id for name, token_id in known.items()}
 
 
-def trained_model(arguments: Arguments) -> PreTrainedModel:
+def trained_model(arguments: Arguments, start: ShardedStart | None = None) -> PreTrainedModel:
     """
-    The checkpoint of `--model`, with the dropout that was asked for.
+    The checkpoint of `--model`, with the dropout that was asked for; without numbers yet if `start` is to read them.
 
     Raises:
         ValueError: if it cannot be loaded, or is no checkpoint that can be trained.
     """
     name, quantization = arguments.model.model, arguments.adapter.quantization
-    model, _ = load_checkpoint(name, dtype=torch.float32, quantization=quantization)
+    model = start.model if start is not None else None
+    if model is None:
+        model, _ = load_checkpoint(name, dtype=torch.float32, quantization=quantization)
     if getattr(model, "is_quantized", False) and not arguments.adapter.lora_r:
         raise ValueError(
             f"The weights of {name!r} are quantized and cannot be trained: give --lora_r 8 for an adapter."

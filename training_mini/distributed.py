@@ -7,22 +7,28 @@ every kind of device. accelerate's FSDP2 is silently DDP on a CPU, so that no te
 
 import contextlib
 import functools
+import logging
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import psutil
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from .arguments import Arguments, OptimizationArguments
 from .launch import check_launch, check_processes
@@ -41,12 +47,15 @@ class Parallel:
     Attributes:
         accelerator: accelerate's view of them.
         is_sharded: whether weights, gradients and optimizer states are sharded over the processes (FSDP2).
+        mesh: how many copies of the model there are, over how many processes each is sharded, and how many share each
+            matrix product, if that is more than shards over all processes; otherwise `None`.
         is_deepspeed: whether DeepSpeed shards them; it then owns the optimizer step.
     """
 
     def __init__(self, arguments: Arguments) -> None:
         check_launch()
         self.is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", SHARDED_BY_MINI)
+        self.mesh = read_mesh(self.is_sharded)
         if self.is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("Mini shards by FSDP2 only: put fsdp_version: 2 into the configuration of accelerate.")
         if arguments.adapter.lora_r and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
@@ -59,6 +68,8 @@ class Parallel:
         # Otherwise accelerate would shard the model too, on a GPU.
         if self.is_sharded:
             os.environ["ACCELERATE_USE_FSDP"] = SHARDED_BY_MINI
+        if self.tensor_size > 1 and arguments.adapter.lora_r:
+            raise ValueError("--lora_r does not work with tensor parallelism here; leave tp_size out of the launch.")
         self.accelerator = make_accelerator(arguments)
         check_processes(self.accelerator)
         if (self.is_sharded or self.accelerator.state.deepspeed_plugin) and arguments.monitoring.internals_steps:
@@ -80,10 +91,31 @@ class Parallel:
         """The kind of parallelism in a word, or an empty string for one process."""
         if self.accelerator.num_processes == 1 and not (self.is_sharded or self.is_deepspeed):
             return ""
+        if self.mesh is not None:
+            sizes, names = self.mesh._get_mesh()[::-1]
+            return "FSDP2, " + " x ".join(f"{size} {name}" for size, name in zip(sizes, names, strict=True))
         return "FSDP2" if self.is_sharded else "DeepSpeed" if self.is_deepspeed else "DDP"
 
+    @property
+    def tensor_size(self) -> int:
+        """How many processes share each matrix product (tensor parallelism). They compute the same sequences."""
+        return self.mesh.tp_size if self.mesh is not None else 1
+
+    @property
+    def data_processes(self) -> int:
+        """Into how many shares a batch is divided."""
+        return self.accelerator.num_processes // self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this process computes. Those that compute the same one are neighbours."""
+        return self.accelerator.process_index // self.tensor_size
+
     def parallelize(self, model: PreTrainedModel) -> nn.Module:
-        """Moves the model to its device, and wraps or shards it as the launch asks; for DeepSpeed, `prepare` does."""
+        """
+        Moves the model to its device, and wraps or shards it as the launch asks; for DeepSpeed, `prepare` does. What is
+        on the meta device stays there.
+        """
         accelerator = self.accelerator
         if self.is_deepspeed:
             return model
@@ -91,8 +123,15 @@ class Parallel:
             return accelerator.prepare(model)
         if getattr(model, "is_quantized", False):
             raise ValueError("Quantized weights do not work with FSDP2 here; they are small, so DDP will do.")
-        model.to(accelerator.device)
-        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        if self.mesh is None:
+            mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        else:
+            mesh = self.mesh.build_device_mesh(accelerator.device.type)
+            if self.tensor_size > 1:
+                share_products(model, mesh["tp"])
+            mesh = mesh[tuple(self.mesh.dp_dim_names)]
+        if not any(parameter.is_meta for parameter in model.parameters()):
+            model.to(accelerator.device)
         policy = MixedPrecisionPolicy()
         if accelerator.mixed_precision == "bf16":
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -103,7 +142,11 @@ class Parallel:
     @contextlib.contextmanager
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Within it, backward passes add to the gradients of their own process. The next pass outside averages them."""
-        if isinstance(model, FSDPModule):
+        if self.tensor_size > 1:
+            # Some gradients are summed over the processes that share a product at the end of each backward pass, and
+            # must not hold those of an earlier one then.
+            yield
+        elif isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(False)
             try:
                 yield
@@ -119,8 +162,19 @@ class Parallel:
         """Clips the gradients of the whole model to `max_norm`; returns their norm before that, on every process."""
         if self.is_deepspeed:
             return float(self.accelerator.clip_grad_norm_(model.parameters(), max_norm) or 0.0)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if self.tensor_size == 1:
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        # torch does not compute with tensors of different meshes at once. Matrices are sharded over two dimensions of
+        # the mesh and vectors over one, so several processes have the same part of a vector.
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        parts = [gradient.to_local() for gradient in gradients]
+        shares = torch.tensor([parts_of(g) / self.accelerator.num_processes for g in gradients], device=parts[0].device)
+        squares = torch.stack(torch._foreach_norm(parts)).square()
+        norm = self.accelerator.reduce((squares * shares).sum(), reduction="sum").sqrt().item()
+        if norm > max_norm:
+            torch._foreach_mul_(parts, max_norm / (norm + 1e-6))
+        return norm
 
     def gather_full_model(self, model: nn.Module) -> PreTrainedModel | None:
         """
@@ -203,6 +257,71 @@ class Parallel:
     def from_main(self, value: object) -> object:
         """The value of the main process, on every process."""
         return broadcast_object_list([value])[0]
+
+
+def read_mesh(is_sharded: bool) -> ParallelismConfig | None:
+    """
+    The mesh that `parallelism_config` in a configuration of accelerate asks for; `None` without one.
+
+    Raises:
+        ValueError: for a mesh that does not fit the processes, or of kinds that Mini does not have.
+    """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() not in ("true", SHARDED_BY_MINI):
+        return None
+    # Otherwise accelerate would make the mesh too, and prepare for it what Mini does itself.
+    os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = SHARDED_BY_MINI
+    mesh, processes = ParallelismConfig(), int(os.environ.get("WORLD_SIZE", 1))
+    sizes = {name: size for name, size in mesh._sizes.items() if size > 1}
+    if mesh.cp_size > 1 or mesh.sp_size > 1:
+        raise ValueError("Mini has no context or sequence parallelism: leave cp_size and sp_size out of the launch.")
+    if not is_sharded or mesh.dp_shard_size == 1:
+        raise ValueError("A mesh of processes is for FSDP2, and needs a dp_shard_size of at least 2.")
+    if mesh.total_size != processes:
+        asked = " x ".join(f"{name}_size {size}" for name, size in sizes.items())
+        raise ValueError(
+            f"The mesh of {asked} is for {mesh.total_size} processes, and {processes} were started: change one of them."
+        )
+    return mesh
+
+
+def check_mesh(config: PreTrainedConfig, tensor_size: int) -> None:
+    """
+    Raises:
+        ValueError: if so many processes cannot share the products of a model of this shape.
+    """
+    if tensor_size == 1:
+        return
+    plan = config.base_model_tp_plan
+    if not plan:
+        name = type(config).__name__
+        raise ValueError(f"{name} has no plan for tensor parallelism: leave tp_size out of the launch.")
+    names = ["vocab_size", "hidden_size", "intermediate_size"]
+    if any(".self_attn." in name for name in plan):
+        names += ["num_attention_heads", "num_key_value_heads"]
+    for name in names:
+        if (size := getattr(config, name, tensor_size)) % tensor_size:
+            raise ValueError(f"tp_size {tensor_size} does not divide {name} ({size}): choose another one of them.")
+
+
+def share_products(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Tensor parallelism: shares the matrices out over a mesh, as the plan of the model says."""
+    # torch warns at the first step that two gathers of small tensors could be one, and that logits must not be changed
+    # in place, which nothing does.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if is_tied := head.weight is embedding.weight:
+        head.weight = nn.Parameter(torch.empty_like(head.weight))  # both are in the plan, each by its own name
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+    apply_tensor_parallelism(model, mesh, plan)
+    if is_tied:
+        model.tie_weights()
+
+
+def parts_of(tensor: DTensor) -> int:
+    """Into how many parts a tensor is divided; there may be copies of them."""
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -113,6 +113,7 @@ def evaluate(
     batch_size: int,
     accelerator: Accelerator,
     should_stop: Callable[[], bool] = lambda: False,
+    tensor_size: int = 1,
 ) -> Evaluation | None:
     """
     Predicts every held-out token once. The processes share the work.
@@ -122,11 +123,12 @@ def evaluate(
 
     Args:
         batch_size: sequences at a time, over all processes.
+        tensor_size: so many neighbouring processes compute the same.
         should_stop: asked between batches, by all processes together; if it says yes, the result is `None`.
     """
-    processes = accelerator.num_processes
+    processes = accelerator.num_processes // tensor_size
     share = max(1, batch_size // processes)
-    groups = held_out.groups(accelerator.process_index, processes, share)
+    groups = held_out.groups(accelerator.process_index // tensor_size, processes, share)
     # All processes take the same number of turns, because they ask `should_stop` together, and a sharded model gathers
     # its weights together. In the last turn, some have nothing to add.
     turns = max(len(held_out.groups(process, processes, share)) for process in range(processes))
@@ -148,7 +150,7 @@ def evaluate(
                     )
     finally:
         model.train(was_training)
-    total_nats = accelerator.reduce(nats, reduction="sum").item()
+    total_nats = accelerator.reduce(nats, reduction="sum").item() / tensor_size
     bits_per_byte = total_nats / math.log(2) / held_out.bytes
     return Evaluation(loss=total_nats / len(held_out.ids), bits_per_byte=bits_per_byte)
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .arguments import OptimizationArguments
 from .data.batches import NOT_LEARNED, Batch
+from .muon import local
 from .optimizers import LEARNING_RATES, OPTIMIZERS, ParameterGroups
 
 
@@ -93,7 +94,9 @@ class ExponentialMovingAverage:
     def update(self, step: int) -> None:
         """Moves the average towards the weights after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(self.averages.values()), list(self.parameters.values()), step)
+        # Of sharded ones the part that is here: torch does not compute with tensors of different meshes at once.
+        averages, weights = (list(map(local, tensors.values())) for tensors in (self.averages, self.parameters))
+        get_ema_multi_avg_fn(decay)(averages, weights, step)
 
     @contextlib.contextmanager
     @torch.no_grad()

@@ -53,12 +53,13 @@ def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list
 
     if not groups:
         return []
-    # Equal groups are merged. That needs fewer kernels, and states of older runs have the same groups.
-    merged: dict[tuple[float, float], dict[str, Any]] = {}
+    # Equal groups are merged. That needs fewer kernels, and states of older runs have the same groups. A kernel takes
+    # tensors of one mesh of processes.
+    merged: dict[tuple[float, float, Any], dict[str, Any]] = {}
     for group in groups.values():
-        key = group["lr"], group["weight_decay"]
-        known = merged.setdefault(key, {**group, "params": []})
-        known["params"] = [*known["params"], *group["params"]]
+        for parameter in group["params"]:
+            key = group["lr"], group["weight_decay"], getattr(parameter, "device_mesh", None)
+            merged.setdefault(key, {**group, "params": []})["params"].append(parameter)
     return [
         torch.optim.AdamW(
             list(merged.values()),

@@ -114,13 +114,14 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
                     break
     step = passed / number
     # Only the first batches of an evaluation are timed.
-    processes = accelerator.num_processes
+    processes, tensor_size = run.parallel.data_processes, run.parallel.tensor_size
     batch_size = arguments.optimization.train_batch_size // micro_batches
     share = max(1, batch_size // processes)
     turns = max(len(run.held_out.groups(process, processes, share)) for process in range(processes))
     asked = itertools.count(1)
     began = time.monotonic()
-    evaluate(run.model, run.held_out, batch_size, accelerator, lambda: next(asked) > EVALUATED_BATCHES)
+    should_stop = lambda: next(asked) > EVALUATED_BATCHES  # noqa: E731
+    evaluate(run.model, run.held_out, batch_size, accelerator, should_stop, tensor_size)
     evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)
     # Only the first tokens of the first sample are timed.
     began, samples, functions = time.monotonic(), 0.0, 0.0

@@ -206,12 +206,12 @@ class Trainer:
         """Computes the gradients of this process's part of a batch; returns its part of the cross-entropy."""
         run, accelerator = self.run, self.accelerator
         # Dropout is a function of the step, so there is no state of a random number generator to save.
-        torch.manual_seed(int(key_of(self.arguments.run.seed, step, accelerator.process_index)))
+        torch.manual_seed(int(key_of(self.arguments.run.seed, step, self.parallel.data_rank)))
         self.dropout = dropout_at(step, self.arguments.optimization)
         if self.dropout is not None:
             set_dropout(run.unwrapped_model, self.dropout)
         cross_entropy = torch.zeros((), device=accelerator.device)
-        place = accelerator.process_index, accelerator.num_processes
+        place = self.parallel.data_rank, self.parallel.data_processes
         batches = run.batches.micro_batches(step, *place, self.micro_batches)
         learned_tokens = run.batches.learned_tokens(step)
         for number, batch in enumerate(batches, start=1):  # inputs and targets: (sequences, length)
@@ -229,7 +229,7 @@ class Trainer:
         The loss to minimise and the cross-entropy to report. Both are scaled so that the gradients, summed over
         micro-batches and averaged over processes, are those of the mean over the `learned_tokens` of the global batch.
         """
-        optimization, tokens = self.arguments.optimization, learned_tokens / self.accelerator.num_processes
+        optimization, tokens = self.arguments.optimization, learned_tokens / self.parallel.data_processes
         return training_loss(self.run.model, batch, tokens, optimization.label_smoothing, optimization.z_loss)
 
     def skip(self) -> None:
@@ -273,7 +273,8 @@ class Trainer:
         run, state, accelerator = self.run, self.state, self.accelerator
         batch_size = self.arguments.optimization.train_batch_size // self.micro_batches
         with run.ema_weights():
-            evaluation = evaluate(run.model, run.held_out, batch_size, accelerator, self.stop.agreed)
+            tensor_size = self.parallel.tensor_size
+            evaluation = evaluate(run.model, run.held_out, batch_size, accelerator, self.stop.agreed, tensor_size)
         if evaluation is None or state.evaluated_step == state.step:
             return evaluation  # the run was resumed at its end, and this evaluation is recorded already
         if not math.isfinite(evaluation.loss):

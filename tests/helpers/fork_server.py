@@ -47,8 +47,8 @@ IS_POSSIBLE = hasattr(os, "pidfd_open")  # on Linux
 # Variables that are read by Mini, by what is not preloaded, or when processes find each other. Any other might have
 # been read when the server started. torch's compiler sets two in the process of the tests, once it is used there.
 READ_LATE = (
-    "ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "MINI_", "PYTEST_", "RANK", "TORCHINDUCTOR_CACHE_DIR", "TRACKIO_",
-    "WORLD_SIZE", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+    "ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_", "MINI_", "PARALLELISM_CONFIG_", "PYTEST_", "RANK",
+    "TORCHINDUCTOR_CACHE_DIR", "TRACKIO_", "WORLD_SIZE", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
 )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from helpers import fork_server
-from helpers.programs import free_port, run_program, start_program
+from helpers.programs import ROOT, free_port, run_program, start_program
 from safetensors.torch import load_file
 from training_mini.arguments import parse_arguments
 from training_mini.hooks import Hooks
@@ -52,15 +53,20 @@ def forked(config: str | None, cwd: Path, *arguments: object) -> str:
         result = run_program("train_accelerate.py", *arguments, cwd=cwd, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         return result.stdout
-    environment = {**ON_CPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if config == "cpu_fsdp2.yaml":
+    settings = yaml.safe_load((ROOT / "configs" / "accelerate" / config).read_text())
+    count = settings["num_processes"]
+    environment = {**ON_CPU, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if settings["distributed_type"] == "FSDP":
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    if mesh := settings.get("parallelism_config"):
+        environment |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+        environment |= {name.upper(): str(size) for name, size in mesh.items()}
     processes = [
-        start_program("train_accelerate.py", *arguments, cwd=cwd, **environment, RANK=rank, LOCAL_RANK=rank)
-        for rank in "01"
+        start_program("train_accelerate.py", *arguments, cwd=cwd, **environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(count)
     ]
-    outputs = [process.communicate(timeout=100) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * count, outputs
     return outputs[0][0]
 
 

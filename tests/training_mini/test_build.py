@@ -22,7 +22,7 @@ def run_with(state: TrainerState) -> Any:
         ),
         arguments=SimpleNamespace(optimization=optimization),
         config=model.config,
-        parallel=SimpleNamespace(from_main=lambda value: value),
+        parallel=SimpleNamespace(from_main=lambda value: value, tensor_size=1, data_processes=2),
         problems=[],
         state=state,
         unwrapped_model=model,
