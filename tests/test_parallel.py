@@ -92,6 +92,85 @@ def test_two_processes_equal_one(how: str, spread: str, parts: int, one: Path, t
     assert chunks == (2 if spread == "FSDP2" else 1), "a sharded matrix is saved in its parts"
 
 
+HEADS = ("--num_attention_heads", 4, "--num_key_value_heads", 2)
+METHODS = ("--max_grad_norm", 0.5, "--ema_decay", 0.9)
+
+
+@pytest.fixture(scope="module")
+def one_with_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process whose heads can be shared out."""
+    cwd = tmp_path_factory.mktemp("one")
+    forked(None, cwd, *QUICK, *SETTINGS, *HEADS, *METHODS, "--output_dir", "run")
+    return cwd / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "mesh", "chunks"),
+    [
+        ("cpu_hsdp.yaml", "2 dp_replicate x 2 dp_shard", {"mlp.up_proj": 2, "input_layernorm": 2}),
+        (
+            "cpu_tensor_parallel.yaml",
+            "2 dp_shard x 2 tp",
+            {"mlp.up_proj": 4, "self_attn.o_proj": 4, "self_attn.q_norm": 2},
+        ),
+    ],
+)
+def test_meshes_equal_one_process(
+    config: str, mesh: str, chunks: dict[str, int], one_with_heads: Path, tmp_path: Path
+) -> None:
+    """With Muon, clipping, a moving average and micro-batches."""
+    methods = (*METHODS, "--gradient_accumulation_steps", 2, "--async_save", "true")
+    output = forked(config, tmp_path, *QUICK, *SETTINGS, *HEADS, *methods, "--output_dir", "run")
+    assert f"4 x cpu with 1 threads (FSDP2, {mesh})" in output
+    run = tmp_path / "run"
+    assert losses(run) == pytest.approx(losses(one_with_heads), abs=1e-5)
+    assert evaluations(run) == pytest.approx(evaluations(one_with_heads), abs=1e-5)
+    norms = [[line["grad_norm"] for line in metrics(folder) if "grad_norm" in line] for folder in (run, one_with_heads)]
+    assert norms[0] == pytest.approx(norms[1], abs=1e-4) and max(norms[1]) > 0.5, "gradients were clipped"
+    for name, tensor in weights(one_with_heads).items():
+        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=2e-4)
+    saved = FileSystemReader(states_of(run)[-1]).read_metadata().state_dict_metadata
+    assert {name: len(saved[f"model.model.layers.1.{name}.weight"].chunks) for name in chunks} == chunks
+
+
+@pytest.mark.slow
+def test_an_adapter_on_a_mesh_equals_one_process(one_with_heads: Path, tmp_path: Path) -> None:
+    quick = QUICK[:2] + QUICK[QUICK.index("--train_batch_size") :]  # the shape is that of the model
+    settings = (*quick, "--model", one_with_heads, "--lora_r", 4, "--max_steps", 5, *METHODS, "--output_dir")
+    assert "FSDP2, 2 dp_replicate x 2 dp_shard" in forked("cpu_hsdp.yaml", tmp_path, *settings, "mesh")
+    forked(None, tmp_path, *settings, "one")
+    assert losses(tmp_path / "mesh") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert evaluations(tmp_path / "mesh") == pytest.approx(evaluations(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_read_by_shards_trains_as_one_that_is_loaded_whole(one: Path, tmp_path: Path) -> None:
+    quick = QUICK[:2] + QUICK[QUICK.index("--train_batch_size") :]
+    settings = (*quick, "--model", one, "--max_steps", 5, "--output_dir")
+    forked("cpu_fsdp2.yaml", tmp_path, *settings, "sharded")
+    forked(None, tmp_path, *settings, "one")
+    assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    assert evaluations(tmp_path / "sharded") == pytest.approx(evaluations(tmp_path / "one"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--intermediate_size", 65), "tp_size 2 does not divide intermediate_size (65)"),
+        (("--train_batch_size", 7), "processes that have data of their own (2) times"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_model_is_one_sentence(
+    flags: tuple[object, ...], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(AssertionError) as error:
+        forked("cpu_tensor_parallel.yaml", tmp_path, *QUICK, *flags, "--max_steps", 3, "--output_dir", "run")
+    assert sentence in str(error.value) and "Traceback" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture(scope="module")
 def first_half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
     """The folder of a run of six steps on the processes of a configuration, to be copied."""
@@ -131,6 +210,31 @@ def test_resumed_on_another_number_or_layout(
     """Saved on one process, two, or two with shards, a run goes on on any of them, with the same batches."""
     if first == second:
         pytest.skip("the same layout is what every other test resumes")
+    run = second_half(second, first_half(first), tmp_path)
+    assert losses(run) == pytest.approx(losses(resumed_on_one), abs=1e-5)
+    assert evaluations(run) == pytest.approx(evaluations(resumed_on_one), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("cpu_hsdp.yaml", "cpu_tensor_parallel.yaml"),
+        ("cpu_tensor_parallel.yaml", None),
+        ("cpu_tensor_parallel.yaml", "cpu_hsdp.yaml"),
+        ("cpu_fsdp2.yaml", "cpu_tensor_parallel.yaml"),
+        ("cpu_hsdp.yaml", "cpu.yaml"),
+    ],
+    ids=str,
+)
+def test_resumed_on_another_mesh(
+    first: str,
+    second: str | None,
+    first_half: Callable[[str | None], Path],
+    resumed_on_one: Path,
+    tmp_path: Path,
+) -> None:
+    """The model has one key/value head, so that tensor parallelism shares the MLP out and leaves attention whole."""
     run = second_half(second, first_half(first), tmp_path)
     assert losses(run) == pytest.approx(losses(resumed_on_one), abs=1e-5)
     assert evaluations(run) == pytest.approx(evaluations(resumed_on_one), abs=1e-5)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -114,8 +115,13 @@ class Run:
     def full_model(self) -> Iterator[PreTrainedModel | None]:
         """
         The model to write with, whole and with the moving average if there is one, on the main process, and `None` on
-        the others. Every process enters it.
+        the others. If it is sharded and the memory of the main process has no room for it, all get `None`. Every
+        process enters it.
         """
+        has_room = psutil.virtual_memory().available > 4 * 4 * self.unwrapped_model.num_parameters()
+        if self.parallel.is_sharded and not self.parallel.from_main(has_room):
+            yield None
+            return
         with self.ema_weights():
             yield self.parallel.gather_full_model(self.model)
 

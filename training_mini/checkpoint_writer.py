@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
-from files_mini import not_written, reason_of, replace_folder, write_errors, write_text
+from files_mini import replace_folder, write_text
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .build import Run
@@ -148,21 +148,14 @@ class CheckpointWriter:
         self._all(target, finish, group)
 
     def _all(self, target: Path, action: Callable[[Path], T], group: dist.ProcessGroup | None = None) -> list[T]:
-        """
-        Does a thing to the unfinished folder on every process; all go on, with what it returned on each, or all raise
-        `OSError`.
-        """
-        partial, reason, result = target.with_name(f".{target.name}.partial"), "", None
+        """`Parallel.together` on the unfinished folder. If it fails, the folder is removed."""
+        partial = target.with_name(f".{target.name}.partial")
         try:
-            result = action(partial)
-        except write_errors() as error:
-            reason = reason_of(error)
-        outcomes = self.parallel.gather((reason, result), group)
-        if reasons := [reason for reason, _ in outcomes if reason]:
+            return self.parallel.together(target, lambda: action(partial), group)
+        except OSError:
             if self.parallel.accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-            raise not_written(target, reasons[0])
-        return [result for _, result in outcomes]
+            raise
 
 
 def is_in_background(run: Run) -> bool:

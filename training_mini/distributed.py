@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
@@ -21,6 +22,7 @@ from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from files_mini import not_written, reason_of, write_errors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -245,6 +247,23 @@ class Parallel:
         values: list[Any] = [None] * self.accelerator.num_processes
         dist.all_gather_object(values, value, group=group)
         return values
+
+    def together(self, target: Path, write: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """
+        Writes a part of `target` on every process. All go on, with what `write` returned on each of them.
+
+        Raises:
+            OSError: on every process, if one of them could not write.
+        """
+        reason, result = "", None
+        try:
+            result = write()
+        except write_errors() as error:
+            reason = reason_of(error)
+        outcomes = self.gather((reason, result), group)
+        if reasons := [reason for reason, _ in outcomes if reason]:
+            raise not_written(target, reasons[0])
+        return [result for _, result in outcomes]
 
     @functools.cached_property
     def background_group(self) -> dist.ProcessGroup | None:

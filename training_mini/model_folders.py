@@ -1,13 +1,18 @@
 """Checkpoint folders to use and share: self-contained, with a card of facts."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
+import torch
 from cards_mini import CARD, Facts, public_settings, render
 from files_mini import display_name, replace_folder, writing
-from huggingface_hub import EvalResult, ModelCardData
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import EvalResult, ModelCardData, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .arguments import AdapterArguments, Arguments
 from .build import Run
@@ -17,11 +22,13 @@ from .lora import has_lora, lora_alpha, merged_model
 from .optimizers import OPTIMIZERS
 from .own_model import class_of, has_own_code, write_code
 
+LARGEST_FILE = 2 * 10**9  # bytes of a file with weights of a sharded model, which one process holds at a time
+
 
 def save_model(run: Run, name: str, evaluation: Evaluation | None) -> None:
     """
     Writes a checkpoint folder of a run to use and share: `best`, `final`, or `merged`, which is the model that the run
-    started from with the best adapter in it. Every process calls it; if it fails on the main one, every one raises.
+    started from with the best adapter in it. Every process calls it; if it fails on one, every one raises.
 
     Args:
         evaluation: the last one; `None` if there was none yet.
@@ -35,18 +42,95 @@ def save_model(run: Run, name: str, evaluation: Evaluation | None) -> None:
         state, evaluation = at_best(state, evaluation)
     with run.ema_weights():
         check_is_finite(run.folder, run.state, run.parallel, run.model)
+        if run.parallel.is_sharded and not has_lora(run.unwrapped_model):
+            save_sharded(run, run.folder / name, evaluation)
+            return
         try:
             if name != "merged":
                 model = run.parallel.gather_full_model(run.model)
             else:
                 model = merged_model(run.arguments, run.folder / "best") if run.accelerator.is_main_process else None
             if model is not None:
-                prompts = run.corpus.beginnings(run.held_out)
-                card = model_card(model, run.arguments, state, evaluation, run.compressors, prompts)
+                card = card_of(run, model, state, evaluation)
                 save_checkpoint_folder(model, run.corpus.tokenizer, run.folder / name, card)
         except Exception as caught:  # the other processes wait for the outcome
             error = caught
     run.parallel.raise_everywhere(error)
+
+
+def card_of(run: Run, model: PreTrainedModel, state: TrainerState, evaluation: Evaluation | None) -> str:
+    prompts = run.corpus.beginnings(run.held_out)
+    return model_card(model, run.arguments, state, evaluation, run.compressors, prompts)
+
+
+def save_sharded(run: Run, folder: Path, evaluation: Evaluation | None) -> None:
+    """
+    Writes the folder of a model that is sharded, and that nobody has whole: each process writes files with weights. It
+    is the folder that `save_checkpoint_folder` writes of a whole model.
+
+    Raises:
+        OSError: on every process, if one of them could not write.
+    """
+    parallel, partial = run.parallel, folder.with_name(f".{folder.name}.partial")
+
+    def describe() -> None:
+        if not run.accelerator.is_main_process:
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        with torch.device("meta"):  # all but its numbers
+            model = AutoModelForCausalLM.from_config(run.config)
+        model.generation_config = run.unwrapped_model.generation_config
+        model.save_pretrained(partial, state_dict={})
+        for path in partial.glob("*.safetensors*"):
+            path.unlink()
+        complete_folder(model, run.corpus.tokenizer, partial, card_of(run, model, run.state, evaluation))
+
+    error = None
+    try:
+        parallel.together(folder, describe)
+        write_weights(run, partial, folder)
+        parallel.together(folder, lambda: run.accelerator.is_main_process and replace_folder(partial, folder))
+    except OSError as caught:
+        error = caught
+    if error is not None:
+        if run.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        raise error
+
+
+def write_weights(run: Run, partial: Path, folder: Path) -> None:
+    """
+    Writes the weights of a sharded model as transformers does, in files that the processes take in turns. A process
+    holds one parameter, and those of its own file.
+    """
+    parallel, rank, processes = run.parallel, run.accelerator.process_index, run.accelerator.num_processes
+    weights = saved_weights(run.unwrapped_model)
+    shapes = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=LARGEST_FILE)
+    for number, (file, names) in enumerate(split.filename_to_tensors.items()):
+        mine = {}
+        for name in names:
+            weight = weights[name]
+            whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            if number % processes == rank:
+                mine[name] = whole.cpu().contiguous()
+
+        def write(file: str = file, mine: dict[str, torch.Tensor] = mine) -> None:
+            if mine:
+                save_file(mine, partial / file, metadata={"format": "pt"})
+
+        parallel.together(folder, write)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        write_index = lambda: (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")  # noqa: E731
+        parallel.together(folder, lambda: run.accelerator.is_main_process and write_index())
+
+
+def saved_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What a checkpoint has of a model: a weight that has two names by the one that is not tied to the other."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items() if name not in tied}
 
 
 def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
@@ -63,10 +147,16 @@ def save_checkpoint_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenize
             model.generation_config.save_pretrained(partial)
         else:
             model.save_pretrained(partial)
-            write_code(model, partial)
-        tokenizer.save_pretrained(partial)
-        (partial / CARD).write_text(card, encoding="utf-8")
+        complete_folder(model, tokenizer, partial, card)
         replace_folder(partial, folder)
+
+
+def complete_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, partial: Path, card: str) -> None:
+    """Adds what stands beside the weights and the configuration."""
+    if not has_lora(model):
+        write_code(model, partial)
+    tokenizer.save_pretrained(partial)
+    (partial / CARD).write_text(card, encoding="utf-8")
 
 
 def at_best(state: TrainerState, evaluation: Evaluation) -> tuple[TrainerState, Evaluation]:

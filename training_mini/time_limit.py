@@ -125,17 +125,17 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
     evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)
     # Only the first tokens of the first sample are timed.
     began, samples, functions = time.monotonic(), 0.0, 0.0
-    model = run.parallel.gather_full_model(run.model)
-    if model is not None:
-        prompts = run.corpus.make_prompts(run.held_out, arguments.monitoring.sample_prompts)
-        whole = run.config.max_position_embeddings
-        length = min(whole, len(prompts[0][1]) + SAMPLED_TOKENS)
-        write_samples(model, run.corpus, prompts[:1], length, arguments.run.seed)
-        samples = (time.monotonic() - began) * len(prompts) * max(1.0, whole / SAMPLED_TOKENS)
-        if run.corpus.is_python:
-            began = time.monotonic()
-            share_of_valid_functions(model, run.corpus.tokenizer, max_new_tokens=SAMPLED_TOKENS)
-            functions = (time.monotonic() - began) * min(whole, LONGEST_FUNCTION) / SAMPLED_TOKENS
+    with run.full_model() as model:
+        if model is not None:
+            prompts = run.corpus.make_prompts(run.held_out, arguments.monitoring.sample_prompts)
+            whole = run.config.max_position_embeddings
+            length = min(whole, len(prompts[0][1]) + SAMPLED_TOKENS)
+            write_samples(model, run.corpus, prompts[:1], length, arguments.run.seed)
+            samples = (time.monotonic() - began) * len(prompts) * max(1.0, whole / SAMPLED_TOKENS)
+            if run.corpus.is_python:
+                began = time.monotonic()
+                share_of_valid_functions(model, run.corpus.tokenizer, max_new_tokens=SAMPLED_TOKENS)
+                functions = (time.monotonic() - began) * min(whole, LONGEST_FUNCTION) / SAMPLED_TOKENS
     size = 4 * run.unwrapped_model.num_parameters()
     folder = SECONDS_OF_A_FOLDER + size / WRITTEN_BYTES_PER_SECOND
     # A checkpoint has the weights and two moments for each of them.

@@ -3,9 +3,14 @@
 from pathlib import Path
 
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from helpers.programs import ROOT
 from helpers.runs import train_here
+from modeling_mini import MiniConfig
 from training_mini import model_folders
-from training_mini.distributed import Parallel
+from training_mini.distributed import Parallel, check_mesh, read_mesh
+from transformers import GPT2Config
 
 
 def parallel_of(sent: list[object], received: object = None) -> Parallel:
@@ -57,3 +62,63 @@ def test_a_card_that_cannot_be_made_is_told_to_the_other_processes(
     with pytest.raises(KeyError, match="lion"):
         train_here(tmp_path / "run", "--max_steps", 3)
     assert isinstance(told[-1], KeyError)
+
+
+@pytest.mark.parametrize(
+    ("config", "dimensions"),
+    [
+        ("cpu_hsdp.yaml", {"dp_replicate": 2, "dp_shard": 2}),
+        ("cpu_tensor_parallel.yaml", {"dp_shard": 2, "tp": 2}),
+        ("hsdp.yaml", {"dp_replicate": 2, "dp_shard": 8}),
+        ("tensor_parallel.yaml", {"dp_shard": 4, "tp": 2}),
+    ],
+)
+def test_the_mesh_of_a_configuration(config: str, dimensions: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the file, through accelerate's own launcher, to what a process reads."""
+    path = str(ROOT / "configs" / "accelerate" / config)
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", path, "train.py"]))
+    for name, value in prepare_multi_gpu_env(arguments).items():
+        if name.startswith(("ACCELERATE_USE_", "FSDP_VERSION", "PARALLELISM_CONFIG_")):
+            monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", str(arguments.num_processes))
+    for _ in range(2):  # a second run in the process reads it too
+        mesh = read_mesh(is_sharded=True)
+        assert mesh is not None
+        assert dict(zip(*mesh._get_mesh(), strict=True)) == dimensions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "is_sharded", "message"),
+    [
+        ({"dp_shard": 3, "tp": 2}, True, "dp_shard_size 3 x tp_size 2 is for 6 processes, and 4 were started"),
+        ({"dp_replicate": 2, "dp_shard": 4}, True, "is for 8 processes, and 4 were started"),
+        ({"tp": 4}, True, "needs a dp_shard_size of at least 2"),
+        ({"dp_replicate": 2, "dp_shard": 2}, False, "A mesh of processes is for FSDP2"),
+        ({"dp_shard": 2, "cp": 2}, True, "no context or sequence parallelism"),
+    ],
+)
+def test_meshes_that_cannot_be(
+    sizes: dict[str, int], is_sharded: bool, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}_SIZE", str(size))
+    with pytest.raises(ValueError, match=message):
+        read_mesh(is_sharded)
+    monkeypatch.delenv("ACCELERATE_USE_PARALLELISM_CONFIG")
+    assert read_mesh(is_sharded) is None
+
+
+def test_models_whose_products_cannot_be_shared() -> None:
+    check_mesh(MiniConfig(num_attention_heads=4, num_key_value_heads=2), 2)
+    check_mesh(
+        MiniConfig(num_attention_heads=3, hidden_size=192, num_key_value_heads=1), 2
+    )  # its attention stays whole
+    check_mesh(MiniConfig(intermediate_size=101), 1)
+    with pytest.raises(ValueError, match=r"tp_size 4 does not divide num_key_value_heads \(2\): choose another"):
+        check_mesh(MiniConfig(num_attention_heads=4, num_key_value_heads=2), 4)
+    with pytest.raises(ValueError, match=r"tp_size 2 does not divide intermediate_size \(101\)"):
+        check_mesh(MiniConfig(intermediate_size=101), 2)
+    with pytest.raises(ValueError, match="GPT2Config has no plan for tensor parallelism"):
+        check_mesh(GPT2Config(), 2)
