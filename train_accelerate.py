@@ -15,7 +15,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 from typing import TYPE_CHECKING
 
 from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, command_of, one_sentence_errors
-from training_mini.arguments import Arguments, parse_arguments
+from training_mini.arguments import Arguments, after_restart, parse_arguments
 from training_mini.data.files import find_files
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def hear_ctrl_c() -> None:
 def main() -> None:
     hear_ctrl_c()
     with one_sentence_errors():
-        arguments = parse_arguments(sys.argv[1:])
+        arguments = after_restart(parse_arguments(sys.argv[1:]), sys.argv[1:])
         if not arguments.run.resume:  # there, what changed in the settings is said first
             find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
         if os.environ.get("RANK", "0") == "0":

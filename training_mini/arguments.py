@@ -6,6 +6,7 @@ import dataclasses
 import encodings.aliases
 import importlib.metadata
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -406,6 +407,9 @@ class RunArguments(Settings):
         None,
         "write checkpoints in the background, from a copy in memory (default: large ones, where the copy has room)",
     )
+    ddp_timeout: int = option(
+        1800, "seconds after which the processes no longer wait for one that hangs, and the run ends", at_least=1
+    )
     bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)")
     tf32: bool | None = option(None, "TF32 in float32 products (default: where a GPU has it)")
     torch_compile: bool = option(False, "compile the model; slow to start, faster after")
@@ -626,3 +630,21 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if optimization.dropout_start is not None and run.torch_compile:
         raise ValueError("A dropout that changes would compile the model anew at each step: leave out --torch_compile.")
     return Arguments(model, adapter, data, optimization, monitoring, run)
+
+
+def after_restart(arguments: Arguments, argv: list[str]) -> Arguments:
+    """
+    The settings of a run that torchrun has started again with the same flags, because one of its processes died
+    (`--max_restarts`): the run goes on from its newest checkpoint, or begins again if it has none. Another run in the
+    folder, whose settings are others, is left to the checks of every start.
+    """
+    folder = arguments.output_dir
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not arguments.run.resume
+    if not is_restart or not (folder / "config.yaml").is_file():
+        return arguments
+    settings = yaml.safe_load(read_text(folder / "config.yaml"))
+    if settings != yaml.safe_load(yaml.safe_dump(arguments.as_dict(), allow_unicode=True)):
+        return arguments
+    if list(folder.glob("checkpoints/step_*")):
+        return parse_arguments(["--resume", f"--output_dir={folder}"])
+    return parse_arguments([*argv, "--overwrite"])

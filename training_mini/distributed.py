@@ -12,6 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, ParallelismConfig
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from files_mini import not_written, reason_of, write_errors
 from torch import nn
@@ -374,8 +375,12 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
     bf16 = run.bf16 if run.bf16 is not None else has_bf16 or launched_precision == "bf16"
     trackers = arguments.monitoring.report_to
     AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
+    timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout))
     accelerator = Accelerator(
-        mixed_precision="bf16" if bf16 else "no", log_with=trackers or None, project_dir=str(arguments.output_dir)
+        mixed_precision="bf16" if bf16 else "no",
+        log_with=trackers or None,
+        project_dir=str(arguments.output_dir),
+        kwargs_handlers=[timeout],
     )
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if accelerator.device.type == "cpu" and launched and torch.get_num_threads() == 1:
