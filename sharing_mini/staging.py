@@ -18,6 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from modeling_mini.remote_code import remote_code_files
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from transformers.dynamic_module_utils import get_relative_import_files
 
 CURVES = "curves.png"
 COMMON = [r"README\.md", r"LICENSE(\.txt|\.md)?", r"curves\.png"]
@@ -161,8 +162,8 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
 def check_files(source: Source) -> None:
     """Nothing is there that should not be, and nothing is missing."""
     expected = list(EXPECTED[source.kind])
-    if source.kind == "model" and "auto_map" in read_json(source.folder / MODEL_CONFIG):
-        expected += CODE
+    if source.kind == "model":
+        expected += map(re.escape, code_files(source.folder))
     files = files_of(source.folder)
     for name, path in files.items():
         if is_pickle(path):
@@ -197,6 +198,31 @@ def check_files(source: Source) -> None:
                 f"{str(source.folder)!r} holds the weights of two saves, of which only one is loaded ({others[0]} is "
                 f"not one of {', '.join(sorted(shards)[:2])}): save the model into a new folder."
             )
+
+
+def code_files(folder: Path) -> set[str]:
+    """
+    The names of the files of code that a model loads: those of the classes in `auto_map`, be they Mini's or the user's
+    own, and what these import from the folder.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    names: set[str] = set()
+    for value in read_json(folder / MODEL_CONFIG).get("auto_map", {}).values():
+        for reference in filter(None, value if isinstance(value, list) else [value]):
+            repository, _, class_name = reference.rpartition("--")
+            path = folder / f"{class_name.rpartition('.')[0]}.py"
+            if repository and not path.is_file():  # the code is in another repository
+                continue
+            try:
+                names |= {path.name, *(Path(file).name for file in get_relative_import_files(path))}
+            except FileNotFoundError as error:
+                missing = Path(error.filename).name
+                raise ValueError(
+                    f"{str(folder)!r} is not complete: {missing}, code of the model, is missing."
+                ) from None
+    return names
 
 
 def is_pickle(path: Path) -> bool:
