@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from helpers.programs import ROOT, free_port, start_program
-from helpers.runs import ON_CPU, QUICK, losses, metrics, train_here, wait_for_steps
+from helpers.runs import ON_CPU, QUICK, forked, losses, metrics, train_here, wait_for_steps
 from training_mini.arguments import after_restart, parse_arguments
 from training_mini.checkpoints import states_of
 
@@ -34,7 +34,7 @@ def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_a_killed_worker_brings_all_back_from_the_newest_checkpoint(tmp_path: Path) -> None:
-    train_here(tmp_path / "whole", "--max_steps", 60, "--save_steps", 10)
+    forked("cpu.yaml", tmp_path, *QUICK, "--max_steps", 60, "--output_dir", "whole")  # on two processes too
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2"]
     torchrun += ["--standalone", str(ROOT / "train_accelerate.py")]
     process = subprocess.Popen(
