@@ -4,9 +4,6 @@ import os
 import tempfile
 from pathlib import Path
 
-from helpers.programs import run_program
-from helpers.runs import QUICK
-
 # Before transformers and huggingface_hub are imported: they read these once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -17,6 +14,8 @@ os.environ["MINI_CACHE"] = tempfile.mkdtemp(prefix="mini-test-cache-")
 
 import pytest
 import torch
+from helpers.programs import run_program
+from helpers.runs import QUICK
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

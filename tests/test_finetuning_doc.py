@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import fork_server
 from helpers.programs import ROOT, run_program
 
 PAGE = (ROOT / "docs" / "FINETUNING.md").read_text(encoding="utf-8")
@@ -19,10 +19,12 @@ ANSWERS = re.findall(r"^> (.*)$", PAGE, flags=re.MULTILINE)
 def test_blocks(tmp_path: Path) -> None:
     for name in ("train_accelerate.py", "generate.py", *(path.name for path in ROOT.glob("*_mini*"))):
         (tmp_path / name).symlink_to(ROOT / name)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{Path(fork_server.python()).parent}:{os.environ['PATH']}"}
     outputs = []
     for language, block in BLOCKS:
-        command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+        command = (
+            ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [fork_server.python(), "-c", block]
+        )
         result = subprocess.run(
             command,
             cwd=tmp_path,

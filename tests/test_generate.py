@@ -16,6 +16,7 @@ import pexpect
 import pytest
 import torch
 from generation_mini.__main__ import main
+from helpers import fork_server
 from helpers.programs import ROOT, one_sentence, run_program
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.loading.checkpoints import load_model
@@ -242,7 +243,7 @@ def test_int4_of_a_shape_that_would_be_wrong_is_refused(broken) -> None:
 
 def test_a_quantized_folder_is_written_by_a_command_and_takes_no_flag(quick_run: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable,
+        fork_server.python(),
         "-m",
         "modeling_mini.quantize",
         str(quick_run),

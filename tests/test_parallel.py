@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from helpers.runs import ON_CPU, QUICK, forked, losses, metrics, train, wait_for_steps, weights
 from torch.distributed.checkpoint import FileSystemReader
@@ -27,8 +28,10 @@ CONFIGS = ROOT / "configs" / "accelerate"
 SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6".split()
 
 
-def command(config: str | None, *arguments: object, flags: tuple[str, ...] = ()) -> list[str]:
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
+def command(
+    config: str | None, *arguments: object, flags: tuple[str, ...] = (), python: str | None = None
+) -> list[str]:
+    launch = [python or fork_server.python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     if config is None:
         launch += "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     else:
@@ -264,9 +267,11 @@ def test_two_machines(one: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    # The launcher is not forked, so that its processes are its children.
+    arguments = (*QUICK, "--max_steps", 100000, "--output_dir", "run")
     process = subprocess.Popen(
-        command("cpu.yaml", *QUICK, "--max_steps", 100000, "--output_dir", "run"),
-        cwd=tmp_path, env={**os.environ, **ON_CPU}, text=True,
+        command("cpu.yaml", *arguments, python=sys.executable),
+        cwd=tmp_path, env={**os.environ, **ON_CPU, "PYTHON_EXEC": fork_server.python()}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for_steps(tmp_path / "run", 5, process)
@@ -300,7 +305,9 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path: Path) -> N
 def test_launches_that_would_silently_be_others(
     flags: str, environment: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    base = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_machines", "1"]
+    # A process that is forked is not the child of its launcher, whose command line is what the first one is about.
+    python = sys.executable if "--cpu" in flags else fork_server.python()
+    base = [python, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_machines", "1"]
     base += ["--dynamo_backend", "no", "--main_process_port", "0"]
     result = subprocess.run(
         [*base, *flags.split(), str(ROOT / "train_accelerate.py"), *QUICK, "--max_steps", "3"],
@@ -365,7 +372,7 @@ def test_configurations_hold_what_accelerate_knows(path: Path) -> None:
 
 def check_launch(config: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
     command = [
-        sys.executable,
+        fork_server.python(),
         "-m",
         "training_mini.check_launch",
         str(CONFIGS / config),

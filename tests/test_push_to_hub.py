@@ -14,6 +14,7 @@ import pytest
 import torch
 from cards_mini import CARD, read_card
 from entry_points_mini import one_sentence_errors
+from helpers import fork_server
 from helpers.hub_server import Fault, HubServer
 from helpers.programs import ROOT, one_sentence, run_program
 from modeling_mini.loading.checkpoints import load_checkpoint
@@ -104,7 +105,7 @@ ours = [name for name in sys.modules if name.split(".")[0] == "modeling_mini"]
 print(json.dumps([ids, text, type(model).__name__, ours]))
 """
     assert len(snippets) == 2
-    output = stranger(server, tmp_path, [sys.executable, "-c", "\n".join([*snippets, program])])
+    output = stranger(server, tmp_path, [fork_server.python(), "-c", "\n".join([*snippets, program])])
     ids, text, name, ours = json.loads(output.splitlines()[-1])
     assert ids == greedy(quick_run / "best") and name == "MiniForCausalLM" and ours == []
     assert text == AutoTokenizer.from_pretrained(quick_run / "best").decode(ids, skip_special_tokens=True)
@@ -115,7 +116,7 @@ def test_the_command_line_of_the_card(server: HubServer, pushed: str, tmp_path: 
     (block,) = re.findall(r"```bash\n(.*?)```", server.model("user/name").files()["README.md"].decode(), re.DOTALL)
     installed = tmp_path / "bin" / "mini-generate"  # as `pip install` writes it
     installed.parent.mkdir()
-    installed.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/generate.py "$@"\n')
+    installed.write_text(f'#!/bin/sh\nexec {fork_server.python()} {ROOT}/generate.py "$@"\n')
     installed.chmod(0o755)
     path = f"{installed.parent}:{os.environ['PATH']}"
     output = stranger(server, tmp_path, ["bash", "-euc", block], PATH=path)
@@ -242,7 +243,8 @@ def test_killed_and_given_again(
     """kill -9, by the Hub itself, at that very moment."""
     name = f"user/{'sent' if 'file' in moment else 'committed'}"
     command = [
-        sys.executable, str(ROOT / "push_to_hub.py"), str(quick_run), name, "--no_verify", "--max_shard_size", "100KB",
+        fork_server.python(), str(ROOT / "push_to_hub.py"), str(quick_run), name, "--no_verify",
+        "--max_shard_size", "100KB",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, **server.environment(tmp_path / "hf")}, stdin=subprocess.DEVNULL,
@@ -307,7 +309,7 @@ def test_adapter(server: HubServer, pushed: str, quick_run: Path, tmp_path: Path
         "print(json.dumps(model.generate(**inputs, do_sample=False, max_new_tokens=40)[0].tolist()))"
     )
     assert len(snippets) == 2
-    output = stranger(server, tmp_path, [sys.executable, "-c", "\n".join(snippets) + program])
+    output = stranger(server, tmp_path, [fork_server.python(), "-c", "\n".join(snippets) + program])
     inputs = AutoTokenizer.from_pretrained(quick_run / "best")("The", return_tensors="pt")
     expected = adapted.eval().generate(**inputs, do_sample=False, max_new_tokens=40)[0].tolist()
     assert json.loads(output.splitlines()[-1]) == expected != greedy(quick_run / "best")

@@ -18,6 +18,7 @@ import torch
 import train_accelerate
 import yaml
 from accelerate.utils import write_basic_config
+from helpers import fork_server
 from helpers.programs import ROOT, one_sentence, one_sentence_of, run_program, start_program
 from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
 from modeling_mini.remote_code import remote_code_files
@@ -117,7 +118,12 @@ def test_model_of_a_run_works_where_mini_is_not_installed(quick_run: Path, tmp_p
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment["HF_MODULES_CACHE"] = str(tmp_path / "modules")
     result = subprocess.run(
-        [sys.executable, "-c", STRANGER], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [fork_server.python(), "-c", STRANGER],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     settings = ("--prompt", "the cat", "--max_tokens", 20, "--temperature", 0)

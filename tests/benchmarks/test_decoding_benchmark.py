@@ -13,7 +13,7 @@ PROGRAM = "benchmarks/decoding.py"
 @pytest.mark.slow  # it compiles
 def test_every_case_has_figures(tmp_path: Path) -> None:
     arguments = "--size tiny --batch_sizes 1 2 --prompts 4 9 --tokens 5 --rounds 1 --output out.json".split()
-    result = run_program(PROGRAM, *arguments, cwd=tmp_path, fresh=True)
+    result = run_program(PROGRAM, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures == json.loads((tmp_path / "out.json").read_text())

@@ -3,10 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import fork_server
 from helpers.programs import ROOT, run_program
 
 PAGE = (ROOT / "docs" / "EXTENDING.md").read_text(encoding="utf-8")
@@ -23,7 +23,7 @@ def test_blocks(tmp_path: Path) -> None:
     script = "\n".join(block for language, name, block in BLOCKS if language == "python" and not name)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [fork_server.python(), "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "TrainingResult('runs/python', 20 steps in " in done.stdout and done.stdout.endswith("False\n")

@@ -17,11 +17,12 @@ import pytest
 import torch
 import transformers
 from generation_mini import transformers_cli
+from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from modeling_mini.loading.checkpoints import load_model
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-COMMAND = [sys.executable, "-m", "generation_mini.transformers_cli"]
+COMMAND = [fork_server.python(), "-m", "generation_mini.transformers_cli"]
 NAME = "model"  # as it is typed at the start of the server
 MESSAGES = [{"role": "user", "content": "the cat"}]
 

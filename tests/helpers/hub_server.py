@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import yaml
+from helpers import fork_server
 
 LICENSES = {"apache-2.0", "mit", "cc-by-4.0", "gpl-3.0", "other"}
 LARGE = (".safetensors", ".gguf", ".onnx", ".bin", ".png")
@@ -192,6 +194,7 @@ class HubServer:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         for name, value in self.environment(home).items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "executable", fork_server.python())
         huggingface_hub.utils.close_session()
 
     @property

@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from configuration_mini import MiniConfig
+from helpers import fork_server
 from modeling_mini import (
     MiniForCausalLM,
     MiniForQuestionAnswering,
@@ -178,7 +178,7 @@ def test_every_checkpoint_loads_where_mini_is_not_installed(checkpoints: Path, t
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     result = subprocess.run(
         # -I: neither the current folder nor the user's packages; what pip installed remains.
-        [sys.executable, "-I", "-c", textwrap.dedent(LOAD_ALL), checkpoints, tmp_path, " ".join(classes), *pairs],
+        [fork_server.python(), "-I", "-c", textwrap.dedent(LOAD_ALL), checkpoints, tmp_path, " ".join(classes), *pairs],
         env={**environment, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,

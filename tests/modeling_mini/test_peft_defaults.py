@@ -6,6 +6,7 @@ import sys
 import peft
 import pytest
 import torch
+from helpers import fork_server
 from helpers.programs import ROOT
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.peft_defaults import TableFinder, register_peft_defaults
@@ -23,7 +24,9 @@ print(sorted(model.peft_config["default"].target_modules))
 
 
 def test_lora_without_targets_after_mini() -> None:
-    result = subprocess.run([sys.executable, "-c", MINI_FIRST], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [fork_server.python(), "-c", MINI_FIRST], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout == "['q_proj', 'v_proj']\n"
 

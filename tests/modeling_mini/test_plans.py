@@ -6,7 +6,6 @@ and the serving engines that put their own parts in place of the model's. Each c
 import inspect
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from configuration_mini import MiniConfig
+from helpers import fork_server
 from modeling_mini import MiniForCausalLM, MiniModel
 from modeling_mini import modeling_mini as source
 from torch import nn
@@ -66,7 +66,16 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[
     for name, fields in MODELS.items():
         make_model(**fields).save_pretrained(folder / name)
     worker = ROOT / "tests" / "helpers" / "plan_worker.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", worker, folder]
+    launch = [
+        fork_server.python(),
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        worker,
+        folder,
+    ]
     result = subprocess.run(
         [str(part) for part in (*launch, *(folder / name for name in MODELS))],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},

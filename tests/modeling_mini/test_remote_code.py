@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from configuration_mini import MiniConfig
+from helpers import fork_server
 from modeling_mini import MiniForCausalLM, MiniForSequenceClassification, MiniModel
 from modeling_mini.remote_code import ROOT_FILES, TRAVELLING, remote_code_files
 from tokenization import ByteTokenizer
@@ -92,7 +93,7 @@ def visit(folder: Path, saved: Path, scratch: Path) -> tuple[dict[str, Any], tup
     environment |= {"HF_HOME": str(scratch / "hf"), "HF_MODULES_CACHE": str(scratch / "code"), "HF_HUB_OFFLINE": "1"}
     # -I: neither the current folder nor PYTHONPATH is searched.
     done = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, str(folder), str(saved), str(output), PROMPT],
+        [fork_server.python(), "-I", "-c", STRANGER, str(folder), str(saved), str(output), PROMPT],
         cwd=scratch,
         env=environment,
         stdin=subprocess.DEVNULL,

@@ -4,10 +4,10 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import fork_server
 from helpers.hub_server import HubServer
 from helpers.programs import ROOT
 from sharing_mini.arguments import parse_arguments
@@ -20,14 +20,16 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", DOCUMENT, flags=re.MULTILINE | re.
 def test_blocks(quick_run: Path, tmp_path: Path) -> None:
     shutil.copytree(quick_run, tmp_path / "runs" / "tiny-python-stdlib")
     (tmp_path / "push_to_hub.py").symlink_to(ROOT / "push_to_hub.py")
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(fork_server.python()).parent}:{os.environ['PATH']}"
     ran = 0
     with HubServer().running() as hub:
         environment = {**os.environ, **hub.environment(tmp_path / "hf"), "PATH": path, "PYTHONPATH": str(ROOT)}
         for language, block in BLOCKS:
             if language == "text":
                 continue
-            command = ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [sys.executable, "-c", block]
+            command = (
+                ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [fork_server.python(), "-c", block]
+            )
             result = subprocess.run(
                 command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
             )

@@ -3,7 +3,6 @@
 import os
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from importlib.metadata import version
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import fork_server
 from helpers.hub_server import HubServer
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import push
@@ -66,7 +66,7 @@ def test_space_runs_from_what_was_pushed(hub: HubServer, model: Path, tmp_path: 
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
     environment.pop("PYTHONPATH", None)
     process = subprocess.Popen(
-        [sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=subprocess.DEVNULL,
+        [fork_server.python(), "app.py"], cwd=tmp_path / "space", env=environment, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -2,11 +2,11 @@
 
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import fork_server
 from tokenization import SPECIAL_TOKENS, ByteTokenizer, MiniTokenizer, load_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -137,7 +137,7 @@ text = open("text.txt", newline="", encoding="utf-8").read()
 print(tokenizer(text).input_ids, tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False))
 """
     result = subprocess.run(
-        [sys.executable, "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
+        [fork_server.python(), "-I", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
     chat = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)

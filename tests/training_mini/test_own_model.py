@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import fork_server
 from helpers.programs import one_sentence, run_program
 from helpers.runs import QUICK, losses
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -110,7 +111,7 @@ def test_a_stranger_computes_the_same(run: Path, folder: Path, module: ModuleTyp
         expected = model(torch.arange(8, 20)[None]).logits.double().sum().item()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "code"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-I", "-c", STRANGER, str(run / "final"), str(tmp_path / "saved")]
+    command = [fork_server.python(), "-I", "-c", STRANGER, str(run / "final"), str(tmp_path / "saved")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():

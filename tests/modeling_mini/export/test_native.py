@@ -3,13 +3,13 @@
 import json
 import random
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from configuration_mini import PRESETS, ROPE_TYPES, MiniConfig
+from helpers import fork_server
 from helpers.exports import HALF_TURNED, learned_merges, random_model, same_parameters, without_dtype, write
 from modeling_mini.export import export
 from modeling_mini.export.mini import mini_config, to_mini
@@ -175,7 +175,7 @@ ids = generator.model.generate(**generator.tokenizer("def f(", return_tensors="p
 print(type(generator.model).__name__, ids[0].tolist())
 """
     result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [fork_server.python(), "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == f"StableLmForCausalLM {expected[0].tolist()}"

@@ -1,0 +1,209 @@
+"""
+The process that `fork_server` starts: it imports what programs need, and forks for each program.
+
+    python fork_server_process.py FOLDER DESCRIPTOR
+
+It becomes two servers, each with a socket in FOLDER: `libraries` has imported torch, transformers and accelerate,
+`torch` only what reads no variable of Hugging Face, for programs that set one. Both end with the other end of
+DESCRIPTOR. A request is a dictionary (`marshal`) behind its length, with the files of stdin, stdout and stderr.
+"""
+
+import atexit
+import contextlib
+import gc
+import marshal
+import os
+import random
+import runpy
+import select
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+TORCH = (
+    "fsspec",
+    "httpx2",
+    "jinja2",
+    "matplotlib.backends.backend_agg",
+    "matplotlib.pyplot",
+    "psutil",
+    "regex",
+    "rich.progress",
+    "scipy.sparse",
+    "sentencepiece",
+    "tokenizers",
+    "torch",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.run",
+    "yaml",
+)
+LIBRARIES = (
+    "accelerate.commands.accelerate_cli",
+    "accelerate.commands.config.config_args",
+    "transformers.generation.utils",
+    "transformers.modeling_layers",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+)
+# Variables that are read by Mini, by what is not preloaded, by shells, or when processes find each other. Any other
+# might have been read when the server started. torch's compiler sets two in the process of the tests, once it is used.
+READ_LATE = (
+    "ACCELERATE_", "COLUMNS", "CUDA_VISIBLE_DEVICES", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "MINI_", "OLDPWD",
+    "PARALLELISM_CONFIG_", "PATH", "PWD", "PYTEST_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK",
+    "ROLE_", "SHLVL", "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR", "TORCH_NCCL_", "TRACKIO_", "WORLD_SIZE", "_",
+)  # fmt: skip
+OF_HUGGING_FACE = ("HF_", "TRANSFORMERS_", "DATASETS_")
+
+
+def is_like(environment: dict[str, str], other: dict[str, str], read_late: tuple[str, ...] = READ_LATE) -> bool:
+    """Whether what was imported with one set of variables is what would be imported with the other."""
+    names = environment.keys() | other.keys()
+    return all(environment.get(name) == other.get(name) for name in names if not name.startswith(read_late))
+
+
+def serve(address: str, life: socket.socket, read_late: tuple[str, ...]) -> dict:
+    """Forks for each request; returns the request in the process that shall run it."""
+    started_with = dict(os.environ)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen(64)
+    life.sendall(b".")
+    processes: dict[int, int] = {}  # by the descriptor that tells of its end
+    clients: dict[int, socket.socket] = {}  # of each process
+    while True:
+        waiting = {client: process for process, client in clients.items()}
+        ready, _, _ = select.select([life, listener, *processes, *waiting], [], [])
+        if life in ready:
+            for process in processes.values():
+                os.kill(process, signal.SIGKILL)
+            os._exit(0)
+        for ended in set(ready) & set(processes):
+            process = processes.pop(ended)
+            os.close(ended)
+            _, status = os.waitpid(process, 0)
+            if client := clients.pop(process, None):
+                with contextlib.suppress(OSError):
+                    client.sendall(marshal.dumps(os.waitstatus_to_exitcode(status)))
+                client.close()
+        for client in set(ready) & set(waiting):
+            if clients.get(waiting[client]) is client:  # whoever asked for the process is gone
+                os.kill(waiting[client], signal.SIGKILL)
+                clients.pop(waiting[client]).close()
+        if listener in ready:
+            client, _ = listener.accept()
+            request, files = receive(client)
+            process = 0
+            if request is not None and is_like(request["environment"], started_with, read_late):
+                process = os.fork()
+                if process == 0:
+                    for connection in (life, listener, client, *clients.values()):
+                        connection.close()
+                    for descriptor in processes:
+                        os.close(descriptor)
+                    for target, source in enumerate(files):
+                        os.dup2(source, target)
+                        os.close(source)
+                    return request
+                processes[os.pidfd_open(process)], clients[process] = process, client
+            with contextlib.suppress(OSError):
+                client.sendall(marshal.dumps(process))
+            for descriptor in files:
+                os.close(descriptor)
+            if not process:
+                client.close()
+
+
+def receive(client: socket.socket) -> tuple[dict | None, list[int]]:
+    data, files, _, _ = socket.recv_fds(client, 65536, 3)
+    while data and len(data) < 4 + int.from_bytes(data[:4], "little"):
+        more = client.recv(65536)
+        if not more:
+            return None, files
+        data += more
+    return (marshal.loads(data[4:]), files) if data else (None, files)
+
+
+def become(request: dict) -> None:
+    """What `python ARGUMENTS` does, with the variables and the folder of the request."""
+    environment = request["environment"]
+    of_server = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(request["cwd"])
+    random.seed()
+    sys.executable = request["executable"]
+    flags, kind, program, sys.argv = request["flags"], request["kind"], request["program"], request["arguments"]
+    searched = [path for path in sys.path[1:] if path not in of_server]
+    if "I" not in flags and environment.get("PYTHONPATH"):
+        searched = [os.path.abspath(path) for path in environment["PYTHONPATH"].split(os.pathsep)] + searched
+    own = {"-c": "", "-m": os.getcwd(), "script": str(Path(program).resolve().parent)}[kind]
+    sys.path[:] = searched if flags & {"I", "P"} else [own, *searched]
+    if kind == "script":
+        sys.argv[0] = program
+        runpy.run_path(program, run_name="__main__")
+    elif kind == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv[0] = "-c"
+        module = sys.modules["__main__"] = ModuleType("__main__")
+        exec(compile(program, "<string>", "exec"), vars(module))
+
+
+def end(code: int) -> NoReturn:
+    """
+    What Python does when a program ends, but for taking down every module: that would copy all of the memory that the
+    process shares with the server, which takes two seconds of a core.
+    """
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk
+        code = 120
+    os._exit(code)
+
+
+def exit_code(stopped: SystemExit) -> int:
+    """Of `sys.exit(...)`, which prints what is no number."""
+    if stopped.code is None or isinstance(stopped.code, int):
+        return stopped.code or 0
+    print(stopped.code, file=sys.stderr)
+    return 1
+
+
+def main(folder: str, descriptor: int) -> None:
+    life = socket.socket(fileno=descriptor)
+    for name in TORCH:
+        __import__(name)
+    kind, read_late = "torch", READ_LATE + OF_HUGGING_FACE
+    if os.fork() == 0:
+        kind, read_late = "libraries", READ_LATE
+        for name in LIBRARIES:
+            __import__(name)
+    # The collector of a program leaves alone what it shares with the server, for the same reason as `end`.
+    gc.collect()
+    gc.freeze()
+    request = serve(f"{folder}/{kind}", life, read_late)
+    try:
+        become(request)
+    except SystemExit as stopped:
+        end(exit_code(stopped))
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        end(130)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        end(1)
+    end(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,82 @@
+"""
+A `python` that starts in milliseconds: it asks a server for a process, and stands for it until it ends.
+
+    python -I -S forked_python.py FOLDER_OF_SERVER EXECUTABLE PYTHON [ARGUMENT...]
+
+EXECUTABLE is the script that starts this one, PYTHON the interpreter, which runs the program itself where the server
+may not: when it was started with other variables, or when there are arguments or open files that only it knows.
+"""
+
+import contextlib
+import marshal
+import os
+import signal
+import socket
+import sys
+
+FLAGS = {"-I": "I", "-P": "P", "-u": "u"}
+FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def parse(arguments: list[str]) -> dict | None:
+    """What to run, in the words of a request, or `None` if it is nothing that the server knows."""
+    flags = set()
+    while arguments and arguments[0] in FLAGS:
+        flags.add(FLAGS[arguments[0]])
+        arguments = arguments[1:]
+    if arguments and arguments[0] in ("-c", "-m") and len(arguments) > 1:
+        kind, program, rest = arguments[0], arguments[1], arguments[2:]
+    elif arguments and not arguments[0].startswith("-") and os.path.isfile(arguments[0]):
+        kind, program, rest = "script", arguments[0], arguments[1:]
+    else:
+        return None
+    return {"flags": flags, "kind": kind, "program": program, "arguments": ["", *rest]}
+
+
+def start(folder: str, request: dict, files: list[int]) -> tuple[socket.socket, int] | None:
+    """A process of the server that may start it, and the connection over which its exit code comes."""
+    data = marshal.dumps(request)
+    for server in ("libraries", "torch"):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(f"{folder}/{server}")
+        socket.send_fds(connection, [len(data).to_bytes(4, "little")], files)
+        connection.sendall(data)
+        if process := marshal.loads(connection.recv(64) or marshal.dumps(0)):
+            return connection, process
+        connection.close()
+    return None
+
+
+def open_files() -> set[int]:
+    """Those that the program would inherit."""
+    descriptors = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if os.get_inheritable(int(name)):
+                descriptors.add(int(name))
+    return descriptors
+
+
+def main() -> None:
+    folder, executable, python, *arguments = sys.argv[1:]
+    request = parse(arguments)
+    started = None
+    if request is not None and open_files() == {0, 1, 2}:
+        request |= {"cwd": os.getcwd(), "environment": dict(os.environ), "executable": executable}
+        with contextlib.suppress(OSError):
+            started = start(folder, request, [0, 1, 2])
+    if started is None:
+        os.execv(python, [python, *arguments])
+    connection, process = started
+    for number in FORWARDED:
+        signal.signal(number, lambda number, frame: os.kill(process, number))
+    answer = connection.recv(64)
+    code = marshal.loads(answer) if answer else 1
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
