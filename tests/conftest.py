@@ -17,11 +17,19 @@ import torch
 from helpers.programs import run_program
 from helpers.runs import QUICK
 
+LONG = ("test_training_benchmark.py", "test_gpu_benchmark.py", "test_finetuning_doc.py", "test_package.py")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests begin first: at the end, one process would run them while the others have nothing to do."""
-    longest = ("test_readme.py", "test_training_benchmark.py", "test_finetuning_doc.py", "test_package.py")
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    """
+    The longest test begins first, and other long ones as the first of the second worker: at the end, one worker would
+    run them while the others have nothing to do. Each worker begins with an equal share of the list.
+    """
+    first = [item for item in items if item.nodeid.endswith("test_readme.py::test_blocks")]
+    long = [item for item in items if item.path.name in LONG]
+    others = [item for item in items if item not in {*first, *long}]
+    share = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - len(first)
+    items[:] = [*first, *others[:share], *long, *others[share:]]
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +43,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, for tests that only read it."""
     cwd = tmp_path_factory.mktemp("quick")
     result = run_program(
-        "train_accelerate.py", *QUICK, "--max_steps", 40, "--eval_steps", 20, "--save_steps", 20, cwd=cwd, fresh=True
+        "train_accelerate.py", *QUICK, "--max_steps", 40, "--eval_steps", 20, "--save_steps", 20, cwd=cwd
     )
     assert result.returncode == 0, result.stderr
     return cwd / "runs" / "tiny-sample"

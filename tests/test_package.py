@@ -2,11 +2,12 @@
 
 import os
 import subprocess
+import sys
 import venv
 from pathlib import Path
 
 import pytest
-from helpers.programs import ROOT
+from helpers.programs import INSTALLING, ROOT
 
 PROGRAM = """
 import configuration_mini, generation_mini, modeling_mini, push_to_hub, tokenization, train_accelerate, training_mini
@@ -24,12 +25,14 @@ print(type(model).__name__, len(tokenization.ByteTokenizer()))
 
 @pytest.mark.slow
 def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
-    venv.create(tmp_path / "environment", with_pip=True)
+    venv.create(tmp_path / "environment")
     python = tmp_path / "environment" / "bin" / "python"
+    environment = {**os.environ, **INSTALLING}
     # The constraints give the tested versions; without them pip would take the newest torch, with CUDA.
-    install = [python, "-m", "pip", "install", "--quiet", "-c", ROOT / "requirements.txt", ROOT]
-    subprocess.run(install, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-    run = {"cwd": tmp_path, "capture_output": True, "text": True, "check": False}
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    install = [*pip, "install", "--quiet", "-c", ROOT / "requirements.txt", ROOT]
+    subprocess.run(install, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)
+    run = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
     result = subprocess.run([python, "-c", PROGRAM], **run)
     assert result.stdout == "MiniForCausalLM 264\n", result.stderr
     for command in ("mini-train", "mini-generate", "mini-push", "mini-transformers"):
@@ -42,5 +45,5 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
     )
     result = subprocess.run([python.with_name("mini-train"), *train.split()], **run)
     assert result.returncode == 0, result.stderr
-    result = subprocess.run([python.with_name("mini-generate"), "--prompt", "a"], env=os.environ, **run)
+    result = subprocess.run([python.with_name("mini-generate"), "--prompt", "a"], **run)
     assert result.returncode == 0 and result.stdout.startswith("a"), result.stderr

@@ -105,6 +105,11 @@ class Server:
             assert message, "the server that starts programs has ended"
             ready += message
 
+    def close(self) -> None:
+        """Ends it, and what it has started."""
+        self._life.close()
+        self.process.wait()
+
 
 _environment = dict(os.environ)  # as conftest.py sets it, before it imports this; a test may change it later
 _servers: list[Server] = []

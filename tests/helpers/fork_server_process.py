@@ -11,6 +11,7 @@ DESCRIPTOR. A request is a dictionary (`marshal`) behind its length, with the fi
 import atexit
 import contextlib
 import gc
+import importlib
 import marshal
 import os
 import random
@@ -56,8 +57,9 @@ LIBRARIES = (
 # might have been read when the server started. torch's compiler sets two in the process of the tests, once it is used.
 READ_LATE = (
     "ACCELERATE_", "COLUMNS", "CUDA_VISIBLE_DEVICES", "FSDP_", "GROUP_", "LOCAL_", "MASTER_", "MINI_", "OLDPWD",
-    "PARALLELISM_CONFIG_", "PATH", "PWD", "PYTEST_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK",
-    "ROLE_", "SHLVL", "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR", "TORCH_NCCL_", "TRACKIO_", "WORLD_SIZE", "_",
+    "PARALLELISM_CONFIG_", "PATH", "PS1", "PWD", "PYTEST_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH",
+    "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK", "ROLE_", "SHLVL", "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR",
+    "TORCH_NCCL_", "TRACKIO_", "WORLD_SIZE", "_",
 )  # fmt: skip
 OF_HUGGING_FACE = ("HF_", "TRANSFORMERS_", "DATASETS_")
 
@@ -179,15 +181,19 @@ def exit_code(stopped: SystemExit) -> int:
     return 1
 
 
+def preload(names: tuple[str, ...]) -> None:
+    for name in names:
+        with contextlib.suppress(ImportError):  # whoever needs it will say so
+            importlib.import_module(name)
+
+
 def main(folder: str, descriptor: int) -> None:
     life = socket.socket(fileno=descriptor)
-    for name in TORCH:
-        __import__(name)
+    preload(TORCH)
     kind, read_late = "torch", READ_LATE + OF_HUGGING_FACE
     if os.fork() == 0:
         kind, read_late = "libraries", READ_LATE
-        for name in LIBRARIES:
-            __import__(name)
+        preload(LIBRARIES)
     # The collector of a program leaves alone what it shares with the server, for the same reason as `end`.
     gc.collect()
     gc.freeze()

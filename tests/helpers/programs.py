@@ -11,6 +11,9 @@ from typing import Any
 from helpers import fork_server
 
 ROOT = Path(__file__).parents[2]
+# Without the first, pip compiles every module that it installs, where a program compiles those that it imports. (This
+# option of pip is turned on by a "no".) With the second these are kept, whatever the variables of the tests say.
+INSTALLING = {"PIP_NO_COMPILE": "no", "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def start_program(
