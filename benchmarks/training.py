@@ -70,6 +70,7 @@ class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     size: str = option("small", "preset of MiniConfig whose shape all models take")
+    layers: int | None = option(None, "layers of all models; default: the preset's", at_least=1)
     batch_size: int = option(
         8, f"sequences in a batch; 0: the largest power of two that fits, up to {MOST_SEQUENCES}", at_least=0
     )
@@ -107,7 +108,8 @@ class Settings(PlaceSettings):
 
     @property
     def mini_config(self) -> MiniConfig:
-        return MiniConfig.preset(self.size, max_position_embeddings=self.context)
+        layers = {} if self.layers is None else {"num_hidden_layers": self.layers}
+        return MiniConfig.preset(self.size, max_position_embeddings=self.context, **layers)
 
 
 def import_nanogpt(folder: str) -> ModuleType:

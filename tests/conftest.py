@@ -14,6 +14,7 @@ os.environ["MINI_CACHE"] = tempfile.mkdtemp(prefix="mini-test-cache-")
 
 import pytest
 import torch
+from helpers import fork_server
 from helpers.programs import run_program
 from helpers.runs import QUICK
 
@@ -30,6 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     others = [item for item in items if item not in {*first, *long}]
     share = len(items) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) - len(first)
     items[:] = [*first, *others[:share], *long, *others[share:]]
+
+
+def pytest_collection_finish() -> None:
+    fork_server.environment.update(os.environ)
 
 
 @pytest.fixture(autouse=True)

@@ -211,6 +211,7 @@ def test_stream_is_resumed_bit_by_bit(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(lines) + "\n")
     arguments = [value if value != "sample" else "data.jsonl" for value in QUICK]
     arguments += "--streaming --max_eval_tokens 3000 --save_steps 25 --eval_steps 1000 --train_batch_size 32".split()
+    arguments += ["--max_position_embeddings", "32"]
     # A block of the stream is 32 steps.
     for name, stops in {"whole": [75], "parts": [25, 43, 75]}.items():
         for number, stop in enumerate(stops):

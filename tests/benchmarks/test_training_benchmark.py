@@ -95,9 +95,12 @@ def test_every_contender_has_figures_also_in_the_file(nanogpt: Path, tmp_path: P
 
 @pytest.mark.slow
 def test_both_modes_without_nanogpt(tmp_path: Path) -> None:
-    done = run_program(PROGRAM, *QUICK, cwd=tmp_path)
+    done = run_program(PROGRAM, *QUICK, "--layers", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    check(json.loads(done.stdout.splitlines()[-1]), ["Mini", "Llama"], ["eager", "compiled"])
+    results = json.loads(done.stdout.splitlines()[-1])
+    check(results, ["Mini", "Llama"], ["eager", "compiled"])
+    parameters = {row["model"]: row["parameters"] for row in results["contenders"]}
+    assert parameters["Mini"] - parameters["Llama"] == (2 * 1 + 1) * 128, "of one layer"
 
 
 @pytest.mark.parametrize(

@@ -111,14 +111,15 @@ class Server:
         self.process.wait()
 
 
-_environment = dict(os.environ)  # as conftest.py sets it, before it imports this; a test may change it later
+# Of the server: conftest.py sets it, when everything is imported and no test has changed anything.
+environment: dict[str, str] = {}
 _servers: list[Server] = []
 
 
 def server() -> Server:
     """The server of this worker, which ends with it."""
     if not _servers:
-        _servers.append(Server(sys.executable, _environment))
+        _servers.append(Server(sys.executable, dict(environment)))
     return _servers[0]
 
 
@@ -127,6 +128,6 @@ def python() -> str:
     return str(server().executable) if IS_POSSIBLE else sys.executable
 
 
-def can_start(environment: dict[str, str]) -> bool:
+def can_start(variables: dict[str, str]) -> bool:
     """Whether the server was started with these variables, and forks."""
-    return IS_POSSIBLE and is_like(environment, server().environment, READ_LATE + OF_HUGGING_FACE)
+    return IS_POSSIBLE and is_like(variables, server().environment, READ_LATE + OF_HUGGING_FACE)
