@@ -319,7 +319,7 @@ class Terminal:
     def __init__(self, run: Path, *arguments: object) -> None:
         command = [str(ROOT / "generate.py"), "--model", str(run), "--interactive", *map(str, arguments)]
         self.process = pexpect.spawn(
-            sys.executable, command, encoding="utf-8", timeout=60, dimensions=(50, 200),
+            fork_server.python(), command, encoding="utf-8", timeout=60, dimensions=(50, 200),
             # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip

@@ -84,7 +84,14 @@ def check_equal(run: Path, whole: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp_path: Path) -> None:
     process = start_program(
-        "train_accelerate.py", *QUICK, "--max_steps", 100_000, "--output_dir", "run", cwd=tmp_path, fresh=True
+        "train_accelerate.py",
+        *QUICK,
+        "--max_steps",
+        100_000,
+        "--output_dir",
+        "run",
+        cwd=tmp_path,
+        fresh=number == signal.SIGTERM,
     )
     wait_for_steps(tmp_path / "run", 5, process)
     process.send_signal(number)

@@ -21,10 +21,13 @@ from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from modeling_mini.loading.checkpoints import load_model
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-COMMAND = [fork_server.python(), "-m", "generation_mini.transformers_cli"]
+COMMAND = ["-m", "generation_mini.transformers_cli"]  # of Python
 NAME = "model"  # as it is typed at the start of the server
 MESSAGES = [{"role": "user", "content": "the cat"}]
+
+
+def with_mini() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,10 @@ def checkpoint(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**ENVIRONMENT, "HF_HOME": str(log.parent)}
+    environment = {**with_mini(), "HF_HOME": str(log.parent)}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*COMMAND, "serve", NAME, "--port", str(port)],
+            [fork_server.python(), *COMMAND, "serve", NAME, "--port", str(port)],
             cwd=checkpoint.parent, env=environment, stdout=file, stderr=file,
         )  # fmt: skip
     try:
@@ -226,11 +229,11 @@ def test_the_example_of_the_page(server: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_chat_in_the_terminal(server: str, checkpoint: Path, tmp_path: Path) -> None:
-    command = [*COMMAND[1:], "chat", str(checkpoint), server, "max_new_tokens=8", "--user", "me"]
+    command = [*COMMAND, "chat", str(checkpoint), server, "max_new_tokens=8", "--user", "me"]
     # Offline, huggingface_hub refuses every request, also this one to our own machine.
-    environment = {**ENVIRONMENT, "HF_HUB_OFFLINE": "0"}
+    environment = {**with_mini(), "HF_HUB_OFFLINE": "0"}
     chat = pexpect.spawn(
-        sys.executable, command, env=environment, encoding="utf-8", timeout=60, dimensions=(50, 200), cwd=tmp_path
+        fork_server.python(), command, env=environment, encoding="utf-8", timeout=60, dimensions=(50, 200), cwd=tmp_path
     )
     chat.expect("was already loaded")
     chat.expect("me")
@@ -248,8 +251,8 @@ def test_chat_in_the_terminal(server: str, checkpoint: Path, tmp_path: Path) -> 
 def test_chat_before_the_server_is_there() -> None:
     port = free_port()
     for place in ([], [f"http://localhost:{port}"]):
-        command = [*COMMAND, "chat", "runs/mine", *place, "--user", "me"]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False)
+        command = [fork_server.python(), *COMMAND, "chat", "runs/mine", *place, "--user", "me"]
+        done = subprocess.run(command, env=with_mini(), capture_output=True, text=True, check=False)
         assert done.returncode == 2 and done.stderr.count("\n") == 1
         assert done.stderr.startswith(f"error: No server answers at {place[0] if place else 'http://localhost:8000'}: ")
         assert "`mini-transformers serve runs/mine`" in done.stderr
@@ -257,7 +260,11 @@ def test_chat_before_the_server_is_there() -> None:
 
 def test_what_is_no_model(tmp_path: Path) -> None:
     result = subprocess.run(
-        [*COMMAND, "serve", str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+        [fork_server.python(), *COMMAND, "serve", str(tmp_path)],
+        env=with_mini(),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "holds no trained model" in result.stderr
 

@@ -39,6 +39,7 @@ class Program:
         stdin.write_text(input or "", encoding="utf-8")
         request = {"flags": set(), "kind": "script", "program": command[0], "arguments": command} | {
             "cwd": str(cwd), "environment": environment, "executable": str(server().executable),
+            "ignores_ctrl_c": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
         }  # fmt: skip
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(stdin, "rb"))]
@@ -119,6 +120,7 @@ _servers: list[Server] = []
 def server() -> Server:
     """The server of this worker, which ends with it."""
     if not _servers:
+        assert environment, "a test module must not start programs while it is imported"
         _servers.append(Server(sys.executable, dict(environment)))
     return _servers[0]
 

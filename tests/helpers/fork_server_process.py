@@ -140,6 +140,7 @@ def become(request: dict) -> None:
     os.environ.update(environment)
     os.chdir(request["cwd"])
     random.seed()
+    signal.signal(signal.SIGINT, signal.SIG_IGN if request["ignores_ctrl_c"] else signal.default_int_handler)
     sys.executable = request["executable"]
     flags, kind, program, sys.argv = request["flags"], request["kind"], request["program"], request["arguments"]
     searched = [path for path in sys.path[1:] if path not in of_server]
@@ -204,7 +205,8 @@ def main(folder: str, descriptor: int) -> None:
         end(exit_code(stopped))
     except KeyboardInterrupt:
         sys.excepthook(*sys.exc_info())
-        end(130)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
     except Exception:
         sys.excepthook(*sys.exc_info())
         end(1)

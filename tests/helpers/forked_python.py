@@ -63,6 +63,7 @@ def main() -> None:
     started = None
     if request is not None and open_files() == {0, 1, 2}:
         request |= {"cwd": os.getcwd(), "environment": dict(os.environ), "executable": executable}
+        request["ignores_ctrl_c"] = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
         with contextlib.suppress(OSError):
             started = start(folder, request, [0, 1, 2])
     if started is None:
