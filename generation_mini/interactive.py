@@ -34,14 +34,14 @@ The settings are {", ".join(SETTINGS)}."""
 
 @dataclasses.dataclass
 class Turn:
-    """What the user said, and what the model answered."""
+    """A message of the user, and the answer of the model."""
 
-    said: str
+    message: str
     answer: str | None = None
 
 
 class Conversation:
-    """What has been said, and how the next answer begins."""
+    """The messages and answers so far, and how the next answer begins."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -50,12 +50,12 @@ class Conversation:
         self.is_chat = is_chat_model(model, tokenizer)
         self.turns: list[Turn] = []
 
-    def say(self, said: str, room: int) -> tuple[list[int], int]:
+    def say(self, message: str, room: int) -> tuple[list[int], int]:
         """
-        The ids to continue after the user has said something, and how many turns were forgotten for it: the oldest
+        The ids to continue after a message of the user, and how many turns were forgotten for it: the oldest
         leave until there are `room` tokens for the answer, or half a context if that is less.
         """
-        self.turns.append(Turn(said))
+        self.turns.append(Turn(message))
         room = min(room, self.context // 2)
         forgotten = 0
         while len(ids := self.ids()) > self.context - room and len(self.turns) > 1:
@@ -64,19 +64,21 @@ class Conversation:
         return ids, forgotten
 
     def ids(self) -> list[int]:
-        """Everything said so far, as the model reads it."""
+        """The whole conversation, as the model reads it."""
         if not self.is_chat:
-            text = "".join(turn.said + (f"{turn.answer}\n" if turn.answer is not None else "") for turn in self.turns)
+            text = "".join(
+                turn.message + (f"{turn.answer}\n" if turn.answer is not None else "") for turn in self.turns
+            )
             return self.tokenizer(text, verbose=False).input_ids
         messages = []
         for turn in self.turns:
-            messages.append({"role": "user", "content": turn.said})
+            messages.append({"role": "user", "content": turn.message})
             if turn.answer is not None:
                 messages.append({"role": "assistant", "content": turn.answer})
         return encode_messages(self.tokenizer, messages, add_generation_prompt=True)[0]
 
     def add_answer(self, answer: str) -> None:
-        """What the model said in its turn."""
+        """Keeps the answer of the model to the last message."""
         self.turns[-1].answer = answer
 
     def reset(self) -> None:
@@ -125,7 +127,7 @@ def answer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversation: Conversation,
-    said: str,
+    message: str,
     arguments: GenerationArguments,
     assistant: PreTrainedModel | None = None,
 ) -> None:
@@ -142,8 +144,8 @@ def answer(
             raise KeyboardInterrupt
         write_to_terminal(piece)
 
-    encode_prompt(tokenizer, said)  # refuses what is no text
-    ids, forgotten = conversation.say(said, arguments.max_new_tokens)
+    encode_prompt(tokenizer, message)  # refuses what is no text
+    ids, forgotten = conversation.say(message, arguments.max_new_tokens)
     if forgotten:
         turns = "turn does" if forgotten == 1 else f"{forgotten} turns do"
         print_notice(f"The oldest {turns} not fit the context of {conversation.context} tokens, and left.")

@@ -74,19 +74,19 @@ class ServedModels(model_manager.ModelManager):
     """The models of a server; one that was named at its start keeps the name that it was given there."""
 
     def __init__(self, *, force_model: str | None = None, **settings: Any) -> None:
-        self.place = force_model
+        self.checkpoint = force_model
         if force_model is not None and Path(force_model).is_dir():
-            self.place = str(Path(find_checkpoint(force_model)).resolve())
+            self.checkpoint = str(Path(find_checkpoint(force_model)).resolve())
         self.started = int(time.time())
         super().__init__(force_model=force_model, **settings)
 
     def process_model_name(self, model_id: str) -> str:
         """The key of a model: its name, for the one that was named at the start, also where its folder is meant."""
-        is_served = self.force_model is not None and model_id in (self.force_model, self.place)
+        is_served = self.force_model is not None and model_id in (self.force_model, self.checkpoint)
         return self.force_model if is_served else super().process_model_name(model_id)
 
     def with_revision(self, key: str) -> str:
-        return super().process_model_name(self.place) if key == self.force_model else key
+        return super().process_model_name(self.checkpoint) if key == self.force_model else key
 
     def _load_processor(self, model_id_and_revision: str, **settings: Any) -> PreTrainedTokenizerBase:
         return super()._load_processor(self.with_revision(model_id_and_revision), **settings)
@@ -137,7 +137,7 @@ class OneByOne(utils.GenerateManager):
 
     The stop strings of transformers would also be found where a prompt ends and the text begins, so the text alone is
     searched here. The server calls a text too long if it has `max_new_tokens`. So that one that ends by itself at that
-    very place is not taken for it, `max_new_tokens` is cleared then.
+    very position is not taken for it, `max_new_tokens` is cleared then.
     """
 
     def generate_streaming(
@@ -232,7 +232,7 @@ class Checked:
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
         models = self.model_manager
-        if models.force_model is not None and body.get("model") == models.place:
+        if models.force_model is not None and body.get("model") == models.checkpoint:
             body["model"] = models.force_model
         return super()._resolve_model(body)
 
@@ -318,7 +318,7 @@ class Answer:
 
         Args:
             echo: whether the text begins with the prompt.
-            logprobs: how many likely tokens to name at each place, beside the log-probability of what stands there;
+            logprobs: how many likely tokens to name at each position, beside the log-probability of what stands there;
                 `None`: no log-probabilities.
         """
         if logprobs is not None and self.in_batches:
@@ -372,16 +372,16 @@ class Answer:
             logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
         scores = logits.float().log_softmax(-1).cpu()  # (length, vocabulary), of the token that follows
         table = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[] if count else None, text_offset=[])
-        for place in range(begin, len(ids)):
+        for position in range(begin, len(ids)):
             # Of a character, the first bytes are not a character yet.
-            offset = len(self.tokenizer.decode(ids[begin:place], skip_special_tokens=True).rstrip("\ufffd"))
+            offset = len(self.tokenizer.decode(ids[begin:position], skip_special_tokens=True).rstrip("\ufffd"))
             if offset >= len(text):
                 break
-            table.tokens.append(self.tokenizer.decode([ids[place]]))
+            table.tokens.append(self.tokenizer.decode([ids[position]]))
             table.text_offset.append(offset)
-            table.token_logprobs.append(scores[place - 1, ids[place]].item() if place else None)
+            table.token_logprobs.append(scores[position - 1, ids[position]].item() if position else None)
             if count:
-                best = scores[place - 1].topk(count) if place else None
+                best = scores[position - 1].topk(count) if position else None
                 named = zip(best.indices.tolist(), best.values.tolist(), strict=True) if best else ()
                 table.top_logprobs.append({self.tokenizer.decode([token]): value for token, value in named})
         return table

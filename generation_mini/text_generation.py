@@ -38,9 +38,9 @@ class TextUntilStop:
         if self.is_stopped:
             return ""
         self._held += piece
-        places = ((stop, self._held.find(stop)) for stop in self.stop)
+        matches = ((stop, self._held.find(stop)) for stop in self.stop)
         # The one that is complete first, so that it does not depend on how the text falls into pieces.
-        found = [(place + len(stop), place) for stop, place in places if place >= 0]
+        found = [(start + len(stop), start) for stop, start in matches if start >= 0]
         if found:
             shown, self.is_stopped = self._held[: min(found)[1]], True
         else:

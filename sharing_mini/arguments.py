@@ -84,6 +84,6 @@ def parse_arguments(argv: list[str]) -> tuple[str, str, SharingArguments]:
     parser = ArgumentParser(SharingArguments, description="Share a model on the Hub.")
     parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run, checkpoint, adapter or export folder")
     parser.add_argument("repository", metavar="user/name", help="where it goes")
-    arguments, places = parser.parse(argv)
-    check_name(places.repository)
-    return places.source, places.repository, arguments
+    arguments, positional = parser.parse(argv)
+    check_name(positional.repository)
+    return positional.source, positional.repository, arguments

@@ -24,7 +24,7 @@ def load(request: dict[str, Any]) -> tuple[Any, Any]:
     """The model, with nothing missing and nothing left over, and its tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    place, options = request["place"], {"trust_remote_code": request["trust_remote_code"]}
+    name_or_path, options = request["name_or_path"], {"trust_remote_code": request["trust_remote_code"]}
     if request["revision"] is not None:
         options["revision"] = request["revision"]
     if request["kind"] == "adapter":
@@ -33,15 +33,15 @@ def load(request: dict[str, Any]) -> tuple[Any, Any]:
         base = AutoModelForCausalLM.from_pretrained(request["base"], trust_remote_code=request["trust_remote_code"])
         tokenizer = AutoTokenizer.from_pretrained(request["base"], trust_remote_code=request["trust_remote_code"])
         revision = {name: value for name, value in options.items() if name == "revision"}
-        return PeftModel.from_pretrained(base, place, **revision), tokenizer
-    model, report = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        return PeftModel.from_pretrained(base, name_or_path, **revision), tokenizer
+    model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[name]:
             keys = sorted(map(str, report[name]))
             raise ValueError(
                 f"the weights do not fit the configuration, {name.replace('_', ' ')}: {', '.join(keys[:3])}"
             )
-    return model, AutoTokenizer.from_pretrained(place, **options)
+    return model, AutoTokenizer.from_pretrained(name_or_path, **options)
 
 
 def main() -> None:

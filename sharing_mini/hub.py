@@ -105,7 +105,7 @@ class Hub:
                 f"Could not {what}: {constants.ENDPOINT} cannot be reached ({self.hidden(reason)}). Look at the "
                 f"network, and give the same command again; what is uploaded is not sent twice."
             )
-        status, said = error.response.status_code, self.hidden(message_of(error))
+        status, answer = error.response.status_code, self.hidden(message_of(error))
         if status == 401:
             return ValueError(
                 f"Could not {what}: the Hub does not accept the token (401). Make one that may write at "
@@ -113,15 +113,15 @@ class Hub:
             )
         if status in (402, 403):
             return ValueError(
-                f"Could not {what}: the token may not write to {name!r} ({status}: {said}). Use a token with the role "
-                f"'write' for it, push to {user}/{name.split('/')[-1]}, or propose the files with --create_pr."
+                f"Could not {what}: the token may not write to {name!r} ({status}: {answer}). Use a token with the "
+                f"role 'write' for it, push to {user}/{name.split('/')[-1]}, or propose the files with --create_pr."
             )
         if status == 404:
-            return ValueError(f"Could not {what}: the Hub does not find it (404: {said}). Look at the name.")
+            return ValueError(f"Could not {what}: the Hub does not find it (404: {answer}). Look at the name.")
         if status in (409, 412):
             return ValueError(
-                f"Could not {what}: {name!r} was changed by someone else meanwhile ({status}: {said}). Look at what is "
-                f"there, and give the same command again."
+                f"Could not {what}: {name!r} was changed by someone else meanwhile ({status}: {answer}). Look at what "
+                f"is there, and give the same command again."
             )
         if status == 429:
             asked = seconds_asked(error)
@@ -132,10 +132,10 @@ class Hub:
             )
         if status >= 500 or status == 408:
             return ConnectionError(
-                f"Could not {what}: the Hub has trouble of its own ({status}: {said}). Give the same command again "
+                f"Could not {what}: the Hub has trouble of its own ({status}: {answer}). Give the same command again "
                 f"later; what is uploaded is not sent twice. https://status.huggingface.co says how it is."
             )
-        return ValueError(f"Could not {what}: the Hub refuses it ({status}: {said}).")
+        return ValueError(f"Could not {what}: the Hub refuses it ({status}: {answer}).")
 
     def hidden(self, text: str) -> str:
         """The text in one line, without the token and without the signed part of addresses."""

@@ -41,7 +41,7 @@ class Proof:
 
 def prove(
     staged: Staged,
-    place: str,
+    name_or_path: str,
     prompt: str,
     base: str | None = None,
     revision: str | None = None,
@@ -61,10 +61,10 @@ def prove(
         ValueError: if it cannot be loaded, with the reason.
     """
     if staged.kind in ("gguf", "onnx"):
-        return prove_export(staged, place) if revision is None else None
+        return prove_export(staged, name_or_path) if revision is None else None
     request = {
-        "place": place, "kind": staged.kind, "prompt": prompt, "base": base, "revision": revision, "tokens": TOKENS,
-        "seed": SEED, "trust_remote_code": staged.has_code or staged.kind == "adapter",
+        "name_or_path": name_or_path, "kind": staged.kind, "prompt": prompt, "base": base, "revision": revision,
+        "tokens": TOKENS, "seed": SEED, "trust_remote_code": staged.has_code or staged.kind == "adapter",
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="mini-clean-") as folder:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -85,21 +85,25 @@ def prove(
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         reason = lines[-1] if lines else f"exit code {result.returncode}"
-        raise ValueError(f"In a process without Mini, {place!r} does not load: {reason}")
+        raise ValueError(f"In a process without Mini, {name_or_path!r} does not load: {reason}")
     answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     if answer["loaded_of_mini"]:
-        raise ValueError(f"The process was not clean: it found {answer['loaded_of_mini'][0]} outside of {place!r}.")
+        raise ValueError(
+            f"The process was not clean: it found {answer['loaded_of_mini'][0]} outside of {name_or_path!r}."
+        )
     return Proof(prompt, answer["ids"], answer["logits"], answer["sample"], answer["parameters"])
 
 
-def check_same(before: Proof, after: Proof, place: str) -> None:
+def check_same(before: Proof, after: Proof, repository: str) -> None:
     """Raises ValueError if what the Hub gives out writes anything else than what was sent."""
     near = all(abs(a - b) <= 1e-4 * max(1.0, abs(a)) for a, b in zip(before.logits, after.logits, strict=True))
     if before.ids != after.ids or not near:
-        raise ValueError(f"{place!r} on the Hub does not write what the folder here writes: do not use it, push again.")
+        raise ValueError(
+            f"{repository!r} on the Hub does not write what the folder here writes: do not use it, push again."
+        )
 
 
-def check_listing(staged: Staged, listing: dict[str, tuple[int, str]], place: str) -> None:
+def check_listing(staged: Staged, listing: dict[str, tuple[int, str]], repository: str) -> None:
     """
     Args:
         listing: of the repository, path to size and checksum (SHA-256 of a large file, that of git for others).
@@ -109,7 +113,7 @@ def check_listing(staged: Staged, listing: dict[str, tuple[int, str]], place: st
     """
     for name, path in staged.files.items():
         if name not in listing or listing[name] not in checksums(path):
-            raise ValueError(f"{name} in {place!r} on the Hub is not the file that was sent: push again.")
+            raise ValueError(f"{name} in {repository!r} on the Hub is not the file that was sent: push again.")
 
 
 def checksums(path: Path) -> list[tuple[int, str]]:
@@ -120,9 +124,9 @@ def checksums(path: Path) -> list[tuple[int, str]]:
     return large if size > LARGEST_IN_GIT else [*large, (size, sha.git_hash(path.read_bytes()))]
 
 
-def prove_export(staged: Staged, place: str) -> Proof | None:
+def prove_export(staged: Staged, name_or_path: str) -> Proof | None:
     """What can be made sure of with the runtimes that are here: that each file loads."""
-    folder = Path(place)
+    folder = Path(name_or_path)
     if staged.kind == "gguf" and importlib.util.find_spec("gguf") is not None:
         import gguf
 

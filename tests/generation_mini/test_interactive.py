@@ -55,7 +55,7 @@ def test_an_answer_that_fails_leaves_the_conversation_as_it_was(
 
     class Kept(Conversation):
         def say(self, said_now: str, room: int) -> tuple[list[int], int]:
-            said.append([turn.said for turn in self.turns])
+            said.append([turn.message for turn in self.turns])
             return super().say(said_now, room)
 
     monkeypatch.setattr("builtins.input", read)
