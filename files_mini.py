@@ -16,6 +16,9 @@ RUNS_FOLDER = Path("runs")
 # In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
 CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
 
+# The trained model that comes with Mini, and the adapter with which it answers: the folder of each name for --model.
+BOX = {name: Path(__file__).parent / "box_mini" / folder for name, folder in (("box", "model"), ("box-chat", "chat"))}
+
 MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 
 
@@ -26,16 +29,23 @@ def cache_folder() -> Path:
 
 def find_checkpoint(model: str | None) -> str:
     """
-    The checkpoint folder, adapter folder or Hub name that `--model` means.
+    The checkpoint folder, adapter folder or Hub name that `--model` means: without a name the newest run, or else the
+    model that comes with Mini.
 
     Raises:
         ValueError: if there is none.
     """
+    if model in BOX:
+        if not BOX[model].is_dir():
+            raise ValueError(f"This installation of Mini has no {model!r}: name another model, or install Mini anew.")
+        return str(BOX[model])
     if model is None:
         configs = [
             path for run in RUNS_FOLDER.glob("*") for name in CHECKPOINTS_OF_A_RUN
             for config in (MODEL_CONFIG, ADAPTER_CONFIG) for path in run.glob(f"{name}/{config}")
         ]  # fmt: skip
+        if not configs and BOX["box"].is_dir():
+            return str(BOX["box"])
         if not configs:
             raise ValueError(f"There is no trained model under {RUNS_FOLDER}/: train one first, or name it by --model.")
         newest_run = max(configs, key=lambda path: path.stat().st_mtime).parent.parent
@@ -55,6 +65,11 @@ def find_checkpoint(model: str | None) -> str:
     raise ValueError(f"{model!r} holds no trained model: it has no config.json, and no best or final folder with one.")
 
 
+def is_box(checkpoint: str) -> bool:
+    """Whether a checkpoint folder is the model that comes with Mini, or its adapter."""
+    return Path(checkpoint) in BOX.values()
+
+
 def run_of(folder: Path) -> Path | None:
     """The run that a folder is `best` or `final` of, by its name."""
     return folder.parent if folder.name in CHECKPOINTS_OF_A_RUN and folder.parent.name else None
@@ -63,12 +78,15 @@ def run_of(folder: Path) -> Path | None:
 def display_name(name_or_path: str) -> str:
     """
     What people call a model: its name on the Hub, or of a folder the name, without the folders that it lies in.
-    `runs/NAME/best` is `NAME`, as on the command line; the other folder of a run is `NAME/final`.
+    `runs/NAME/best` is `NAME`, as on the command line; the other folder of a run is `NAME/final`; what comes with Mini
+    is `box` or `box-chat`.
     """
     folder = Path(name_or_path)
     if not folder.exists():
         return name_or_path
     folder = folder.resolve()
+    if boxed := next((name for name, place in BOX.items() if place.resolve() == folder), None):
+        return boxed
     run = run_of(folder)
     if run is None:
         return folder.name

@@ -4,7 +4,8 @@ import sys
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from accelerate.utils import set_seed
-from entry_points_mini import quiet_libraries
+from entry_points_mini import command_of, quiet_libraries
+from files_mini import BOX, RUNS_FOLDER, find_checkpoint, is_box
 from modeling_mini.loading.checkpoints import load_assistant, load_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -22,7 +23,7 @@ def run(arguments: GenerationArguments) -> None:
     batch_file = None
     if arguments.batch_file is not None:
         batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
-    model, tokenizer = load_model(arguments.model, adapter=arguments.adapter, **arguments.loading())
+    model, tokenizer = load_model(model_to_load(arguments), adapter=arguments.adapter, **arguments.loading())
     if arguments.compile:
         if not hasattr(model, "compile_decoding"):
             raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
@@ -39,6 +40,21 @@ def run(arguments: GenerationArguments) -> None:
         converse(model, tokenizer, arguments, assistant)
     else:
         write_once(model, tokenizer, arguments, assistant)
+
+
+def model_to_load(arguments: GenerationArguments) -> str | None:
+    """
+    What to load for `--model`. Where there is no run, the model that comes with Mini writes, and says so. In a
+    conversation it answers by its adapter.
+    """
+    if arguments.adapter is not None or not is_box(find_checkpoint(arguments.model)):
+        return arguments.model
+    if arguments.model is None:
+        print_notice(
+            f"There is no run under {RUNS_FOLDER}/, so the model that comes with Mini writes. It knows Python source; "
+            f"train one on text of your own: {command_of('train_accelerate.py')} --dataset FILE"
+        )
+    return "box-chat" if arguments.interactive and BOX["box-chat"].is_dir() else arguments.model
 
 
 def write_once(

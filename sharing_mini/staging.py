@@ -5,6 +5,7 @@ A file that is not known, a pickle, something that looks like a token or key, or
 push before anything is sent.
 """
 
+import json
 import re
 import shutil
 import zipfile
@@ -13,9 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from files_mini import ADAPTER_CONFIG, MODEL_CONFIG, find_checkpoint, read_json, run_of, writing
+from files_mini import (
+    ADAPTER_CONFIG,
+    BOX,
+    MODEL_CONFIG,
+    find_checkpoint,
+    is_box,
+    read_json,
+    run_of,
+    write_text,
+    writing,
+)
 from huggingface_hub import save_torch_state_dict
-from modeling_mini.remote_code import remote_code_files
+from modeling_mini.remote_code import AUTO_MAP, remote_code_files, write_remote_code
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -112,7 +123,7 @@ def find_source(name: str) -> Source:
     Raises:
         ValueError: if there is no model under that name here.
     """
-    folder = Path(name)
+    folder = BOX.get(name, Path(name))
     if not folder.exists():
         raise ValueError(f"There is no run or checkpoint folder {name!r}.")
     for kind, pattern in (("gguf", "*.gguf"), ("onnx", "*.onnx"), ("onnx", "onnx/*.onnx")):
@@ -147,6 +158,11 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
             shutil.copyfile(path, into / name)
     if not source.folder.is_dir() or source.folder.stat().st_ino != state:
         raise ValueError(f"{str(source.folder)!r} was replaced by a newer one meanwhile: give the same command again.")
+    if source.kind == "model" and is_box(str(source.folder)):
+        # Here its code is that of Mini itself.
+        write_remote_code(into)
+        config = {**read_json(into / MODEL_CONFIG), "auto_map": AUTO_MAP}
+        write_text(into / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
     staged = Staged(into, source.kind)
     name = {"adapter": ADAPTER_CONFIG, "gguf": None}.get(source.kind, MODEL_CONFIG)
     if name is not None:

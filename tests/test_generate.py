@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import bitsandbytes
+import files_mini
 import peft
 import pexpect
 import pytest
@@ -153,8 +154,17 @@ def test_impossible_configuration(broken) -> None:
     )
 
 
-def test_what_is_no_model(quick_run: Path, tmp_path: Path) -> None:
-    assert "There is no trained model under runs/" in one_sentence(run_program("generate.py", cwd=tmp_path))
+def test_what_is_no_model(
+    quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files_mini, "BOX", {name: tmp_path / "stripped" / name for name in files_mini.BOX})
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == (
+        "error: There is no trained model under runs/: train one first, or name it by --model.\n"
+    )
     assert "There is no run or checkpoint folder './none'" in one_sentence(
         run_program("generate.py", "--model", "./none", cwd=tmp_path)
     )

@@ -17,9 +17,11 @@ FLOORS = {
     "modeling_mini/analysis": 3, "modeling_mini/export": 3, "modeling_mini/web": 3,
     "training_mini": 4, "generation_mini": 4, "sharing_mini": 4,
     "train_accelerate": 5, "generate": 5, "push_to_hub": 5,
+    "box_mini": 5,
 }  # fmt: skip
 # The folders of each package that hold modules.
 FOLDERS = {
+    "box_mini": set(),
     "tokenization": set(),
     "modeling_mini": {"loading", "analysis", "export", "web"},
     "training_mini": {"data"},

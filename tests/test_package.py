@@ -40,6 +40,12 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
     for command, words in (("mini-train", "--dataset"), ("mini-generate", "--max_new_tokens")):
         result = subprocess.run([python.with_name(command), "--help"], **run)
         assert result.returncode == 0 and words in result.stdout, result.stderr
+    # Before anything was trained, the model that comes with Mini writes.
+    prompt = "def read_lines(path):"
+    command = [python.with_name("mini-generate"), "--prompt", prompt, "--max_new_tokens", "20"]
+    result = subprocess.run(command, env=os.environ, **run)
+    assert result.returncode == 0 and result.stdout.startswith(prompt), result.stderr
+    assert "train one on text of your own: mini-train --dataset FILE" in result.stderr
     train = (
         "--dataset sample --hidden_size 64 --num_hidden_layers 1 --max_steps 3 --warmup_steps 1 --train_batch_size 2"
     )

@@ -1,0 +1,96 @@
+"""Makes the model that comes with Mini of two runs: `python -m box_mini --model RUN [--chat RUN]`."""
+
+import importlib.metadata
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cards_mini import CARD, table
+from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, quiet_libraries
+from files_mini import ADAPTER_CONFIG, BOX, MODEL_CONFIG, find_checkpoint, new_folder, read_json, write_text
+from modeling_mini.loading.checkpoints import load_checkpoint
+from safetensors.torch import load_file, save_file
+from training_mini.data.packages import PACKAGES, licence_of
+
+LARGEST_BOX = 8_000_000  # bytes of weights that people who install Mini download with it
+ORIGIN = "Where it comes from"
+COMMANDS = """\
+python train_accelerate.py --config box_mini/1_packages.yaml
+python train_accelerate.py --config box_mini/2_library.yaml --model runs/small-python-packages/final
+python -m box_mini --model runs/box
+python train_accelerate.py --config box_mini/3_chat.yaml --model box
+python -m box_mini --chat runs/box-python-questions-lora"""
+
+
+@dataclass
+class BoxSettings(Settings):
+    """The runs whose best models become the box."""
+
+    model: str | None = option(None, "run of the model that writes Python source")
+    chat: str | None = option(None, "run of a LoRA adapter on `--model box` that answers")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model is None and self.chat is None:
+            raise ValueError("Name a run by --model or by --chat.")
+
+
+def main() -> None:
+    with one_sentence_errors():
+        (settings,) = ArgumentParser(BoxSettings, description="Make the model that comes with Mini.").parse(
+            sys.argv[1:]
+        )
+        quiet_libraries()
+        if settings.model is not None:
+            write_model(Path(find_checkpoint(settings.model)))
+        if settings.chat is not None:
+            write_adapter(Path(find_checkpoint(settings.chat)))
+        size = sum(file.stat().st_size for folder in BOX.values() for file in folder.glob("*.safetensors"))
+        print(f"The box holds {size / 1e6:.1f} MB of weights, of {LARGEST_BOX / 1e6:.0f} that it may.")
+
+
+def write_model(checkpoint: Path) -> None:
+    """The model with its tokenizer and card. Its code is that of Mini itself."""
+    model, tokenizer = load_checkpoint(str(checkpoint), dtype=torch.bfloat16, device="cpu")
+    with new_folder(BOX["box"]) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for file in folder.glob("*.py"):
+            file.unlink()
+        config = read_json(folder / MODEL_CONFIG)
+        del config["auto_map"]
+        # The file has bfloat16, to be half as large; a CPU computes faster with float32.
+        write_text(folder / MODEL_CONFIG, json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
+        write_text(folder / CARD, card_with_origin(checkpoint))
+
+
+def write_adapter(checkpoint: Path) -> None:
+    """The adapter in bfloat16. Its base is the box by its name, wherever Mini is installed."""
+    with new_folder(BOX["box-chat"]) as folder:
+        # Its tokenizer is that of the model.
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+        weights = folder / "adapter_model.safetensors"
+        save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+        config = {**read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": "box"}
+        write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text(folder / CARD, card_with_origin(checkpoint))
+
+
+def card_with_origin(checkpoint: Path) -> str:
+    """The card of a run, and behind it what the run learned from and by which commands."""
+    versions = [("Python's standard library", f"{sys.version.split()[0]}, PSF-2.0")]
+    for name in PACKAGES:
+        package = importlib.metadata.distribution(name)
+        versions.append((name, f"{package.version}, {licence_of(package).rpartition(' :: ')[2]}"))
+    reason = """\
+It comes with Mini, and was made by these commands, from the packages below. Files that repeat others were left out, so
+that no copy of the held-out text was learned from."""
+    card = (checkpoint / CARD).read_text(encoding="utf-8").rstrip()
+    return "\n\n".join([card, f"## {ORIGIN}", reason, f"```text\n{COMMANDS}\n```", table(versions)]) + "\n"
+
+
+if __name__ == "__main__":
+    main()

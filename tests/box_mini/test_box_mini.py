@@ -1,0 +1,134 @@
+"""The trained model that comes with Mini: what it is, and how it is found where nobody has trained anything."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import files_mini
+import pytest
+import torch
+from cards_mini import read_card
+from files_mini import BOX, display_name, find_checkpoint
+from generation_mini.arguments import GenerationArguments
+from generation_mini.program import model_to_load
+from helpers.programs import run_program
+from modeling_mini.loading.checkpoints import is_chat_model, load_model
+from safetensors import safe_open
+from safetensors.torch import load_file
+from sharing_mini.staging import find_source, stage
+from training_mini.arguments import parse_arguments
+from training_mini.data.sources import BUILT_IN
+
+import box_mini
+from box_mini.__main__ import LARGEST_BOX, main
+
+QUESTION = "What does os.path.join do?"
+
+
+def test_it_writes_where_nobody_has_trained(tmp_path: Path) -> None:
+    prompt = "def read_lines(path):"
+    result = run_program("generate.py", "--prompt", prompt, "--seed", 1, "--max_new_tokens", 30, cwd=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"{prompt}\n") and len(result.stdout) > len(prompt) + 20
+    assert "There is no run under runs/, so the model that comes with Mini writes" in result.stderr
+    assert result.stderr.count("\n") <= 2
+
+
+def test_the_newest_run_stays_the_default(
+    quick_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(quick_run.parent.parent)
+    assert model_to_load(GenerationArguments()) is None
+    assert find_checkpoint(None) == "runs/tiny-sample/best"
+    assert find_checkpoint("box") == str(BOX["box"])
+    assert model_to_load(GenerationArguments(model="box")) == "box"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_conversation_takes_its_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert model_to_load(GenerationArguments(interactive=True)) == "box-chat"
+    assert "There is no run under runs/" in capsys.readouterr().err
+    model, tokenizer = load_model("box-chat")
+    assert is_chat_model(model, tokenizer)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}], add_generation_prompt=True)
+    ids = torch.tensor([ids["input_ids"]])
+    output = model.generate(ids, do_sample=False, max_new_tokens=100)
+    assert output[0, -1] == tokenizer.convert_tokens_to_ids("<|end|>")  # it comes to an end
+    monkeypatch.setitem(files_mini.BOX, "box-chat", tmp_path / "none")
+    assert model_to_load(GenerationArguments(model="box", interactive=True)) == "box"
+
+
+def test_a_stripped_installation_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in list(BOX):
+        monkeypatch.setitem(files_mini.BOX, name, tmp_path / name)
+        with pytest.raises(ValueError, match=f"This installation of Mini has no '{name}'"):
+            find_checkpoint(name)
+    with pytest.raises(ValueError, match="There is no trained model under runs/"):
+        find_checkpoint(None)
+
+
+def test_what_is_in_it() -> None:
+    weights = [file for folder in BOX.values() for file in folder.glob("*.safetensors")]
+    assert len(weights) == len(BOX)
+    assert sum(file.stat().st_size for file in weights) <= LARGEST_BOX
+    for file in weights:
+        with safe_open(file, framework="pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} == {"BF16"}  # noqa: SIM118
+    assert not [file for folder in BOX.values() for file in folder.rglob("*.py")]
+    model, tokenizer = load_model("box")
+    assert model.dtype == torch.float32 and not is_chat_model(model, tokenizer)
+    card = read_card(BOX["box"] / "README.md")
+    assert card.metadata["model-index"][0]["results"][0]["metrics"][0]["value"] < 1.06
+    assert "| transformers | 5." in card.text and "box_mini/1_packages.yaml" in card.text
+    assert json.loads((BOX["box-chat"] / "adapter_config.json").read_text())["base_model_name_or_path"] == "box"
+    assert [display_name(str(folder)) for folder in BOX.values()] == list(BOX)
+
+
+def test_it_is_shared_like_any_other(tmp_path: Path) -> None:
+    staged = stage(find_source("box"), tmp_path)
+    assert staged.kind == "model"
+    assert {"model.safetensors", "modeling_mini.py", "tokenizer.json", "README.md"} <= set(staged.files)
+
+
+def test_it_is_made_of_a_run(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(files_mini.BOX, "box", tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["box_mini", "--model", str(quick_run)])
+    main()
+    model, _ = load_model(str(tmp_path / "model"))
+    original, _ = load_model(str(quick_run))
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, original.state_dict()[name].bfloat16().float()), name
+    assert "auto_map" not in json.loads((tmp_path / "model" / "config.json").read_text())
+
+    # Of the adapter too, which may be trained on any base: it is for the box.
+    run = tmp_path / "run"
+    shutil.copytree(BOX["box-chat"], run)
+    config = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/elsewhere"}))
+    monkeypatch.setitem(files_mini.BOX, "box-chat", tmp_path / "chat")
+    monkeypatch.setattr(sys, "argv", ["box_mini", "--chat", str(run)])
+    main()
+    written = json.loads((tmp_path / "chat" / "adapter_config.json").read_text())
+    assert written == {**config, "base_model_name_or_path": "box"}
+    assert not list((tmp_path / "chat").glob("tokenizer*")), "its tokenizer is that of the model"
+    weights = [load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "chat")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    monkeypatch.setattr(sys, "argv", ["box_mini"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+
+
+@pytest.mark.parametrize("path", sorted(Path(box_mini.__file__).parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_its_settings_are_those_of_a_run(path: Path) -> None:
+    flags = ["--model", "box"] if "--model" in path.read_text() else []
+    arguments = parse_arguments(["--config", str(path), *flags])
+    assert arguments.data.dataset in BUILT_IN
+    assert arguments.optimization.max_steps == int(re.search(r"max_steps: (\d+)", path.read_text())[1])
