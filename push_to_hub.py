@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 from entry_points_mini import one_sentence_errors
+from files_mini import BOX
 from sharing_mini.arguments import parse_arguments
 
 
 def main() -> None:
     with one_sentence_errors():
         source, repository, arguments = parse_arguments(sys.argv[1:])
-        if not Path(source).exists():
+        if source not in BOX and not Path(source).exists():
             raise ValueError(f"There is no run or checkpoint folder {source!r}.")
         # Not above: these load torch, which takes seconds.
         from sharing_mini.pushing import push

@@ -96,6 +96,12 @@ def test_it_is_shared_like_any_other(tmp_path: Path) -> None:
     assert {"model.safetensors", "modeling_mini.py", "tokenizer.json", "README.md"} <= set(staged.files)
 
 
+def test_it_is_pushed_by_its_name(tmp_path: Path) -> None:
+    result = run_program("push_to_hub.py", "box", "user/name", "--license", "apache-2.0", "--dry_run", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "modeling_mini.py" in result.stdout and "A dry run: nothing was sent" in result.stdout
+
+
 def test_it_is_made_of_a_run(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(files_mini.BOX, "box", tmp_path / "model")
     monkeypatch.setattr(sys, "argv", ["box_mini", "--model", str(quick_run)])
