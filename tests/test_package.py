@@ -43,7 +43,7 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
     # Before anything was trained, the model that comes with Mini writes.
     prompt = "def read_lines(path):"
     command = [python.with_name("mini-generate"), "--prompt", prompt, "--max_new_tokens", "20"]
-    result = subprocess.run(command, env=os.environ, **run)
+    result = subprocess.run(command, **run)
     assert result.returncode == 0 and result.stdout.startswith(prompt), result.stderr
     assert "train one on text of your own: mini-train --dataset FILE" in result.stderr
     train = (

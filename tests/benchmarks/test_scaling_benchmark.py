@@ -10,7 +10,7 @@ PROGRAM = "benchmarks/scaling.py"
 
 
 def test_figures(tmp_path: Path) -> None:
-    arguments = "--megabytes 2 --bpe_megabytes 1 --size tiny --rounds 1 --output out.json".split()
+    arguments = "--megabytes 2 --bpe_megabytes 1 --size small --rounds 1 --output out.json".split()
     result = run_program(PROGRAM, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
