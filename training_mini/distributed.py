@@ -350,6 +350,27 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def join_after_restart(timeout: timedelta) -> None:
+    """
+    Joins the other processes that torchrun has started again. It keeps one store of keys for all of its starts, where a
+    process finds the addresses that dead ones have left, and waits for them (torch 2.13). So each start has a prefix.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if start == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, processes, is_master=False, timeout=timeout)
+    on_cpus = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    dist.init_process_group(
+        "gloo" if on_cpus else "nccl",
+        store=dist.PrefixStore(f"start {start}", store),
+        rank=rank,
+        world_size=processes,
+        timeout=timeout,
+    )
+
+
 def make_accelerator(arguments: Arguments) -> Accelerator:
     """
     The accelerator, with bfloat16 and TF32 where a GPU has them unless the user decided.
@@ -376,6 +397,7 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
     trackers = arguments.monitoring.report_to
     AcceleratorState._reset_state()  # of an earlier run in this process, which may have had another precision
     timeout = InitProcessGroupKwargs(timeout=timedelta(seconds=run.ddp_timeout))
+    join_after_restart(timeout.timeout)
     accelerator = Accelerator(
         mixed_precision="bf16" if bf16 else "no",
         log_with=trackers or None,
