@@ -44,7 +44,8 @@ def test_blocks(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         result = run_program(str(tmp_path / "block.py"), cwd=tmp_path)  # in a process without Mini
         assert result.returncode == 0, result.stderr
         outputs.append(result.stdout)
-    streamed, two, _, _, in_python, _ = outputs
+    streamed, two, by_the_box, _, _, in_python, _ = outputs
+    assert by_the_box.startswith("def read_lines(path):\n")
     assert streamed.startswith("def ") and two.count("class Stack") == 2 and in_python.startswith("import ")
     texts = [json.loads(line) for line in (tmp_path / "runs" / "texts.jsonl").read_text().splitlines()]
     assert [text["prompt"] for text in texts] == ["import ", "def ", "class "]
