@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import files_mini
 import pytest
 import torch
 from modeling_mini.loading.checkpoints import existing_device, find_checkpoint, load_checkpoint
@@ -24,7 +25,9 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_without_a_name_it_is_the_newest_run() -> None:
+def test_without_a_name_it_is_the_newest_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert find_checkpoint(None) == str(files_mini.BOX["box"]), "without a run, it is the model that comes with Mini"
+    monkeypatch.setitem(files_mini.BOX, "box", tmp_path / "stripped")
     with pytest.raises(ValueError, match=r"no trained model under runs/: train one first, or name it by --model\.$"):
         find_checkpoint(None)
     make("old/best", age=20)
