@@ -122,13 +122,13 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
 def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, float]:
     flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --max_steps 100000".split()
     trainer = Trainer(parse_arguments([*flags, "--output_dir", str(folder / "run")]))
-    with trainer.stop, contextlib.closing(trainer.monitor), contextlib.closing(trainer.writer):
+    with trainer.stop, contextlib.closing(trainer.monitor), contextlib.closing(trainer.saving.writer):
         trainer.begin()
         trainer.training_step()  # the moments exist from the first step on
         writing, checking = [], []
         for _ in range(settings.rounds):
             start = time.perf_counter()
-            trainer.save()
+            trainer.saving.save()
             writing.append(time.perf_counter() - start)
             (state,) = states_of(folder / "run")
             start = time.perf_counter()
@@ -155,10 +155,10 @@ def steps_lost(trainer: Trainer, settings: ScalingSettings) -> dict[str, float]:
         for how, times in seconds.items():
             start = time.perf_counter()
             if how != "without":
-                trainer.save(in_background=how == "in_background")
+                trainer.saving.save(in_background=how == "in_background")
             for _ in range(settings.steps):
                 trainer.training_step()
-            trainer.complete_save()
+            trainer.saving.complete()
             times += [time.perf_counter() - start] * (turn > 0)
     medians = {how: statistics.median(times) for how, times in seconds.items()}
     step = medians["without"] / settings.steps

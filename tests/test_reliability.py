@@ -273,7 +273,7 @@ def test_no_folder_has_weights_that_are_not_finite(name: str, tmp_path: Path) ->
     ):
         save_model(trainer.run, name, result.evaluation)
     with pytest.raises(ValueError, match=r"the checkpoint of step 3 is sound: go on from it with --resume"):
-        trainer.save()
+        trainer.saving.save()
     assert [state.name for state in states_of(tmp_path / "run")] == ["step_3"]
     assert not (tmp_path / "run" / "merged").exists()
     assert all(torch.equal(tensor, before[key]) for key, tensor in weights(tmp_path / "run").items())

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .arguments import Arguments
 from .build import build_run, compile_model, description_of, find_micro_batches
 from .callbacks import Callbacks
-from .checkpoint_writer import CheckpointWriter, is_in_background
-from .checkpoints import advice_of_sound_state, check_is_finite
+from .checkpoints import advice_of_sound_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
@@ -24,6 +22,7 @@ from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
 from .result import TrainingResult
 from .sampling import functions_of_run, samples_of_run
+from .saving import Saving
 from .signals import StopRequest
 from .time_limit import fix_max_steps
 
@@ -49,7 +48,7 @@ class Trainer:
         run: the parts of the run: model, data, optimizers and so on.
         micro_batches: the number of micro-batches into which this process splits its part of a batch.
         window: the steps since the last log line.
-        saved_step: the step of the last checkpoint that was written, or begun in the background, or -1.
+        saving: what writes checkpoints and models on the way.
         callbacks: what a caller in Python has asked to be called.
     """
 
@@ -63,10 +62,7 @@ class Trainer:
         self.callbacks = Callbacks(self.run, hooks.callbacks)
         self.schedulers: list[LRScheduler] = []
         self.micro_batches = arguments.optimization.gradient_accumulation_steps
-        self.saved_step = self.state.step if arguments.run.resume else -1
-        keep = arguments.run.keep_last, arguments.run.keep_every
-        self.writer = CheckpointWriter(self.run.folder, self.parallel, *keep)
-        self.saves_in_background = is_in_background(self.run)
+        self.saving = Saving(self.run, self.stop, self.monitor, self.callbacks)
         self.window = make_log_window(self.run)
         self.learning_rate = 0.0
         self.dropout: float | None = None
@@ -83,7 +79,7 @@ class Trainer:
                         evaluation = self.evaluate()  # a run that was resumed at its end has none yet
                 result = self.finish(evaluation) if evaluation is not None else self.leave()
         finally:
-            self.writer.close()
+            self.saving.writer.close()
             self.run.run_folder.release()
         self.callbacks.call("on_train_end")
         self.accelerator.wait_for_everyone()
@@ -141,8 +137,8 @@ class Trainer:
                     self.monitor.show_samples(self.state.step, self.sample())
                 # 4. Write a checkpoint to go on from.
                 is_due = is_last or must_stop or self.is_due(save_steps) or self.callbacks.asked("save")
-                if is_due and self.saved_step != self.state.step:
-                    self.save(in_background=self.saves_in_background and not (is_last or must_stop))
+                if is_due and self.saving.step != self.state.step:
+                    self.saving.save(in_background=self.saving.in_background and not (is_last or must_stop))
             if is_last or must_stop:
                 if self.window.steps:
                     self.log()  # what was learned since the last log line
@@ -153,8 +149,8 @@ class Trainer:
             is_due = self.is_due(monitoring.logging_steps) or self.callbacks.asked("log")
             if is_due or self.state.step in (1, self.arguments.optimization.max_steps):
                 self.log()
-                if self.writer.is_written():
-                    self.complete_save()
+                if self.saving.writer.is_written():
+                    self.saving.complete()
             if self.is_due(monitoring.internals_steps):
                 self.log_internals()
 
@@ -289,50 +285,11 @@ class Trainer:
         best = " - best so far" if is_best else ""
         self.monitor.say(f"step {state.step}: {evaluation.description(run.compressors)}{best}")
         state.evaluations_since_best = 0 if is_best else state.evaluations_since_best + 1
-        if is_best and self.written(lambda: save_model(run, "best", evaluation)):
+        if is_best and self.saving.written(lambda: save_model(run, "best", evaluation)):
             state.best_loss, state.best_step, state.best_sequences = evaluation.loss, state.step, state.sequences
         self.draw_curves()
         self.callbacks.call("on_evaluate", metrics=metrics)
         return evaluation
-
-    def save(self, in_background: bool = False) -> None:
-        """Writes a checkpoint to resume from, or begins to."""
-        run = self.run
-        check_is_finite(run.folder, self.state, self.parallel, run.model)
-        self.state.stream = run.batches.state_dict(self.state.step)
-        if self.written(lambda: self.writer.save(self.state, run.weights, in_background)):
-            self.saved_step = self.state.step
-            if not in_background:
-                self.callbacks.call("on_save", checkpoint=run.folder / "checkpoints" / f"step_{self.state.step}")
-
-    def complete_save(self) -> None:
-        """Waits for the checkpoint in the background, if there is one. If it failed, the run stops or warns."""
-        if (checkpoint := self.writer.pending) is None:
-            return
-        try:
-            self.writer.wait()
-        except OSError as error:
-            self.survive(error)
-        else:
-            self.callbacks.call("on_save", checkpoint=checkpoint)
-
-    def written(self, write: Callable[[], None]) -> bool:
-        """Whether a write by all processes succeeded. If not, the run stops or warns, as `on_save_error` says."""
-        self.complete_save()  # first: one thing is written at a time
-        try:
-            write()
-        except OSError as error:
-            if self.stop.signal is not None:
-                raise
-            self.survive(error)
-            return False
-        return True
-
-    def survive(self, error: OSError) -> None:
-        """Goes on after something could not be written, or does not."""
-        if self.arguments.run.on_save_error == "stop":
-            raise error
-        self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")
 
     def finish(self, evaluation: Evaluation) -> TrainingResult:
         """Saves the last model, and the merged one if that was asked for, and writes the last sample."""

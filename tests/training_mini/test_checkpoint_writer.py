@@ -19,7 +19,7 @@ def test_a_run_that_saves_in_the_background_equals_one_that_waits(tmp_path: Path
     """Bit by bit, also where it goes on from a checkpoint that was written while training went on."""
     train_here(tmp_path / "waiting", *SETTINGS, "--async_save", "false")
     trainer, _ = train_here(tmp_path / "run", *SETTINGS)
-    assert trainer.saves_in_background and trainer.writer.pending is None
+    assert trainer.saving.in_background and trainer.saving.writer.pending is None
     states = states_of(tmp_path / "run")
     assert [state.name for state in states] == [f"step_{n}" for n in range(2, 13, 2)]
     assert [damage_of(state) for state in states] == [""] * 6
