@@ -123,7 +123,7 @@ def test_flags_that_are_named_exist() -> None:
         (ROOT / "docs" / f"{name}.md").read_text("utf-8")
         for name in ("QUICKSTART", "GENERATION", "LEARNING", "TRAINING", "SCALING", "RELIABILITY")
     ]
-    others = {"--config_file", "--quiet", "--signal"}  # of accelerate and of Slurm
+    others = {"--config_file", "--quiet", "--signal", "--standalone", "--master_port"}  # of accelerate, Slurm, torchrun
     flags = {flag for page in pages for flag in re.findall(r"`(--[a-z0-9_]+)", page)} - others
     assert len(flags) > 40
     for flag in flags:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import re
 import resource
@@ -27,7 +26,7 @@ def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
     """The exit code of a trainer; minus the number of the signal if one ended it."""
     # Forked, so that the instants of a kill fall into training and saving, not into seconds of imports.
     process = fork_server.Program(
-        [str(ROOT / "train_accelerate.py"), *map(str, arguments)], cwd, dict(os.environ), None
+        [str(ROOT / "train_accelerate.py"), *map(str, arguments)], cwd, dict(fork_server.server().environment), None
     )
     if kill_after is not None:
         time.sleep(kill_after)
