@@ -64,7 +64,8 @@ def write_model(checkpoint: Path) -> None:
         del config["auto_map"]
         # The file has bfloat16, to be half as large; a CPU computes faster with float32.
         write_text(folder / MODEL_CONFIG, json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-        write_text(folder / CARD, card_with_origin(checkpoint))
+        without = "Files that repeat others were left out, so that no copy of the held-out text was learned from."
+        write_text(folder / CARD, card_with_origin(checkpoint, without))
 
 
 def write_adapter(checkpoint: Path) -> None:
@@ -76,18 +77,17 @@ def write_adapter(checkpoint: Path) -> None:
         save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
         config = {**read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": "box"}
         write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
-        write_text(folder / CARD, card_with_origin(checkpoint))
+        also = "Its questions are about the whole standard library, also about the files that the model has not seen."
+        write_text(folder / CARD, card_with_origin(checkpoint, also))
 
 
-def card_with_origin(checkpoint: Path) -> str:
+def card_with_origin(checkpoint: Path, about_the_text: str) -> str:
     """The card of a run, and behind it what the run learned from and by which commands."""
     versions = [("Python's standard library", f"{sys.version.split()[0]}, PSF-2.0")]
     for name in PACKAGES:
         package = importlib.metadata.distribution(name)
         versions.append((name, f"{package.version}, {licence_of(package).rpartition(' :: ')[2]}"))
-    reason = """\
-It comes with Mini, and was made by these commands, from the packages below. Files that repeat others were left out, so
-that no copy of the held-out text was learned from."""
+    reason = f"It comes with Mini, and was made by these commands, from the packages below. {about_the_text}"
     card = (checkpoint / CARD).read_text(encoding="utf-8").rstrip()
     return "\n\n".join([card, f"## {ORIGIN}", reason, f"```text\n{COMMANDS}\n```", table(versions)]) + "\n"
 

@@ -281,8 +281,6 @@ class CompiledStep:
         OSError: if the file cannot be written.
     """
 
-    takes_batches = False
-
     def __init__(self, model: PreTrainedModel) -> None:
         weight = model.model.embed_tokens.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
@@ -326,8 +324,6 @@ class CompiledStep:
 
 class CompiledStepForMany(CompiledStep):
     """Two native functions for models of this shape: one for one sequence, and one for any number of them."""
-
-    takes_batches = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)

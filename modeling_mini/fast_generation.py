@@ -94,7 +94,7 @@ class FastGenerationMixin:
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         """What `generate` calls for greedy decoding and for sampling: the fast path wherever it gives the same."""
         model = self
-        # Layers of bitsandbytes compute other bits than their weights as numbers.
+        # Layers of bitsandbytes give other bits than their dequantized weights do.
         if getattr(generation_config, "fast_decoding", True) is True and has_quantized_layers(self):
             model = dequantized(self)
         if obstacle(model, self.plain_modules, generation_config, synced_gpus, model_kwargs) is None:

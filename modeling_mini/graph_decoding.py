@@ -120,7 +120,6 @@ class GraphStep:
         RuntimeError: if the step cannot be recorded here.
     """
 
-    takes_batches = True
     recording_class = Recording
 
     def __init__(self, model: PreTrainedModel) -> None:

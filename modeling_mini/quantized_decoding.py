@@ -1,5 +1,5 @@
 """
-Decoding of models in INT8 and INT4 on a CPU: for one call of `generate`, their weights become numbers again.
+Decoding of models in INT8 and INT4 on a CPU: for one call of `generate`, their weights are dequantized.
 
 A layer of bitsandbytes reads its weight anew in each call, and rounds its input too, which takes several times as long
 as a product in float32. Here the weights are read once, into a copy of the model that shares everything else. The fast
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-# A model whose quantized weights would take more bytes as numbers is decoded layer by layer, in transformers' loop:
+# A model whose weights would take more bytes, dequantized, is decoded layer by layer, in transformers' loop:
 # people quantize models of that size because their memory has no space for them.
 DEQUANTIZED_BYTES = 512 * 1024**2
 LIBRARY = "bitsandbytes."
 
 
 def has_quantized_layers(model: PreTrainedModel) -> bool:
-    """Whether the model is on a CPU and has layers of bitsandbytes whose weights, as numbers, are not too large."""
+    """Whether the model is on a CPU and has layers of bitsandbytes whose weights are not too large when dequantized."""
     if not getattr(model, "is_quantized", False) or model.device.type != "cpu":
         return False
     layers = [module for module in model.modules() if type(module).__module__.startswith(LIBRARY)]

@@ -481,6 +481,11 @@ class Arguments:
         """Writes the resolved settings as YAML that `--config` and `--resume` read back."""
         write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
 
+    def are_those_of(self, folder: Path) -> bool:
+        """Whether the run in a folder has these settings."""
+        settings = yaml.safe_load(read_text(folder / "config.yaml"))
+        return settings == yaml.safe_load(yaml.safe_dump(self.as_dict(), allow_unicode=True))
+
     def as_dict(self) -> dict[str, Any]:
         """The settings that were given or have a default, without what this one call was told to do."""
         groups = dataclasses.asdict(self).values()
@@ -642,8 +647,7 @@ def after_restart(arguments: Arguments, argv: list[str]) -> Arguments:
     is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not arguments.run.resume
     if not is_restart or not (folder / "config.yaml").is_file():
         return arguments
-    settings = yaml.safe_load(read_text(folder / "config.yaml"))
-    if settings != yaml.safe_load(yaml.safe_dump(arguments.as_dict(), allow_unicode=True)):
+    if not arguments.are_those_of(folder):
         return arguments
     if list(folder.glob("checkpoints/step_*")):
         return parse_arguments(["--resume", f"--output_dir={folder}"])

@@ -85,17 +85,14 @@ def save_sharded(run: Run, folder: Path, evaluation: Evaluation | None) -> None:
             path.unlink()
         complete_folder(model, run.corpus.tokenizer, partial, card_of(run, model, run.state, evaluation))
 
-    error = None
     try:
         parallel.together(folder, describe)
         write_weights(run, partial, folder)
         parallel.together(folder, lambda: run.accelerator.is_main_process and replace_folder(partial, folder))
-    except OSError as caught:
-        error = caught
-    if error is not None:
+    except OSError:
         if run.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
-        raise error
+        raise
 
 
 def write_weights(run: Run, partial: Path, folder: Path) -> None:

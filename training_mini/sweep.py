@@ -70,8 +70,7 @@ class PlannedRun:
         """
         if not (self.folder / SETTINGS).is_file():
             return False
-        before = yaml.safe_load(read_text(self.folder / SETTINGS))
-        if before != self.arguments.as_dict():
+        if not self.arguments.are_those_of(self.folder):
             raise ValueError(
                 f"There is a run in {str(self.folder)!r} whose settings are others than those of {self.label}: move it "
                 f"away, or name another --folder."
