@@ -418,6 +418,7 @@ def quiet_libraries() -> None:
         # Without AVX512-BF16 kernels of a further library it warns on import, and peft imports it.
         "bitsandbytes.backends.cpu.ops",
         "bitsandbytes.autograd._functions",  # in INT8, it says for every product that it computes in float16
+        "torch.utils.cpp_extension",  # where a CUDA compiler and no GPU is installed, the first compilation warns of it
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
     # The first step of a run may be skipped, and the schedule goes on all the same.
