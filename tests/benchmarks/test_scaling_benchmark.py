@@ -15,7 +15,10 @@ def test_figures(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
     assert figures == json.loads((tmp_path / "out.json").read_text())
-    assert all(value > 0 for name, value in figures.items() if name != "machine")
+    # What a checkpoint costs is a difference of two times: around nothing, noise puts it on either side of zero.
+    differences = {"steps_lost_waiting", "steps_lost_in_background"}
+    assert differences < set(figures)
+    assert all(value > 0 for name, value in figures.items() if name not in {"machine", *differences})
     assert 2 < figures["bytes_per_bpe_token"] < 6, "BPE was what encoded"
     # Weights and one momentum in float32 (two moments for the embedding and the vectors), and their names.
     assert 8 < figures["checkpoint_bytes_per_parameter"] < 9
