@@ -423,6 +423,8 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     # The first step of a run may be skipped, and the schedule goes on all the same.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+    # Under autocast, the norms of queries and keys get bfloat16 and have weights in float32. The result is right.
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
 
 
 def imported(name: str, setting: str) -> Any:

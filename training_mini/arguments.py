@@ -410,9 +410,11 @@ class RunArguments(Settings):
     ddp_timeout: int = option(
         1800, "seconds after which the processes no longer wait for one that hangs, and the run ends", at_least=1
     )
-    bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it)")
+    bf16: bool | None = option(None, "bfloat16 autocast (default: where a GPU has it, or a CPU is faster with it)")
     tf32: bool | None = option(None, "TF32 in float32 products (default: where a GPU has it)")
-    torch_compile: bool = option(False, "compile the model; slow to start, faster after")
+    torch_compile: bool | None = option(
+        None, "compile the model; slow to start, faster after (default: its blocks, in a long run on a CPU)"
+    )
     compile_regions: bool = option(False, "with torch_compile: compile one block, for all of them")
     gradient_checkpointing: bool = option(False, "trade compute for memory")
 

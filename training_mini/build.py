@@ -1,6 +1,9 @@
 """Makes the parts of a run from its settings: checks, the run folder, the model, its optimizers and its batches."""
 
 import contextlib
+import os
+import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,7 +37,8 @@ from .checkpoints import (
     read_state,
     states_of,
 )
-from .cpu_kernels import measure_products, use_products
+from .cpu_attention import attention_in_blocks, blocks_are_faster
+from .cpu_kernels import SMALLEST_STEP, bfloat16_is_faster, flops_of_step, measure_products, use_products
 from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer
@@ -48,6 +52,8 @@ from .own_model import config_class_of, has_own_code, name_code
 from .run_folder import RunFolder
 from .sharded_start import ShardedStart
 
+# From so many FLOPs on, a run on a CPU pays the 10 to 30 seconds that compiling takes: they are about 100 seconds.
+LONG_RUN = 1e13
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # how a small model writes well
 
 
@@ -112,6 +118,23 @@ class Run:
         return self.ema.in_place() if self.ema is not None else contextlib.nullcontext()
 
     @contextlib.contextmanager
+    def kernels(self) -> Iterator[None]:
+        """Within the context, a training step computes with what was chosen for a CPU."""
+        with contextlib.ExitStack() as stack:
+            if self.state.is_bfloat16:
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+            if self.state.has_blocks:
+                stack.enter_context(attention_in_blocks(self.unwrapped_model))
+            yield
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[None]:
+        """
+        Within the context, blocks that Mini compiled by itself are not: what is not training has other shapes and
+        needs no gradients, and is too short for another compilation.
+        """
+        return torch.compiler.set_stance("force_eager") if self.state.is_compiled else contextlib.nullcontext()
+
+    @contextlib.contextmanager
     def full_model(self) -> Iterator[PreTrainedModel | None]:
         """
         The model to write with, whole and with the moving average if there is one, on the main process, and `None` on
@@ -122,7 +145,7 @@ class Run:
         if self.parallel.is_sharded and not self.parallel.from_main(has_room):
             yield None
             return
-        with self.ema_weights():
+        with self.ema_weights(), self.uncompiled():
             yield self.parallel.gather_full_model(self.model)
 
 
@@ -187,7 +210,7 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
         # 3. Where the run stood, if it goes on.
         if arguments.run.resume:
             load_state(run)
-        choose_products(run)
+        choose_kernels(run)
         return run
     except BaseException:
         folder.release()
@@ -227,26 +250,65 @@ def load_state(run: Run) -> None:
     run.state, run.problems = state, run.problems + problems
 
 
-def choose_products(run: Run) -> None:
+def choose_kernels(run: Run) -> None:
     """
-    Chooses the faster library for each matrix product on a CPU. A run that is resumed keeps its choice, so that it goes
-    on with the same bits.
+    Chooses what a CPU computes with: the library of each matrix product, bfloat16 or float32, attention in blocks or
+    torch's own, compiled or not. A run that is resumed keeps its choice, so that it goes on with the same bits.
     """
-    accelerator, state, optimization = run.accelerator, run.state, run.arguments.optimization
-    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "no" or run.parallel.tensor_size > 1:
+    accelerator, state, arguments = run.accelerator, run.state, run.arguments
+    if accelerator.device.type != "cpu" or run.parallel.tensor_size > 1:
         return
     here = processor_name()
     if not state.processor:
-        sequences = optimization.train_batch_size // run.parallel.data_processes
-        tokens = sequences // optimization.gradient_accumulation_steps * run.config.max_position_embeddings
-        choice = measure_products(run.unwrapped_model, tokens) if accelerator.is_main_process else None
-        state.products, state.processor = run.parallel.from_main(choice), run.parallel.from_main(here)
+        sequences = arguments.optimization.train_batch_size // run.parallel.data_processes
+        sequences //= arguments.optimization.gradient_accumulation_steps
+        choice = measured_choice(run, sequences) if accelerator.is_main_process else None
+        choice = run.parallel.from_main(choice)
+        state.products, state.is_bfloat16, state.has_blocks, state.is_compiled = choice
+        state.processor = run.parallel.from_main(here)
     elif state.processor != here:
         run.problems.append(
             f"This run began on another processor ({state.processor}): from here on, its losses are equal up to "
             "rounding, not bit by bit."
         )
     use_products(run.unwrapped_model, state.products)
+
+
+def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], bool, bool, bool]:
+    """
+    `products`, `is_bfloat16`, `has_blocks` and `is_compiled` of `TrainerState` for this processor.
+
+    Args:
+        sequences: those of a micro-batch of one process.
+    """
+    model, arguments = run.unwrapped_model, run.arguments
+    tokens = sequences * run.config.max_position_embeddings
+    is_told_bfloat16 = run.accelerator.mixed_precision == "bf16"
+    # What is sharded or quantized has types of its own.
+    is_plain = not (run.parallel.is_sharded or run.parallel.is_deepspeed or getattr(model, "is_quantized", False))
+    products = {} if is_told_bfloat16 else measure_products(model, tokens)
+    may_be_bfloat16 = is_plain and arguments.run.bf16 is None and not is_told_bfloat16
+    is_bfloat16 = may_be_bfloat16 and bfloat16_is_faster(model, tokens, products)
+    dtype = torch.bfloat16 if is_bfloat16 or is_told_bfloat16 else torch.float32
+    is_small = flops_of_step(model, tokens) < SMALLEST_STEP
+    has_blocks = not is_small and blocks_are_faster(run.config, sequences, dtype)
+    is_compiled = is_plain and run.accelerator.num_processes == 1 and compiling_pays(run, tokens)
+    return {} if is_bfloat16 else products, is_bfloat16, has_blocks, is_compiled
+
+
+def compiling_pays(run: Run, tokens: int) -> bool:
+    """Whether compiling the blocks of the model saves more time than it takes, and the user left it to Mini."""
+    arguments, optimization = run.arguments, run.arguments.optimization
+    has_one_shape = not isinstance(run.corpus, ExampleCorpus) and optimization.dropout_start is None
+    if arguments.run.torch_compile is not None or arguments.run.gradient_checkpointing or not has_one_shape:
+        return False
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if run.has_own_code or not run.blocks or shutil.which(compiler) is None:
+        return False
+    if optimization.max_minutes is not None:
+        return optimization.max_minutes >= 2
+    micro_batches = optimization.gradient_accumulation_steps
+    return optimization.max_steps * micro_batches * flops_of_step(run.unwrapped_model, tokens) >= LONG_RUN
 
 
 def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:
@@ -262,13 +324,30 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
     return run.parallel.find_micro_batches(run.model, share, optimization.gradient_accumulation_steps, try_micro_batch)
 
 
-def compile_model(run: Run) -> None:
-    """Compiles the model in place if that was asked for: whole, or one of its equal blocks for all of them."""
-    if run.arguments.run.compile_regions:
+def compile_model(run: Run, try_step: Callable[[], object]) -> None:
+    """
+    Compiles the model in place: whole or one of its equal blocks for all of them if that was asked for, and the blocks
+    if that was chosen for a CPU.
+
+    Args:
+        try_step: computes both passes on a batch.
+    """
+    if run.arguments.run.compile_regions or run.state.is_compiled:
         for block in run.blocks:
             block.compile()
     elif run.arguments.run.torch_compile:
         run.model.compile()
+    if run.state.is_compiled:  # nobody asked for it, so it must not be what ends a run
+        try:
+            try_step()
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0]
+            run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
+            run.state.is_compiled = False
+            for block in run.blocks:
+                block._compiled_call_impl = None  # what `compile` has set; there is no other way back
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
 
 
 def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> list[str]:
@@ -281,7 +360,8 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     """
     accelerator, corpus, arguments = run.accelerator, run.corpus, run.arguments
     beginning = f"Resuming at step {run.state.step}" if run.state.step else "Training"
-    precision = "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    is_bfloat16 = accelerator.mixed_precision == "bf16" or run.state.is_bfloat16
+    precision = "bf16" if is_bfloat16 else "float32"
     threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
     parallel = f" ({run.parallel.name})" if run.parallel.name else ""
     split = f", each batch in {micro_batches} micro-batches" if micro_batches > 1 else ""
@@ -295,9 +375,8 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     ]
     if arguments.model.model is not None:
         sequences = arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
-        is_bf16, checkpointing = accelerator.mixed_precision == "bf16", arguments.run.gradient_checkpointing
-        length = run.config.max_position_embeddings
-        about = describe(run.unwrapped_model, sequences, length, is_bf16, checkpointing)
+        length, checkpointing = run.config.max_position_embeddings, arguments.run.gradient_checkpointing
+        about = describe(run.unwrapped_model, sequences, length, is_bfloat16, checkpointing)
         lines.append(f"From {arguments.model.model}: {about}.")
     if notes := run.batches.notes():
         lines.append(notes)

@@ -64,7 +64,10 @@ class TrainerState:
         tracker_id: the name under which trackers know the run.
         stream: the position in the stream of a dataset.
         products: the matrix products that oneDNN computes on a CPU; see cpu_kernels.py.
-        processor: that on which they were measured; empty if the run has not been on a CPU.
+        is_bfloat16: whether a CPU computes in bfloat16 autocast, because that is faster.
+        has_blocks: whether a CPU computes attention in blocks; see cpu_attention.py.
+        is_compiled: whether the blocks of the model are compiled for a CPU.
+        processor: that for which the four were chosen; empty if the run has not been on a CPU.
     """
 
     corpus: dict[str, Any]
@@ -83,6 +86,9 @@ class TrainerState:
     tracker_id: str = ""
     stream: dict[str, Any] = field(default_factory=dict)
     products: dict[str, list[str]] = field(default_factory=dict)
+    is_bfloat16: bool = False
+    has_blocks: bool = False
+    is_compiled: bool = False
     processor: str = ""
 
 

@@ -1,16 +1,20 @@
 """
-Faster float32 matrix products for training on CPUs.
+Faster matrix products for training on CPUs.
 
-torch computes matrix products with MKL, and has oneDNN in the same library, without a switch between them. Which is
+torch computes float32 products with MKL, and has oneDNN in the same library, without a switch between them. Which is
 faster depends on the processor and on the product: on one AMD processor oneDNN is twice as fast in all of them, on
-another it is faster in the forward pass and slower in the gradient of the weights. So the products of the model at hand
-are measured at the start of a run.
+another it is faster in the forward pass and slower in the gradient of the weights. Some processors multiply in bfloat16
+twice as fast as in float32, others a hundred times more slowly. So the products of the model at hand are measured at
+the start of a run.
 """
 
 import contextlib
 import functools
 import json
 import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from files_mini import cache_folder, read_json, write_text
@@ -20,7 +24,11 @@ from torch import nn
 # A linear layer has three products: its output, and in the backward pass the gradients of its inputs and its weight.
 PRODUCTS = ("output", "input_gradient", "weight_gradient")
 ROUNDS = 9
-MARGIN = 1.1  # oneDNN has to be faster by this factor, because a small gain may be chance
+MARGIN = 1.1  # another way has to be faster by this factor, because a small gain may be chance
+# And bfloat16 by this, in the products alone: autocast has to convert between the types as well.
+BFLOAT16_MARGIN = 1.3
+# Products with more FLOPs are measured with fewer tokens. Beyond this, the speed no longer depends on the size.
+LARGEST_PRODUCT = 5e8
 # A step with fewer FLOPs takes a few hundredths of a second, and there is nothing to gain.
 SMALLEST_STEP = 2e9
 
@@ -77,55 +85,120 @@ def linear_forward(module: nn.Linear, by_onednn: tuple[str, ...], inputs: torch.
 
 def use_products(model: nn.Module, choice: Choice) -> None:
     """Makes the linear layers of a model multiply as `choice` says. Weights and checkpoints do not change."""
-    for module in model.modules():
-        if type(module) is nn.Linear and (by_onednn := choice.get(shape_of(module))):
+    for module in linear_layers(model):
+        if by_onednn := choice.get(shape_of(module)):
             module.forward = functools.partial(linear_forward, module, tuple(by_onednn))
 
 
 def measure_products(model: nn.Module, tokens: int) -> Choice:
     """
     The products that oneDNN computes faster than MKL here, for the linear layers of a model and so many tokens in a
-    micro-batch. It takes well under a second, and once on a machine: the result is kept in the cache, so that equal
-    runs are equal bit by bit.
+    micro-batch.
     """
-    layers = {shape_of(module): module for module in model.modules() if type(module) is nn.Linear}
-    parameters = sum(module.weight.numel() for module in model.modules() if type(module) is nn.Linear)
-    if 6 * parameters * tokens < SMALLEST_STEP or not onednn_is_available():
+    if not onednn_is_available() or flops_of_step(model, tokens) < SMALLEST_STEP:
         return {}
-    cache, measured = cache_folder() / "products.json", {}
-    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
-        measured = read_json(cache)
-    known = len(measured)
-    choice = {}
-    here = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    for shape, layer in layers.items():
-        key = f"{here}, {tokens} x {shape}"
-        if key not in measured:
-            measured[key] = faster_products(layer.out_features, layer.in_features, tokens)
-        choice[shape] = measured[key]
-    if len(measured) > known:
-        with contextlib.suppress(OSError):  # a folder that cannot be written
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps(measured, indent=1))
+    choice = {
+        shape_of(layer): measured_once(
+            f"{tokens} x {shape_of(layer)}",
+            lambda layer=layer: faster_products(layer.out_features, layer.in_features, tokens),
+        )
+        for layer in linear_layers(model)
+    }
     return {shape: products for shape, products in choice.items() if products}
 
 
-def faster_products(outputs: int, inputs: int, tokens: int) -> list[str]:
-    """The products of a layer in which oneDNN is faster, by the shortest times of rounds that take turns."""
+def bfloat16_is_faster(model: nn.Module, tokens: int, choice: Choice) -> bool:
+    """
+    Whether the products of a model are so much faster in bfloat16 than in float32, as `choice` has them, that autocast
+    pays. Only a processor with instructions for bfloat16 is asked: others need minutes for the measurement.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if not capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16"):
+        return False
+    if flops_of_step(model, tokens) < SMALLEST_STEP:
+        return False
+    seconds = [0.0, 0.0]
+    for shape, count in Counter(map(shape_of, linear_layers(model))).items():
+        outputs, inputs = map(int, shape.split(" x "))
+        by_onednn = tuple(choice.get(shape, ()))
+        of_shape = measured_once(
+            f"{tokens} x {shape} in bfloat16 beside {'+'.join(by_onednn) or 'MKL'}",
+            lambda way=(outputs, inputs, tokens, by_onednn): seconds_by_type(*way),
+        )
+        seconds = [total + count * part for total, part in zip(seconds, of_shape, strict=True)]
+    in_float32, in_bfloat16 = seconds
+    return in_float32 > BFLOAT16_MARGIN * in_bfloat16
+
+
+def measured_once(what: str, measure: Callable[[], Any]) -> Any:
+    """
+    What `measure` gives. It runs once on a machine: the result, which JSON can hold, is kept in the cache, so that
+    equal runs are equal bit by bit.
+    """
+    key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {what}"
+    cache, measured = cache_folder() / "products.json", {}
+    with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
+        measured = read_json(cache)
+    if key not in measured:
+        measured[key] = measure()
+        with contextlib.suppress(OSError):  # a folder that cannot be written
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_text(cache, json.dumps(measured, indent=1))
+    return measured[key]
+
+
+def shortest_seconds(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:
+    """The shortest time of each way, by rounds in which they take turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: min(times) for name, times in seconds.items()}
+
+
+def operands_of(
+    outputs: int, inputs: int, tokens: int, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Both sides of each product of a linear layer."""
+    tokens = min(tokens, max(1, int(LARGEST_PRODUCT / (2 * outputs * inputs))))
     # No random numbers: a run that measures draws the same ones later as a run that knows the result.
-    rows, gradient, weight = torch.ones(tokens, inputs), torch.ones(tokens, outputs), torch.ones(outputs, inputs)
-    operands = ((rows, weight), (gradient, weight.t()), (gradient.t(), rows.t()))
+    rows, gradient, weight = (
+        torch.ones(shape, dtype=dtype) for shape in ((tokens, inputs), (tokens, outputs), (outputs, inputs))
+    )
+    return dict(zip(PRODUCTS, ((rows, weight), (gradient, weight.t()), (gradient.t(), rows.t())), strict=True))
+
+
+def faster_products(outputs: int, inputs: int, tokens: int) -> list[str]:
+    """The products of a layer in which oneDNN is faster."""
     faster = []
-    for product, (left, right) in zip(PRODUCTS, operands, strict=True):
-        seconds: dict[str, list[float]] = {"": [], product: []}
-        for _ in range(ROUNDS):
-            for name, times in seconds.items():
-                began = time.perf_counter()
-                multiply(product, left, right, (name,))
-                times.append(time.perf_counter() - began)
-        if min(seconds[product]) * MARGIN < min(seconds[""]):
+    for product, (left, right) in operands_of(outputs, inputs, tokens).items():
+        ways = {name: functools.partial(multiply, product, left, right, (name,)) for name in ("", product)}
+        seconds = shortest_seconds(ways)
+        if seconds[product] * MARGIN < seconds[""]:
             faster.append(product)
     return faster
+
+
+def seconds_by_type(outputs: int, inputs: int, tokens: int, by_onednn: tuple[str, ...]) -> list[float]:
+    """The seconds of the three products of a layer in float32, as `by_onednn` has them, and in bfloat16."""
+    ways = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for product, (left, right) in operands_of(outputs, inputs, tokens, dtype).items():
+            names = by_onednn if dtype == torch.float32 else ()
+            ways[f"{dtype} {product}"] = functools.partial(multiply, product, left, right, names)
+    seconds = list(shortest_seconds(ways).values())
+    return [sum(seconds[: len(PRODUCTS)]), sum(seconds[len(PRODUCTS) :])]
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if type(module) is nn.Linear]
+
+
+def flops_of_step(model: nn.Module, tokens: int) -> int:
+    """Those of the products of the linear layers, forward and backward."""
+    return 6 * tokens * sum(layer.weight.numel() for layer in linear_layers(model))
 
 
 def shape_of(layer: nn.Linear) -> str:

@@ -121,7 +121,8 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
     asked = itertools.count(1)
     began = time.monotonic()
     should_stop = lambda: next(asked) > EVALUATED_BATCHES  # noqa: E731
-    evaluate(run.model, run.held_out, batch_size, accelerator, should_stop, tensor_size)
+    with run.uncompiled():
+        evaluate(run.model, run.held_out, batch_size, accelerator, should_stop, tensor_size)
     evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)
     # Only the first tokens of the first sample are timed.
     began, samples, functions = time.monotonic(), 0.0, 0.0

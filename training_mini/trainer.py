@@ -94,8 +94,10 @@ class Trainer:
         # 1. What the run needs to know before anything is written: does it fit into memory, and how long is it?
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
-        compile_model(run)
         run.model.train()
+        if run.state.is_compiled:
+            self.monitor.say("Compiling the blocks of the model ...")
+        compile_model(run, lambda: self.forward_and_backward(self.state.step))
         if self.arguments.optimization.max_minutes is not None:
             self.monitor.say("Timing the first steps ...")
             self.arguments, line = fix_max_steps(run, self.forward_and_backward, self.micro_batches, self.started)
@@ -214,7 +216,8 @@ class Trainer:
             # Gradients are reduced over the processes with the last micro-batch only.
             is_last = number == self.micro_batches
             with contextlib.nullcontext() if is_last else self.parallel.no_sync(run.model):
-                loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
+                with run.kernels():
+                    loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
                 # DeepSpeed divides by the number of micro-batches, and the loss is divided already.
                 accelerator.backward(loss * self.micro_batches if self.parallel.is_deepspeed else loss)
             cross_entropy += part
@@ -260,7 +263,9 @@ class Trainer:
     def log_internals(self) -> None:
         """Records attention, activations and updates, on held-out text."""
         if self.accelerator.is_main_process:
-            self.inner_metrics |= inner_metrics(self.run.unwrapped_model, self.run.held_out.windows(INNER_WINDOWS))
+            with self.run.uncompiled():
+                windows = self.run.held_out.windows(INNER_WINDOWS)
+                self.inner_metrics |= inner_metrics(self.run.unwrapped_model, windows)
         self.monitor.record(self.state.step, self.inner_metrics)
         self.inner_metrics = {}
 
@@ -268,7 +273,7 @@ class Trainer:
         """Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop."""
         run, state, accelerator = self.run, self.state, self.accelerator
         batch_size = self.arguments.optimization.train_batch_size // self.micro_batches
-        with run.ema_weights():
+        with run.ema_weights(), run.uncompiled():
             tensor_size = self.parallel.tensor_size
             evaluation = evaluate(run.model, run.held_out, batch_size, accelerator, self.stop.agreed, tensor_size)
         if evaluation is None or state.evaluated_step == state.step:

@@ -1,13 +1,17 @@
-"""The libraries for matrix products are chosen once in a run."""
+"""What a CPU computes with is chosen once in a run."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from helpers.runs import losses, train_here, weights
 from modeling_mini import MiniConfig, MiniForCausalLM
+from torch import nn
 from training_mini import build
-from training_mini.build import choose_products
+from training_mini.build import choose_kernels
 from training_mini.checkpoints import TrainerState
 
 CHOICE = {"128 x 128": ["output"]}
@@ -15,14 +19,22 @@ CHOICE = {"128 x 128": ["output"]}
 
 def run_with(state: TrainerState) -> Any:
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1))
-    optimization = SimpleNamespace(train_batch_size=16, gradient_accumulation_steps=2)
+    optimization = SimpleNamespace(
+        train_batch_size=16, gradient_accumulation_steps=2, max_steps=10**6, max_minutes=None, dropout_start=None
+    )
+    settings = SimpleNamespace(bf16=None, torch_compile=None, gradient_checkpointing=False)
     return SimpleNamespace(
         accelerator=SimpleNamespace(
             device=torch.device("cpu"), mixed_precision="no", num_processes=2, is_main_process=True
         ),
-        arguments=SimpleNamespace(optimization=optimization),
+        arguments=SimpleNamespace(optimization=optimization, run=settings),
+        blocks=list(model.model.layers),
         config=model.config,
-        parallel=SimpleNamespace(from_main=lambda value: value, tensor_size=1, data_processes=2),
+        corpus=None,
+        has_own_code=False,
+        parallel=SimpleNamespace(
+            from_main=lambda value: value, tensor_size=1, data_processes=2, is_sharded=False, is_deepspeed=False
+        ),
         problems=[],
         state=state,
         unwrapped_model=model,
@@ -36,8 +48,10 @@ def is_by_onednn(run: Any) -> bool:
 def test_a_new_run_measures_its_share_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
     monkeypatch.setattr(build, "measure_products", lambda model, tokens: measured.append(tokens) or CHOICE)
+    monkeypatch.setattr(build, "bfloat16_is_faster", lambda model, tokens, choice: False)
+    monkeypatch.setattr(build, "blocks_are_faster", lambda config, sequences, dtype: False)
     run = run_with(TrainerState(corpus={}, architecture={}))
-    choose_products(run)
+    choose_kernels(run)
     assert measured == [4 * 256]
     assert run.state.products == CHOICE
     assert run.state.processor
@@ -50,16 +64,123 @@ def test_a_resumed_run_keeps_its_choice(processor: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(build, "measure_products", None)
     monkeypatch.setattr(build, "processor_name", lambda: "this one")
     run = run_with(TrainerState(corpus={}, architecture={}, products=CHOICE, processor=processor))
-    choose_products(run)
+    choose_kernels(run)
     assert is_by_onednn(run)
     assert [("began on another processor (another)" in problem) for problem in run.problems] == (
         [True] if processor == "another" else []
     )
 
 
-def test_bfloat16_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "measure_products", None)
+@pytest.mark.parametrize(
+    ("situation", "is_bfloat16", "dtype"),
+    [
+        ("a plain run", True, torch.bfloat16),
+        ("slower", False, torch.float32),
+        ("--bf16 false", False, torch.float32),
+        ("--bf16", False, torch.bfloat16),  # accelerate does it
+        ("sharded", False, torch.float32),
+        ("quantized", False, torch.float32),
+    ],
+)
+def test_bfloat16_and_blocks(
+    situation: str, is_bfloat16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(build, "SMALLEST_STEP", 0)
+    monkeypatch.setattr(build, "measure_products", lambda model, tokens: CHOICE)
+    monkeypatch.setattr(build, "bfloat16_is_faster", lambda model, tokens, choice: situation != "slower")
+    monkeypatch.setattr(build, "blocks_are_faster", lambda config, *what: measured.append(what) or True)
     run = run_with(TrainerState(corpus={}, architecture={}))
-    run.accelerator.mixed_precision = "bf16"
-    choose_products(run)
-    assert not is_by_onednn(run)
+    if situation.startswith("--bf16"):
+        run.arguments.run.bf16 = situation == "--bf16"
+        run.accelerator.mixed_precision = "bf16" if run.arguments.run.bf16 else "no"
+    run.parallel.is_sharded = situation == "sharded"
+    run.unwrapped_model.is_quantized = situation == "quantized"
+    choose_kernels(run)
+    assert run.state.is_bfloat16 == is_bfloat16 and run.state.has_blocks
+    assert measured == [(4, dtype)], "the share of a process in a micro-batch"
+    assert is_by_onednn(run) == (dtype == torch.float32), "bfloat16 is left to torch"
+
+
+@pytest.mark.parametrize(
+    ("change", "compiled"),
+    [
+        ({}, True),
+        ({"max_steps": 200}, False),
+        ({"max_minutes": 5}, True),
+        ({"max_minutes": 1}, False),
+        ({"dropout_start": 0.1}, False),
+        ({"torch_compile": False}, False),
+        ({"torch_compile": True}, False),  # then it is the user who chose, and how
+        ({"gradient_checkpointing": True}, False),
+        ({"num_processes": 2}, False),
+        ({"is_sharded": True}, False),
+        ({"has_own_code": True}, False),
+        ({"compiler": None}, False),
+    ],
+    ids=str,
+)
+def test_long_runs_are_compiled(change: dict[str, Any], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("measure_products", "bfloat16_is_faster", "blocks_are_faster"):
+        monkeypatch.setattr(build, name, lambda *what: {})
+    monkeypatch.setattr(build.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
+    run = run_with(TrainerState(corpus={}, architecture={}))
+    run.accelerator.num_processes = 1
+    for name, value in change.items():
+        for part in (run, run.accelerator, run.parallel, run.arguments.run, run.arguments.optimization):
+            if hasattr(part, name):
+                setattr(part, name, value)
+    choose_kernels(run)
+    assert run.state.is_compiled == compiled
+
+
+def chosen(monkeypatch: pytest.MonkeyPatch, **state: bool) -> None:
+    """Makes a new run choose this."""
+    choice = {}, *(state.get(name, False) for name in ("is_bfloat16", "has_blocks", "is_compiled"))
+    monkeypatch.setattr(build, "measured_choice", lambda run, sequences: choice)
+
+
+def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_here(tmp_path / "plain", "--max_steps", 4)
+    chosen(monkeypatch, is_bfloat16=True, has_blocks=True)
+    trainer, _ = train_here(whole, "--max_steps", 4, "--save_steps", 2)
+    assert "bf16" in " ".join(build.description_of(trainer.run, 1, None))
+    shutil.copytree(whole, parts)
+    shutil.rmtree(parts / "checkpoints" / "step_4")
+    chosen(monkeypatch)  # what a new run would choose now
+    train_here(parts, "--max_steps", 4, "--resume")
+    assert losses(parts) == losses(whole) != losses(tmp_path / "plain")
+    assert losses(whole) == pytest.approx(losses(tmp_path / "plain"), abs=0.05)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(parts)[name], tensor), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
+def test_blocks_are_compiled_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--max_steps", 4, "--eval_steps", 2, "--sample_every", 2, "--internals_steps", 2]
+    train_here(tmp_path / "plain", *flags)
+    chosen(monkeypatch, has_blocks=True, is_compiled=True)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    trainer, _ = train_here(tmp_path / "compiled", *flags)
+    assert trainer.run.state.is_compiled and trainer.run.problems == []
+    assert counters["stats"]["unique_graphs"] == 1, "one block for all, and nothing else"
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_a_compiler_that_fails_costs_the_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_here(tmp_path / "plain", "--max_steps", 3)
+    chosen(monkeypatch, is_compiled=True)
+
+    def fail(*what: object, **more: object) -> None:
+        raise RuntimeError("no such header\nand much more")
+
+    monkeypatch.setattr(nn.Module, "compile", lambda module: setattr(module, "_compiled_call_impl", fail))
+    trainer, _ = train_here(tmp_path / "run", "--max_steps", 3)
+    assert not trainer.run.state.is_compiled
+    (problem,) = trainer.run.problems
+    assert problem == "The blocks of the model are not compiled, so training is slower: no such header"
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")

@@ -9,7 +9,16 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
 from training_mini import cpu_kernels
-from training_mini.cpu_kernels import PRODUCTS, linear_product, measure_products, multiply, shape_of, use_products
+from training_mini.cpu_kernels import (
+    PRODUCTS,
+    bfloat16_is_faster,
+    linear_product,
+    measure_products,
+    multiply,
+    seconds_by_type,
+    shape_of,
+    use_products,
+)
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 SOME_PRODUCTS = [list(some) for n in (1, 2, 3) for some in itertools.combinations(PRODUCTS, n)]
@@ -89,3 +98,37 @@ def test_the_faster_product_is_taken(faster: list[str], tmp_path: Path, monkeypa
 def test_a_small_step_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_kernels, "faster_products", None)
     assert measure_products(MiniForCausalLM(MiniConfig.preset("tiny")), 512) == {}
+
+
+def test_large_products_are_measured_with_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    monkeypatch.setattr(cpu_kernels, "multiply", lambda product, left, right, names: sizes.append((left, right)))
+    assert len(seconds_by_type(2048, 1024, 100_000, ())) == 2
+    for left, right in sizes:
+        assert 0.9e8 < 2 * left.shape[0] * left.shape[1] * right.shape[0] <= cpu_kernels.LARGEST_PRODUCT
+    assert {left.dtype for left, _ in sizes} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("capability", "seconds", "faster"),
+    [
+        ("avx512_bf16", [3.0, 1.0], True),
+        ("amx_bf16", [3.0, 1.0], True),
+        ("avx512_bf16", [1.2, 1.0], False),
+        ("avx2", [3.0, 1.0], False),
+    ],
+)
+def test_bfloat16_where_it_is_clearly_faster(
+    capability: str, seconds: list[float], faster: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    asked = []
+    monkeypatch.setattr(cpu_kernels, "seconds_by_type", lambda *shape: asked.append(shape) or seconds)
+    model = MiniForCausalLM(MiniConfig.preset("tiny"))
+    assert bfloat16_is_faster(model, 4096, {"128 x 128": ["output"]}) == faster
+    if capability == "avx2":
+        assert asked == [], "it would take minutes to measure"
+    else:
+        assert asked == [(128, 128, 4096, ("output",)), (264, 128, 4096, ())]
+    assert not bfloat16_is_faster(model, 64, {}), "a small step is not worth it"
