@@ -7,12 +7,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from cards_mini import CARD, table
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, quiet_libraries
 from files_mini import ADAPTER_CONFIG, BOX, MODEL_CONFIG, find_checkpoint, new_folder, read_json, write_text
-from modeling_mini.loading.checkpoints import load_checkpoint
-from safetensors.torch import load_file, save_file
 from training_mini.data.packages import PACKAGES, licence_of
 
 LARGEST_BOX = 8_000_000  # bytes of weights that people who install Mini download with it
@@ -43,17 +40,22 @@ def main() -> None:
         (settings,) = ArgumentParser(BoxSettings, description="Make the model that comes with Mini.").parse(
             sys.argv[1:]
         )
+        model, chat = (None if run is None else Path(find_checkpoint(run)) for run in (settings.model, settings.chat))
         quiet_libraries()
-        if settings.model is not None:
-            write_model(Path(find_checkpoint(settings.model)))
-        if settings.chat is not None:
-            write_adapter(Path(find_checkpoint(settings.chat)))
+        if model is not None:
+            write_model(model)
+        if chat is not None:
+            write_adapter(chat)
         size = sum(file.stat().st_size for folder in BOX.values() for file in folder.glob("*.safetensors"))
         print(f"The box holds {size / 1e6:.1f} MB of weights, of {LARGEST_BOX / 1e6:.0f} that it may.")
 
 
 def write_model(checkpoint: Path) -> None:
     """The model with its tokenizer and card. Its code is that of Mini itself."""
+    import modeling_mini  # noqa: F401  (makes the Auto classes know Mini; not above, because it takes seconds)
+    import torch
+    from modeling_mini.loading.checkpoints import load_checkpoint
+
     model, tokenizer = load_checkpoint(str(checkpoint), dtype=torch.bfloat16, device="cpu")
     with new_folder(BOX["box"]) as folder:
         model.save_pretrained(folder)
@@ -70,6 +72,8 @@ def write_model(checkpoint: Path) -> None:
 
 def write_adapter(checkpoint: Path) -> None:
     """The adapter in bfloat16. Its base is the box by its name, wherever Mini is installed."""
+    from safetensors.torch import load_file, save_file
+
     with new_folder(BOX["box-chat"]) as folder:
         # Its tokenizer is that of the model.
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*token*", "*.jinja"))

@@ -1,31 +1,20 @@
 """The Mini model. Importing this package makes transformers' Auto classes know it, and peft its modules."""
 
-from configuration_mini import MiniConfig
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-from .modeling_mini import (
-    MiniForCausalLM,
-    MiniForQuestionAnswering,
-    MiniForSequenceClassification,
-    MiniForTokenClassification,
-    MiniModel,
-    MiniPreTrainedModel,
-)
-from .peft_defaults import register_peft_defaults
+if TYPE_CHECKING:
+    from configuration_mini import MiniConfig
 
-# AutoModel is registered in modeling_mini.py, where it is needed even if this package is not installed.
-AutoConfig.register(MiniConfig.model_type, MiniConfig, exist_ok=True)
-AutoModelForCausalLM.register(MiniConfig, MiniForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(MiniConfig, MiniForSequenceClassification, exist_ok=True)
-AutoModelForTokenClassification.register(MiniConfig, MiniForTokenClassification, exist_ok=True)
-AutoModelForQuestionAnswering.register(MiniConfig, MiniForQuestionAnswering, exist_ok=True)
-register_peft_defaults()
+    from .modeling_mini import (
+        MiniForCausalLM,
+        MiniForQuestionAnswering,
+        MiniForSequenceClassification,
+        MiniForTokenClassification,
+        MiniModel,
+        MiniPreTrainedModel,
+    )
 
 __all__ = [
     "MiniConfig",
@@ -36,3 +25,16 @@ __all__ = [
     "MiniModel",
     "MiniPreTrainedModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(".modeling_mini", __name__), name)
+
+
+# `python -m modeling_mini.NAME` imports this package before the program, which can show its help or find a mistake
+# without transformers. Only while Python looks for a program is "-m" the first argument. A program of this package that
+# goes on to load a model imports `loading`, which does this too.
+if not (sys.argv[:1] == ["-m"] and any(word.startswith(f"{__name__}.") for word in sys.orig_argv)):
+    from .loading import registration as registration

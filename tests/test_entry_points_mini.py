@@ -1,6 +1,7 @@
 """What all programs share: settings from a file, and how a program ends."""
 
 import importlib
+import os
 import subprocess
 import sys
 import typing
@@ -11,14 +12,15 @@ from pathlib import Path
 import pytest
 from entry_points_mini import OTHER_NAMES, ArgumentParser, Settings, command_of, one_sentence_errors, option
 from modeling_mini.export import FORMATS
+from modeling_mini.export.options import OPTIONS
 from training_mini.arguments import parse_arguments as parse_training
 
 PROGRAMS = (
     "training_mini.arguments", "training_mini.compare", "training_mini.sweep",
     "generation_mini.arguments", "generation_mini.demo.arguments",
     "sharing_mini.arguments",
-    "modeling_mini.analysis.__main__", "modeling_mini.export.__main__", "modeling_mini.export.quantized",
-    *(f"modeling_mini.export.{format}" for format in FORMATS),
+    "modeling_mini.analysis.arguments", "modeling_mini.export.__main__", "modeling_mini.export.quantized",
+    "modeling_mini.export.options",
 )  # fmt: skip
 
 
@@ -201,6 +203,7 @@ def test_a_flag_may_be_written_with_dashes_and_a_boolean_with_its_value() -> Non
     assert parse_training(["--max-steps", "30"]).optimization.max_steps == 30
 
 
+# Every command with its help and with the mistakes that can be seen without a model.
 LIGHT = [
     ("train_accelerate.py", "--help", 0), ("train_accelerate.py", "--help all", 0),
     ("train_accelerate.py", "--lr 1", 2),
@@ -212,6 +215,19 @@ LIGHT = [
     ("training_mini.sweep", "--help", 0), ("training_mini.sweep", "missing.yaml", 2),
     ("training_mini.check_launch", "--help", 0), ("training_mini.check_launch", "missing.yaml", 2),
     ("push_to_hub.py", "--help", 0), ("push_to_hub.py", "missing user/name", 2), ("push_to_hub.py", "a b --dry", 2),
+    ("generation_mini", "--help", 0), ("generation_mini", "--model missing", 2),
+    ("generation_mini.demo", "--help", 0), ("generation_mini.demo", "--model missing", 2),
+    ("modeling_mini.demo", "--help", 0), ("modeling_mini.demo", "--prot 1", 2),
+    ("modeling_mini.analysis", "--help", 0), ("modeling_mini.analysis", "attention --help", 0),
+    ("modeling_mini.analysis", "costs", 2), ("modeling_mini.analysis", "cost --lenght 3", 2),
+    ("modeling_mini.analysis", "cost --model missing", 2),
+    ("modeling_mini.analysis", "attention --text_file missing.txt", 2),
+    ("modeling_mini.export", "--help", 0), ("modeling_mini.export", "gguff a b", 2),
+    *(("modeling_mini.export", f"{format} --help", 0) for format in FORMATS),
+    ("modeling_mini.export", "gguf a b --type F32", 2), ("modeling_mini.export", "native missing b", 2),
+    ("modeling_mini.export.quantized", "--help", 0), ("modeling_mini.export.quantized", "missing b", 2),
+    ("modeling_mini.quantize", "--help", 0), ("modeling_mini.quantize", "a b --load_in_8bits", 2),
+    ("box_mini", "--help", 0), ("box_mini", "", 2), ("box_mini", "--chat missing", 2),
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "accelerate", "peft", "numpy"}
 
@@ -220,15 +236,19 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "accelerate", "peft"
 def test_help_and_mistakes_load_nothing_heavy(program: str, arguments: str, code: int, tmp_path: Path) -> None:
     """Help took 4.7 seconds of processor time when every program loaded torch before it read its flags."""
     root = Path(__file__).parent.parent
-    run = f"run_path({str(root / program)!r}" if program.endswith(".py") else f"run_module({program!r}"
-    source = (
-        f"import runpy, sys\nsys.path.insert(0, {str(root)!r})\nsys.argv = {[program, *arguments.split()]!r}\n"
-        f"try:\n    runpy.{run}, run_name='__main__')\n"
-        f"finally:\n    print('LOADED', *sorted({HEAVY!r} & set(sys.modules)))"
-    )
+    command = [str(root / program)] if program.endswith(".py") else ["-m", program]
     result = subprocess.run(
-        [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert result.returncode == code, result.stderr
-    assert result.stdout.splitlines()[-1] == "LOADED"
-    assert code == 0 or (result.stderr.startswith("error: ") and result.stderr.count("\n") == 1)
+        [sys.executable, "-X", "importtime", *command, *arguments.split()],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    lines = result.stderr.splitlines()
+    loaded = {line.rpartition("|")[2].split(".")[0].strip() for line in lines if line.startswith("import time:")}
+    errors = [line for line in lines if not line.startswith("import time:")]
+    assert result.returncode == code, errors
+    assert {"entry_points_mini", "argparse"} <= loaded and not loaded & HEAVY
+    assert [error[:7] for error in errors] == ["error: "] * (code == 2)
+
+
+def test_every_format_has_flags_and_a_description() -> None:
+    assert list(FORMATS) == list(OPTIONS)

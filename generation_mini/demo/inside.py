@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from modeling_mini.analysis.attention import eager_attention
-from modeling_mini.analysis.logit_lens import logit_lens
+from modeling_mini.analysis.lens import logit_lens
 
 from ..text_generation import context_of
 from .writing import Author, pieces_of

@@ -3,43 +3,33 @@ Ways to look into a model: what it costs, where its attention goes, what its act
 each of its layers would have said.
 
 The first three are a few functions and a command of `python -m modeling_mini.analysis` each; docs/ANALYSIS.md shows
-both. `import modeling_mini` does not import this package.
+both. A name of this package is loaded when it is first used, because torch takes seconds to load, and no help text
+needs it.
 """
 
-from .activations import (
-    ActivationStatistics,
-    UpdateStatistics,
-    as_metrics,
-    draw_activations,
-    gradient_norms,
-    record_activations,
-    record_update,
-)
-from .attention import AttentionSummary, attention_weights, draw_attention, eager_attention, summarize_attention
-from .cost import InferenceMemory, ModelCost, TrainingMemory, measure_inference_memory, measure_training_memory
-from .inputs import prompt_ids, text_windows, token_labels
-from .logit_lens import logit_lens
+import importlib
+from typing import Any
 
-__all__ = [
-    "ActivationStatistics",
-    "AttentionSummary",
-    "InferenceMemory",
-    "ModelCost",
-    "TrainingMemory",
-    "UpdateStatistics",
-    "as_metrics",
-    "attention_weights",
-    "draw_activations",
-    "draw_attention",
-    "eager_attention",
-    "gradient_norms",
-    "logit_lens",
-    "measure_inference_memory",
-    "measure_training_memory",
-    "prompt_ids",
-    "record_activations",
-    "record_update",
-    "summarize_attention",
-    "text_windows",
-    "token_labels",
-]
+NAMES = {
+    "activations": (
+        *("ActivationStatistics", "UpdateStatistics", "as_metrics", "draw_activations", "gradient_norms"),
+        *("record_activations", "record_update"),
+    ),
+    "attention": ("AttentionSummary", "attention_weights", "draw_attention", "eager_attention", "summarize_attention"),
+    "cost": ("InferenceMemory", "ModelCost", "TrainingMemory", "measure_inference_memory", "measure_training_memory"),
+    "inputs": ("prompt_ids", "text_windows", "token_labels"),
+    "lens": ("logit_lens",),
+}
+MODULE_OF = {name: module for module, names in NAMES.items() for name in names}
+
+__all__ = list(MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

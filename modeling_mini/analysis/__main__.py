@@ -1,110 +1,21 @@
 """`python -m modeling_mini.analysis cost | attention | activations`: measures of a model in the terminal and as PNG."""
 
+import importlib
 import sys
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-import psutil
-import torch
-from accelerate.utils import convert_file_size_to_int
-from configuration_mini import MiniConfig
-from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, optional_settings, quiet_libraries
-from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
-from rich.console import Console
-from rich.filesize import pick_unit_and_suffix
-from rich.table import Table
-from shape_mini import PRESETS, MiniShape, nearest_name
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from entry_points_mini import ArgumentParser, one_sentence_errors, quiet_libraries
+from files_mini import find_checkpoint
+from shape_mini import nearest_name
 
-from .activations import draw_activations, gradient_norms, record_activations
-from .attention import draw_attention, summarize_attention
-from .cost import DTYPES, ModelCost, measure_inference_memory, measure_training_memory
-from .inputs import prompt_ids, text_windows, token_labels
+from .arguments import ActivationArguments, AttentionArguments, CostArguments, TextSettings
 
-console = Console(highlight=False)
-
-
-@dataclass
-class CostArguments(optional_settings("ShapeSettings", MiniShape)):
-    """
-    What to count, and for which batch.
-
-    The fields of `MiniShape` are flags here as they are of the trainer, so that shapes can be compared before training.
-    """
-
-    model: str | None = option(
-        None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)", common=True
-    )
-    preset: str | None = option(
-        None,
-        f"a size of Mini instead of a model: {', '.join(PRESETS)} (default: tiny, where a flag gives a part of the "
-        "shape)",
-        aliases=["--size"],
-        common=True,
-    )
-    vocab_size: int | None = option(None, "entries of the vocabulary (default: the preset's)", at_least=1)
-    length: int | None = option(
-        None, "tokens of each sequence (default: the context of the model)", at_least=1, common=True
-    )
-    batch_size: int = option(8, "sequences at once", at_least=1, common=True)
-    device_memory: str | None = option(None, "also the largest batches that fit, for example in 24GiB", common=True)
-    measure: bool = option(False, "also run a step of each kind and show the measured peaks", common=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.model is not None and self.preset is not None:
-            raise ValueError("Give --model or --preset, not both.")
-        if self.model is not None and self.shape:
-            raise ValueError(f"The model has a shape already: leave out {' and '.join(self.shape)}, or --model.")
-
-    @property
-    def shape(self) -> dict[str, Any]:
-        """The fields of MiniConfig that were given."""
-        names = ("vocab_size", *(field.name for field in fields(MiniShape)))
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-
-
-@dataclass
-class TextSettings(Settings):
-    """Which model, and on what text."""
-
-    model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
-    prompt: str | None = option(None, "text to read")
-    text_file: str | None = option(None, "text file to read windows of, instead of a prompt")
-    length: int | None = option(
-        None, "tokens of a window of the text file (default: the context of the model)", at_least=2
-    )
-    windows: int = option(16, "windows of the text file, spread evenly", at_least=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.prompt is None) == (self.text_file is None):
-            raise ValueError("Give exactly one of --prompt and --text_file.")
-        check_output(self.output)
-
-
-@dataclass
-class AttentionArguments(TextSettings):
-    """Where the picture goes."""
-
-    output: str = option("attention.png", "the picture")
-
-
-@dataclass
-class ActivationArguments(TextSettings):
-    """Where the picture goes."""
-
-    output: str = option("activations.png", "the picture")
-
-
-def check_output(output: str) -> None:
-    path = Path(output)
-    if path.is_dir():
-        raise ValueError(f"output must name a file, and {output!r} is a folder.")
-    if path.parent.exists() and not path.parent.is_dir():
-        raise ValueError(f"output must be in a folder, and {str(path.parent)!r} is a file.")
+PROGRAM = "python -m modeling_mini.analysis"
+# The flags of each command, the function of reports.py that does it, and its help.
+COMMANDS: dict[str, tuple[type[CostArguments] | type[TextSettings], str, str]] = {
+    "cost": (CostArguments, "show_cost", "Parameters, FLOPs and memory of a Llama-shaped model."),
+    "attention": (AttentionArguments, "show_attention", "Entropy and maps of every attention head."),
+    "activations": (ActivationArguments, "show_activations", "Statistics of activations and gradients."),
+}
 
 
 def main() -> None:
@@ -119,236 +30,19 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: for wrong input, in one sentence.
     """
-    quiet_libraries()
-    commands = {
-        "cost": (CostArguments, show_cost, "Parameters, FLOPs and memory of a Llama-shaped model."),
-        "attention": (AttentionArguments, show_attention, "Entropy and maps of every attention head."),
-        "activations": (ActivationArguments, show_activations, "Statistics of activations and gradients."),
-    }
-    program = "python -m modeling_mini.analysis"
     if not argv or argv[0] in ("-h", "--help"):
-        lines = (f"  {name:12} {description}" for name, (_, _, description) in commands.items())
-        print(f"usage: {program} COMMAND ...\n", *lines, f"\n{program} COMMAND --help lists the flags.", sep="\n")
+        lines = (f"  {name:12} {description}" for name, (_, _, description) in COMMANDS.items())
+        print(f"usage: {PROGRAM} COMMAND ...\n", *lines, f"\n{PROGRAM} COMMAND --help lists the flags.", sep="\n")
         return
-    if argv[0] not in commands:
-        hint = nearest_name(argv[0], list(commands)) or "."
-        raise ValueError(f"There is no command {argv[0]!r}; the commands are {', '.join(commands)}{hint}")
-    dataclass_type, command, description = commands[argv[0]]
-    (arguments,) = ArgumentParser(dataclass_type, prog=f"{program} {argv[0]}", description=description).parse(argv[1:])
-    command(arguments)
-
-
-def show_cost(arguments: CostArguments) -> None:
-    """Prints parameters, FLOPs and memory."""
-    device_memory = None
-    if arguments.device_memory is not None:
-        device_memory = parse_memory(arguments.device_memory)
-    config, name = find_config(arguments)
-    cost = ModelCost(config)
-    length = length_within(arguments.length, config)
-
-    console.print(f"{name}: {cost.num_parameters:,} parameters", soft_wrap=True, markup=False)
-    parameters = Table("part")
-    parameters.add_column("parameters", justify="right")
-    parameters.add_column("share", justify="right")
-    for part, count in cost.parameters.items():
-        if part == "head" and not count:
-            parameters.add_row("head", "tied", "")
-        else:
-            parameters.add_row(part, f"{count:,}", f"{count / cost.num_parameters:.1%}")
-    console.print(parameters)
-
-    flops = Table("pass", title=f"FLOPs per token at length {length:,}", title_justify="left")
-    flops.add_column("FLOPs", justify="right")
-    flops.add_column("of which attention", justify="right")
-    attention_share = cost.attention_flops_per_token(length) / cost.forward_flops_per_token(length)
-    for label, count in (
-        ("forward", cost.forward_flops_per_token(length)),
-        ("training", cost.training_flops_per_token(length)),
-    ):
-        flops.add_row(label, format_flops(count), f"{attention_share:.1%}")
-    console.print(flops)
-    console.print(memory_table(cost, arguments.batch_size, length, device_memory, arguments.measure))
-
-
-def memory_table(cost: ModelCost, batch_size: int, length: int, device_memory: int | None, measure: bool) -> Table:
-    """Memory for inference and training in each of `DTYPES`, a section each."""
-    table = Table(title=f"Memory for {batch_size} x {length:,} tokens", title_justify="left")
-    table.add_column("")
-    for dtype in DTYPES:
-        table.add_column(dtype, justify="right")
-
-    def add(label: str, values: list[str], bold: bool = False) -> None:
-        table.add_row(label, *values, style="bold" if bold else None)
-
-    sections: list[tuple[str, Any, Any, Any, dict[str, bool]]] = [
-        ("inference", cost.inference_memory, measure_inference_memory, cost.largest_inference_batch, {}),
-        ("training", cost.training_memory, measure_training_memory, cost.largest_training_batch, {}),
-        (
-            "training with gradient checkpointing",
-            cost.training_memory,
-            measure_training_memory,
-            cost.largest_training_batch,
-            {"gradient_checkpointing": True},
-        ),
-    ]
-    for label, estimate, measured, largest, kwargs in sections:
-        estimates = [estimate(batch_size, length, dtype, **kwargs) for dtype in DTYPES]
-        add(label, [format_bytes(memory.total) for memory in estimates], bold=True)
-        for part in estimates[0].__dataclass_fields__:
-            # What checkpointing leaves as it is stands in the section above.
-            if not kwargs or part in ("weights", "activations", "working"):
-                add(f"  {part.replace('_', ' ')}", [format_bytes(getattr(memory, part)) for memory in estimates])
-        if measure:
-            peaks = []
-            for dtype, memory in zip(DTYPES, estimates, strict=True):
-                check_free_memory(memory.total)
-                peaks.append(format_bytes(measured(cost.config, batch_size, length, dtype, **kwargs)))
-            add("  measured peak", peaks)
-        if device_memory is not None:
-            batches = [largest(device_memory, length, dtype, **kwargs) for dtype in DTYPES]
-            values = [f"{batch:,}" if batch else "none fits" for batch in batches]
-            add(f"  largest batch in {format_bytes(device_memory)}", values)
-        table.add_section()
-    return table
-
-
-def check_free_memory(needed: int) -> None:
-    """Raises ValueError if there is not enough memory for a measurement, so that no process is killed for it."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if needed > free:
-        raise ValueError(
-            f"Measuring needs {format_bytes(needed)}, and {format_bytes(free)} are free: choose a smaller --batch_size "
-            f"or --length, or leave --measure out."
-        )
-
-
-def show_attention(arguments: AttentionArguments) -> None:
-    """Prints the entropy of every head and draws its map."""
-    model, tokenizer, name = find_model(arguments.model)
-    windows = find_windows(arguments, model.config, tokenizer)
-    summary = summarize_attention(model, windows)
-    table = Table(
-        "layer",
-        title=f"Entropy of attention in nats; uniform attention has {summary.maximum_entropy:.2f}",
-        title_justify="left",
-    )
-    heads = summary.entropy.shape[1]
-    for head in range(heads):
-        table.add_column(f"head {head}", justify="right")
-    table.add_column("mean", justify="right")
-    for layer, (entropies, shares) in enumerate(zip(summary.entropy, summary.share, strict=True)):
-        cells = [f"{nats:.2f} {share:.0%}" for nats, share in zip(entropies, shares, strict=True)]
-        table.add_row(str(layer), *cells, f"{entropies.mean():.2f} {shares.mean():.0%}")
-    console.print(table)
-    labels = token_labels(tokenizer, windows[0].tolist()) if arguments.prompt is not None else None
-    draw_attention(summary, arguments.output, labels, f"Attention of {name} on {describe(arguments, windows)}")
-    console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
-
-
-def show_activations(arguments: ActivationArguments) -> None:
-    """Prints and draws statistics of activations, and the norms of the gradients of the loss on the text."""
-    model, tokenizer, name = find_model(arguments.model)
-    windows = find_windows(arguments, model.config, tokenizer)
-    with record_activations(model) as recorder:
-        for window in windows:
-            ids = window[None].to(model.device)
-            (model(input_ids=ids, labels=ids, use_cache=False).loss / len(windows)).backward()
-    statistics, gradients = recorder.statistics(), gradient_norms(model)
-
-    table = Table("site", title=f"Activations of {name} on {describe(arguments, windows)}", title_justify="left")
-    for column in ("mean", "rms", "kurtosis", "largest", "dead"):
-        table.add_column(column, justify="right")
-    for site, values in statistics.items():
-        table.add_row(
-            site,
-            f"{values.mean:.3f}",
-            f"{values.rms:.3f}",
-            f"{values.kurtosis:.1f}",
-            f"{values.largest:.2f}",
-            f"{values.dead:.1%}",
-        )
-    console.print(table)
-    norms = Table("parameters", title="Gradient of the loss", title_justify="left")
-    norms.add_column("norm", justify="right")
-    for group, value in gradients.items():
-        norms.add_row(group, f"{value:.4f}")
-    console.print(norms)
-    title = f"{name} on {describe(arguments, windows)}"
-    draw_activations(statistics, gradients, arguments.output, title)
-    console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
-
-
-def find_config(arguments: CostArguments) -> tuple[PreTrainedConfig, str]:
-    """The configuration, and a name for it."""
-    if arguments.preset is not None or arguments.shape:
-        preset = arguments.preset or "tiny"
-        changes = [f"{name}={value}" for name, value in arguments.shape.items()]
-        return MiniConfig.preset(preset, **arguments.shape), " ".join([preset, *changes])
-    name = find_checkpoint(arguments.model)
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False), name
-    except OSError as error:
-        raise ValueError(f"No configuration could be loaded from {name!r}: {error}") from None
-
-
-def find_model(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The model, its tokenizer, and a name for them."""
-    checkpoint = find_checkpoint(model)
-    folder = Path(checkpoint)
-    # The best of a run is known by the name of the run.
-    name = folder.parent.name if folder.is_dir() and folder.name in ("best", "final") else folder.name
-    return *load_checkpoint(checkpoint), name
-
-
-def find_windows(
-    arguments: AttentionArguments | ActivationArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
-) -> torch.Tensor:
-    """The token ids to measure on, (windows, length)."""
-    if arguments.prompt is not None:
-        return prompt_ids(tokenizer, config, arguments.prompt)
-    length = length_within(arguments.length, config)
-    try:
-        text = Path(arguments.text_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{arguments.text_file} is not valid UTF-8 ({error.reason}).") from None
-    return text_windows(tokenizer, text, length, arguments.windows)
-
-
-def length_within(length: int | None, config: PreTrainedConfig) -> int:
-    """The length asked for, or the context of the model."""
-    context_length = config.max_position_embeddings
-    if length is not None and length > context_length:
-        raise ValueError(f"length must be at most {context_length}, the context of the model, got {length}.")
-    return length or context_length
-
-
-def describe(arguments: AttentionArguments | ActivationArguments, windows: torch.Tensor) -> str:
-    """The text in a few words."""
-    if arguments.prompt is not None:
-        return f"a prompt of {windows.shape[1]} tokens"
-    return f"{len(windows)} x {windows.shape[1]} tokens of {Path(arguments.text_file).name}"
-
-
-def parse_memory(size: str) -> int:
-    """`"24GiB"` or `"24GB"` in bytes; raises ValueError otherwise."""
-    try:
-        memory = convert_file_size_to_int(size)
-    except ValueError:
-        memory = 0
-    if memory < 1:
-        raise ValueError(f"device_memory must be a size with its unit, such as 24GiB or 500MB, got {size!r}.")
-    return memory
-
-
-def format_bytes(size: int) -> str:
-    unit, suffix = pick_unit_and_suffix(size, ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
-    return f"{size / unit:,.{1 if unit > 1 else 0}f} {suffix}"
-
-
-def format_flops(flops: int) -> str:
-    unit, suffix = pick_unit_and_suffix(flops, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs"], 1000)
-    return f"{flops / unit:,.2f} {suffix}"
+    if argv[0] not in COMMANDS:
+        hint = nearest_name(argv[0], list(COMMANDS)) or "."
+        raise ValueError(f"There is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}{hint}")
+    dataclass_type, command, description = COMMANDS[argv[0]]
+    (arguments,) = ArgumentParser(dataclass_type, prog=f"{PROGRAM} {argv[0]}", description=description).parse(argv[1:])
+    if isinstance(arguments, TextSettings) or not arguments.names_a_shape:
+        find_checkpoint(arguments.model)  # what is missing shows before torch is loaded, which takes seconds
+    quiet_libraries()
+    getattr(importlib.import_module(f"{__package__}.reports"), command)(arguments)
 
 
 if __name__ == "__main__":

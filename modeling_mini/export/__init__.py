@@ -3,9 +3,10 @@ Writes a checkpoint in the format of another program.
 
     python -m modeling_mini.export FORMAT CHECKPOINT OUT
 
-Each format is a module with its name. The module has a dataclass `Options` with the flags of the format, and a function
+Each format is a module with its name, and a dataclass of its flags in options.py. The module has a function
 `export_FORMAT`, which gets the model, the tokenizer, a folder to write into and the options by name, and returns the
-`ExportCard` of the result. A module is imported only when it is used, because some need a library of their own.
+`ExportCard` of the result. A module is imported only when it is used, because some need a library of their own, and all
+need torch, which takes seconds to load.
 """
 
 import dataclasses
@@ -14,13 +15,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-from files_mini import destination, new_folder, writing
-from modeling_mini.loading.checkpoints import find_checkpoint, load_model
+from files_mini import destination, find_checkpoint, new_folder, writing
 from shape_mini import nearest_name
-from transformers import PreTrainedModel
 
 from .card import ExportCard, write_card
+from .options import OPTIONS
 
 FORMATS = {
     "native": "as Llama, Qwen3 or StableLM, which load without custom code",
@@ -31,16 +30,20 @@ FORMATS = {
 }
 
 
+def check_format(format: str) -> None:
+    """Raises ValueError if there is no such format."""
+    if format not in FORMATS:
+        hint = nearest_name(str(format), list(FORMATS)) or "."
+        raise ValueError(f"There is no format {format!r}; the formats are {', '.join(FORMATS)}{hint}")
+
+
 def module_of(format: str) -> ModuleType:
     """
     The module of a format.
 
     Raises:
-        ValueError: if there is no such format, or a library that it needs is not installed.
+        ValueError: if a library that it needs is not installed.
     """
-    if format not in FORMATS:
-        hint = nearest_name(str(format), list(FORMATS)) or "."
-        raise ValueError(f"There is no format {format!r}; the formats are {', '.join(FORMATS)}{hint}")
     try:
         return importlib.import_module(f".{format}", __name__)
     except ModuleNotFoundError as error:
@@ -58,7 +61,7 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
         checkpoint: a run, a checkpoint folder, a folder of an adapter (it is merged into its base) or a Hub name.
         out: the folder. It appears only when it is complete.
         overwrite: whether to replace `out` if there is something in it.
-        options: the fields of the `Options` of the format's module.
+        options: the fields of the dataclass of the format in `OPTIONS`.
 
     Returns:
         The folder.
@@ -67,14 +70,19 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
         ValueError: for an unknown format or option, and for a model that the format cannot hold exactly. The error
             gives the reason.
     """
-    module = module_of(format)
-    names = [field.name for field in dataclasses.fields(module.Options)]
+    check_format(format)
+    names = [field.name for field in dataclasses.fields(OPTIONS[format])]
     for name in options:
         if name not in names:
             raise ValueError(f"The format {format} has no option {name!r}{nearest_name(name, names) or '.'}")
-    chosen = module.Options(**options)
+    chosen = OPTIONS[format](**options)
     target = destination(out, overwrite, find_checkpoint(str(checkpoint)))
     beside = getattr(chosen, "lora", False)  # an adapter stays beside its base
+    from transformers import PreTrainedModel
+
+    from ..loading.checkpoints import load_model
+
+    module = module_of(format)
     model, tokenizer = load_model(str(checkpoint), device="cpu", merge=not beside)
     destination(out, overwrite, model.name_or_path)  # the base of an adapter
     if beside and isinstance(model, PreTrainedModel):

@@ -4,8 +4,10 @@ import sys
 from dataclasses import dataclass
 
 from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_sentence_errors, option, quiet_libraries
+from files_mini import find_checkpoint
 
-from . import FORMATS, export, module_of
+from . import FORMATS, check_format, export
+from .options import OPTIONS
 
 PROGRAM = "python -m modeling_mini.export"
 
@@ -29,19 +31,21 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: for wrong input, in one sentence.
     """
-    quiet_libraries()
     if not argv or argv[0] in ("-h", "--help"):
         lines = (f"  {format:8} {description}" for format, description in FORMATS.items())
         print(f"usage: {PROGRAM} FORMAT CHECKPOINT OUT ...\n\nA checkpoint in another format:\n", *lines, sep="\n")
         print(f"\n{PROGRAM} FORMAT --help lists the flags.")
         return
     format, *rest = argv
-    options_type, program = module_of(format).Options, f"{PROGRAM} {format} CHECKPOINT OUT"
+    check_format(format)
+    program = f"{PROGRAM} {format} CHECKPOINT OUT"
     parser = ArgumentParser(
-        [ExportArguments, options_type], prog=program, description=f"A checkpoint {FORMATS[format]}."
+        [ExportArguments, OPTIONS[format]], prog=program, description=f"A checkpoint {FORMATS[format]}."
     )
     places, flags = checkpoint_and_out(rest, program)
     arguments, options = parser.parse(flags)
+    find_checkpoint(places[0])  # what is missing shows before a library is loaded
+    quiet_libraries()
     folder = export(format, *places, overwrite=arguments.overwrite, **vars(options))
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path} ({path.stat().st_size:,} bytes)")

@@ -3,11 +3,14 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cards_mini import CARD, TITLE, Facts, read_card, render, section_of
-from configuration_mini import MiniConfig
 from files_mini import display_name
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from configuration_mini import MiniConfig
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -32,10 +35,10 @@ class ExportCard:
     library_name: str | None = None
     tags: list[str] = field(default_factory=list)
     of_model: bool = True
-    config: MiniConfig | None = None
+    config: "MiniConfig | None" = None
 
 
-def write_card(card: ExportCard, model: PreTrainedModel, folder: Path, format: str) -> None:
+def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format: str) -> None:
     """Writes `README.md`. What the model's own card says of data, training and evaluation goes along."""
     texts = {"Exactness": section_of("Exactness", card.exactness)}
     if card.usage:
@@ -58,7 +61,7 @@ def write_card(card: ExportCard, model: PreTrainedModel, folder: Path, format: s
     (folder / CARD).write_text(text, encoding="utf-8")
 
 
-def name_for_files(model: PreTrainedModel) -> str:
+def name_for_files(model: "PreTrainedModel") -> str:
     """A name for files: that of the run, of the checkpoint folder, or of the repository."""
     name = display_name(model.name_or_path).split("/")
     return (name[0] if Path(model.name_or_path).is_dir() else name[-1]) or "mini"

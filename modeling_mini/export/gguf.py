@@ -11,7 +11,6 @@ llama-cpp-python 0.3.36):
 - A file with a tensor that the architecture does not read is not loaded.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ import gguf
 import numpy as np
 import torch
 from configuration_mini import MiniConfig
-from entry_points_mini import Settings, option
 from files_mini import writing
 from peft import PeftModel
-from shape_mini import nearest_name
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import ExportCard, name_for_files
@@ -30,34 +27,12 @@ from .gguf_adapter import Adapter, taken_off, write_adapter
 from .gguf_vocabulary import Vocabulary
 from .native import checked_native
 
-TYPES = {
-    "F32": (gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
-    "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "stablelm": gguf.MODEL_ARCH.STABLELM,
 }
 LARGEST_ROPE_FACTOR = 1e30  # such a pair is not rotated: cos(position / 1e30) is 1
-
-
-@dataclass
-class Options(Settings):
-    """What to write."""
-
-    types: list[str] = option(["F32", "F16", "Q8_0"], "of the weights: F32, F16 or Q8_0, a file for each")
-    lora: bool = option(False, "write a LoRA adapter beside its base, for llama.cpp's --lora, in place of merging it")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.types:
-            raise ValueError(f"types must name at least one of {', '.join(TYPES)}.")
-        for name in self.types:
-            if name not in TYPES:
-                hint = nearest_name(str(name), list(TYPES)) or "."
-                raise ValueError(f"types must be among {', '.join(TYPES)}, got {name!r}{hint}")
 
 
 def export_gguf(
@@ -176,7 +151,8 @@ def write_file(
     """Writes one file. Its matrices have the type `type_name`; vectors are always F32."""
     kind = native.config.model_type
     architecture = ARCHITECTURES[kind]
-    quantization, file_type = TYPES[type_name]
+    quantization = gguf.GGMLQuantizationType[type_name]
+    file_type = gguf.LlamaFileType[f"{'ALL' if type_name == 'F32' else 'MOSTLY'}_{type_name}"]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)

@@ -8,11 +8,9 @@ one character for each id, and the task has a tokenizer that reads them back.
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from entry_points_mini import Settings, option
 from files_mini import writing
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -38,23 +36,6 @@ def documents(**kwargs) -> DatasetDict:
 def bits_per_byte(document: dict, results: list) -> dict:
     return {"bits_per_byte": (results[0], document["bytes"])}
 '''
-
-
-@dataclass
-class Options(Settings):
-    """What to measure on."""
-
-    text_file: str | None = option(None, "UTF-8 text to measure on")
-    task_name: str = option("mini_bits_per_byte", "name of the task")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.text_file is None:
-            raise ValueError("Name the text to measure on by --text_file.")
-        if not Path(self.text_file).is_file():
-            raise ValueError(f"There is no text file {self.text_file!r}.")
-        if not self.task_name.isidentifier():
-            raise ValueError(f"task_name must be letters, digits and underscores, got {self.task_name!r}.")
 
 
 def documents_of(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, str | int]]:

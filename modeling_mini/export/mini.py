@@ -6,22 +6,15 @@ that they use.
 """
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configuration_mini import MiniConfig
-from entry_points_mini import Settings
 from files_mini import writing
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import ExportCard
 from .native import FIELDS_OF_MINI_ALONE, LARGEST_DIFFERENCE, SHARED_FIELDS, relative_difference, with_weights_of
-
-
-@dataclass
-class Options(Settings):
-    """There is nothing to choose."""
 
 
 def mini_config(config: PreTrainedConfig) -> MiniConfig:

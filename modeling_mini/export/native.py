@@ -9,13 +9,11 @@ load without an error and compute something else.
 
 import copy
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from configuration_mini import MiniConfig, unknown_norm
-from entry_points_mini import Settings
 from files_mini import writing
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -41,11 +39,6 @@ SHARED_FIELDS = tuple(
 )
 # For the check of the result. Rounding gives differences of 1e-6, and a wrong frequency or norm gives 1e-1.
 CHECKED_TOKENS, LARGEST_DIFFERENCE = 256, 1e-3
-
-
-@dataclass
-class Options(Settings):
-    """This format has no options."""
 
 
 def native_config(config: MiniConfig) -> PreTrainedConfig:

@@ -14,7 +14,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import torch
-from entry_points_mini import Settings, option
 from files_mini import display_name, writing
 from modeling_mini import MiniForCausalLM
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -33,42 +31,16 @@ from ..web import PAGE_FILES, describe, render_page
 from .card import ExportCard
 from .native import SHARED_FIELDS
 from .onnx_graph import build_graph
+from .options import VENDORED
 
 WEB = Path(__file__).parent / "web"
 # The version that the tests run, and the files of it and of its onnxruntime-web that the page loads.
 TRANSFORMERS_JS = "4.3.1"
 CDN = f"https://cdn.jsdelivr.net/npm/@huggingface/transformers@{TRANSFORMERS_JS}/dist"
-VENDORED = (
-    "@huggingface/transformers/dist/transformers.min.js",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.mjs",
-    "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
-)
 # An ONNX file has at most two gigabytes; the weights of a larger model are in a second file.
 LARGEST_FILE = 2**31 - 2**24
 # For the check of the result: two sequences, the second with padding, in two calls with a cache between them.
 CHECKED_TOKENS, LARGEST_DIFFERENCE = 128, 1e-3
-
-
-@dataclass
-class Options(Settings):
-    """What to write beside the model as it is."""
-
-    q8: bool = option(False, "also a copy with matrices of 8 bits, a quarter of the size: onnx/model_quantized.onnx")
-    node_modules: str | None = option(
-        None,
-        "folder where npm installed @huggingface/transformers: what the page needs of it is copied beside the page",
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        missing = [] if self.node_modules is None else [
-            name for name in VENDORED if not Path(self.node_modules, name).is_file()
-        ]  # fmt: skip
-        if missing:
-            raise ValueError(
-                f"node_modules must be a folder into which npm installed @huggingface/transformers: "
-                f"{str(Path(self.node_modules, missing[0]))!r} is missing."
-            )
 
 
 def export_onnx(

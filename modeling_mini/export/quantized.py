@@ -15,10 +15,7 @@ from entry_points_mini import (
     quantization_of,
     quiet_libraries,
 )
-from files_mini import destination, new_folder, writing
-from transformers import PreTrainedModel
-
-from ..loading.checkpoints import find_checkpoint, load_checkpoint, load_model
+from files_mini import destination, find_checkpoint, new_folder, writing
 
 PROGRAM = "python -m modeling_mini.export.quantized CHECKPOINT OUT"
 WEIGHTS = "model*.safetensors"
@@ -57,6 +54,11 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
     for read in (checkpoint, arguments.adapter):
         if read is not None:
             target = destination(out, arguments.overwrite, find_checkpoint(read))
+    # Not above: these load torch, which takes seconds.
+    from transformers import PreTrainedModel
+
+    from ..loading.checkpoints import load_checkpoint, load_model
+
     place = {"trust_remote_code": arguments.trust_remote_code, "device": arguments.device}
     model, tokenizer = load_model(checkpoint, arguments.adapter, arguments.merge_quantized, **place)
     source = model.name_or_path
@@ -103,10 +105,11 @@ def run(argv: list[str]) -> None:
     Raises:
         ValueError: for wrong input, in one sentence.
     """
-    quiet_libraries()
     places, flags = checkpoint_and_out(argv, PROGRAM)
     description = "A checkpoint folder with quantized weights."
     (arguments,) = ArgumentParser(QuantizationArguments, prog=PROGRAM, description=description).parse(flags)
+    find_checkpoint(places[0])  # what is missing shows before a library is loaded
+    quiet_libraries()
     folder = quantize(*places, arguments)
     print(f"{folder}: {sum(path.stat().st_size for path in folder.glob(WEIGHTS)) / 1e6:,.1f} MB of weights")
 

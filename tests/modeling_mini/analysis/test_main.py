@@ -11,6 +11,7 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini.analysis import __main__ as program
+from modeling_mini.analysis import reports
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +28,7 @@ def working_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         "def area(self):\n    return self.width * self.height\n" * 40, encoding="utf-8"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(program.console, "_width", 120)
+    monkeypatch.setattr(reports.console, "_width", 120)
     return tmp_path
 
 

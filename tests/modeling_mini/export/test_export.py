@@ -14,6 +14,7 @@ from entry_points_mini import Settings, option
 from helpers.exports import random_model, same_parameters
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of
+from modeling_mini.export.options import OPTIONS
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
     assert "--types" in shown and "--overwrite" in shown
 
 
-def test_a_format_is_a_module_and_a_line_in_the_list(
+def test_a_format_is_a_module_and_a_line_in_two_lists(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A made-up format has its flags, its help and its card."""
@@ -57,9 +58,10 @@ def test_a_format_is_a_module_and_a_line_in_the_list(
         (out / "names.txt").write_text(names.upper() if shouted else names)
         return ExportCard(title="Names of weights", usage="Read `names.txt`.", exactness="All names are there.")
 
-    module = SimpleNamespace(Options=Options, export_names=export_names)
+    module = SimpleNamespace(export_names=export_names)
     monkeypatch.setitem(sys.modules, "modeling_mini.export.names", module)
     monkeypatch.setitem(FORMATS, "names", "as a list of names")
+    monkeypatch.setitem(OPTIONS, "names", Options)
     __main__.run([])
     assert "names    as a list of names" in capsys.readouterr().out
     __main__.run(["names", str(checkpoint), str(tmp_path / "out"), "--shouted"])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.random_models import make_model
-from modeling_mini.analysis.logit_lens import final_norm, logit_lens
+from modeling_mini.analysis.lens import final_norm, logit_lens
 from torch.nn import functional as F
 
 

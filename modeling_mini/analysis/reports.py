@@ -1,0 +1,236 @@
+"""What the commands of `python -m modeling_mini.analysis` print and draw."""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+from configuration_mini import MiniConfig
+from files_mini import find_checkpoint
+from rich.console import Console
+from rich.filesize import pick_unit_and_suffix
+from rich.table import Table
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..loading.checkpoints import load_checkpoint
+from .activations import draw_activations, gradient_norms, record_activations
+from .arguments import ActivationArguments, AttentionArguments, CostArguments
+from .attention import draw_attention, summarize_attention
+from .cost import DTYPES, ModelCost, measure_inference_memory, measure_training_memory
+from .inputs import prompt_ids, text_windows, token_labels
+
+console = Console(highlight=False)
+
+
+def show_cost(arguments: CostArguments) -> None:
+    """Prints parameters, FLOPs and memory."""
+    device_memory = None
+    if arguments.device_memory is not None:
+        device_memory = parse_memory(arguments.device_memory)
+    config, name = find_config(arguments)
+    cost = ModelCost(config)
+    length = length_within(arguments.length, config)
+
+    console.print(f"{name}: {cost.num_parameters:,} parameters", soft_wrap=True, markup=False)
+    parameters = Table("part")
+    parameters.add_column("parameters", justify="right")
+    parameters.add_column("share", justify="right")
+    for part, count in cost.parameters.items():
+        if part == "head" and not count:
+            parameters.add_row("head", "tied", "")
+        else:
+            parameters.add_row(part, f"{count:,}", f"{count / cost.num_parameters:.1%}")
+    console.print(parameters)
+
+    flops = Table("pass", title=f"FLOPs per token at length {length:,}", title_justify="left")
+    flops.add_column("FLOPs", justify="right")
+    flops.add_column("of which attention", justify="right")
+    attention_share = cost.attention_flops_per_token(length) / cost.forward_flops_per_token(length)
+    for label, count in (
+        ("forward", cost.forward_flops_per_token(length)),
+        ("training", cost.training_flops_per_token(length)),
+    ):
+        flops.add_row(label, format_flops(count), f"{attention_share:.1%}")
+    console.print(flops)
+    console.print(memory_table(cost, arguments.batch_size, length, device_memory, arguments.measure))
+
+
+def memory_table(cost: ModelCost, batch_size: int, length: int, device_memory: int | None, measure: bool) -> Table:
+    """Memory for inference and training in each of `DTYPES`, a section each."""
+    table = Table(title=f"Memory for {batch_size} x {length:,} tokens", title_justify="left")
+    table.add_column("")
+    for dtype in DTYPES:
+        table.add_column(dtype, justify="right")
+
+    def add(label: str, values: list[str], bold: bool = False) -> None:
+        table.add_row(label, *values, style="bold" if bold else None)
+
+    sections: list[tuple[str, Any, Any, Any, dict[str, bool]]] = [
+        ("inference", cost.inference_memory, measure_inference_memory, cost.largest_inference_batch, {}),
+        ("training", cost.training_memory, measure_training_memory, cost.largest_training_batch, {}),
+        (
+            "training with gradient checkpointing",
+            cost.training_memory,
+            measure_training_memory,
+            cost.largest_training_batch,
+            {"gradient_checkpointing": True},
+        ),
+    ]
+    for label, estimate, measured, largest, kwargs in sections:
+        estimates = [estimate(batch_size, length, dtype, **kwargs) for dtype in DTYPES]
+        add(label, [format_bytes(memory.total) for memory in estimates], bold=True)
+        for part in estimates[0].__dataclass_fields__:
+            # What checkpointing leaves as it is stands in the section above.
+            if not kwargs or part in ("weights", "activations", "working"):
+                add(f"  {part.replace('_', ' ')}", [format_bytes(getattr(memory, part)) for memory in estimates])
+        if measure:
+            peaks = []
+            for dtype, memory in zip(DTYPES, estimates, strict=True):
+                check_free_memory(memory.total)
+                peaks.append(format_bytes(measured(cost.config, batch_size, length, dtype, **kwargs)))
+            add("  measured peak", peaks)
+        if device_memory is not None:
+            batches = [largest(device_memory, length, dtype, **kwargs) for dtype in DTYPES]
+            values = [f"{batch:,}" if batch else "none fits" for batch in batches]
+            add(f"  largest batch in {format_bytes(device_memory)}", values)
+        table.add_section()
+    return table
+
+
+def check_free_memory(needed: int) -> None:
+    """Raises ValueError if there is not enough memory for a measurement, so that no process is killed for it."""
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"Measuring needs {format_bytes(needed)}, and {format_bytes(free)} are free: choose a smaller --batch_size "
+            f"or --length, or leave --measure out."
+        )
+
+
+def show_attention(arguments: AttentionArguments) -> None:
+    """Prints the entropy of every head and draws its map."""
+    model, tokenizer, name = find_model(arguments.model)
+    windows = find_windows(arguments, model.config, tokenizer)
+    summary = summarize_attention(model, windows)
+    table = Table(
+        "layer",
+        title=f"Entropy of attention in nats; uniform attention has {summary.maximum_entropy:.2f}",
+        title_justify="left",
+    )
+    heads = summary.entropy.shape[1]
+    for head in range(heads):
+        table.add_column(f"head {head}", justify="right")
+    table.add_column("mean", justify="right")
+    for layer, (entropies, shares) in enumerate(zip(summary.entropy, summary.share, strict=True)):
+        cells = [f"{nats:.2f} {share:.0%}" for nats, share in zip(entropies, shares, strict=True)]
+        table.add_row(str(layer), *cells, f"{entropies.mean():.2f} {shares.mean():.0%}")
+    console.print(table)
+    labels = token_labels(tokenizer, windows[0].tolist()) if arguments.prompt is not None else None
+    draw_attention(summary, arguments.output, labels, f"Attention of {name} on {describe(arguments, windows)}")
+    console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
+
+
+def show_activations(arguments: ActivationArguments) -> None:
+    """Prints and draws statistics of activations, and the norms of the gradients of the loss on the text."""
+    model, tokenizer, name = find_model(arguments.model)
+    windows = find_windows(arguments, model.config, tokenizer)
+    with record_activations(model) as recorder:
+        for window in windows:
+            ids = window[None].to(model.device)
+            (model(input_ids=ids, labels=ids, use_cache=False).loss / len(windows)).backward()
+    statistics, gradients = recorder.statistics(), gradient_norms(model)
+
+    table = Table("site", title=f"Activations of {name} on {describe(arguments, windows)}", title_justify="left")
+    for column in ("mean", "rms", "kurtosis", "largest", "dead"):
+        table.add_column(column, justify="right")
+    for site, values in statistics.items():
+        table.add_row(
+            site,
+            f"{values.mean:.3f}",
+            f"{values.rms:.3f}",
+            f"{values.kurtosis:.1f}",
+            f"{values.largest:.2f}",
+            f"{values.dead:.1%}",
+        )
+    console.print(table)
+    norms = Table("parameters", title="Gradient of the loss", title_justify="left")
+    norms.add_column("norm", justify="right")
+    for group, value in gradients.items():
+        norms.add_row(group, f"{value:.4f}")
+    console.print(norms)
+    title = f"{name} on {describe(arguments, windows)}"
+    draw_activations(statistics, gradients, arguments.output, title)
+    console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
+
+
+def find_config(arguments: CostArguments) -> tuple[PreTrainedConfig, str]:
+    """The configuration, and a name for it."""
+    if arguments.names_a_shape:
+        preset = arguments.preset or "tiny"
+        changes = [f"{name}={value}" for name, value in arguments.shape.items()]
+        return MiniConfig.preset(preset, **arguments.shape), " ".join([preset, *changes])
+    name = find_checkpoint(arguments.model)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False), name
+    except OSError as error:
+        raise ValueError(f"No configuration could be loaded from {name!r}: {error}") from None
+
+
+def find_model(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The model, its tokenizer, and a name for them."""
+    checkpoint = find_checkpoint(model)
+    folder = Path(checkpoint)
+    # The best of a run is known by the name of the run.
+    name = folder.parent.name if folder.is_dir() and folder.name in ("best", "final") else folder.name
+    return *load_checkpoint(checkpoint), name
+
+
+def find_windows(
+    arguments: AttentionArguments | ActivationArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> torch.Tensor:
+    """The token ids to measure on, (windows, length)."""
+    if arguments.prompt is not None:
+        return prompt_ids(tokenizer, config, arguments.prompt)
+    length = length_within(arguments.length, config)
+    try:
+        text = Path(arguments.text_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{arguments.text_file} is not valid UTF-8 ({error.reason}).") from None
+    return text_windows(tokenizer, text, length, arguments.windows)
+
+
+def length_within(length: int | None, config: PreTrainedConfig) -> int:
+    """The length asked for, or the context of the model."""
+    context_length = config.max_position_embeddings
+    if length is not None and length > context_length:
+        raise ValueError(f"length must be at most {context_length}, the context of the model, got {length}.")
+    return length or context_length
+
+
+def describe(arguments: AttentionArguments | ActivationArguments, windows: torch.Tensor) -> str:
+    """The text in a few words."""
+    if arguments.prompt is not None:
+        return f"a prompt of {windows.shape[1]} tokens"
+    return f"{len(windows)} x {windows.shape[1]} tokens of {Path(arguments.text_file).name}"
+
+
+def parse_memory(size: str) -> int:
+    """`"24GiB"` or `"24GB"` in bytes; raises ValueError otherwise."""
+    try:
+        memory = convert_file_size_to_int(size)
+    except ValueError:
+        memory = 0
+    if memory < 1:
+        raise ValueError(f"device_memory must be a size with its unit, such as 24GiB or 500MB, got {size!r}.")
+    return memory
+
+
+def format_bytes(size: int) -> str:
+    unit, suffix = pick_unit_and_suffix(size, ["bytes", "KiB", "MiB", "GiB", "TiB"], 1024)
+    return f"{size / unit:,.{1 if unit > 1 else 0}f} {suffix}"
+
+
+def format_flops(flops: int) -> str:
+    unit, suffix = pick_unit_and_suffix(flops, ["FLOPs", "kFLOPs", "MFLOPs", "GFLOPs", "TFLOPs"], 1000)
+    return f"{flops / unit:,.2f} {suffix}"
