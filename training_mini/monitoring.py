@@ -298,8 +298,17 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
     if not train:
         return None
     own = own_metrics_in(metrics)
-    with new_figure(figsize=(8, 5.5 + 1.5 * len(own))) as figure:
-        curve, rate, *others = figure.subplots(2 + len(own), 1, sharex=True, height_ratios=(4, 1, *[1.5 for _ in own]))
+    # The margins are given, in inches: to find them, matplotlib draws a figure three times, which took a run of the
+    # tests longer than its training.
+    width, height = 8, 5.5 + 1.5 * len(own)
+    with new_figure(figsize=(width, height), layout="none") as figure:
+        curve, rate, *others = figure.subplots(
+            2 + len(own), 1, sharex=True, height_ratios=(4, 1, *[1.5 for _ in own]),
+            gridspec_kw={
+                "left": 0.85 / width, "right": 1 - 1.3 / width, "bottom": 0.75 / height, "top": 1 - 0.55 / height,
+                "hspace": 0.15,
+            },
+        )  # fmt: skip
         curve.plot(*zip(*train, strict=True), color="#9ecae1", linewidth=1.2, label="training")
         labels = [(bits, f"{name} -9  {bits:.3f}", "#737373") for name, bits in compressors.items()]
         for (bits, *_), style in zip(labels, ("--", ":"), strict=False):
@@ -316,7 +325,7 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
         curve.set_ylim(min(shown) * 0.95, max(shown) * 1.05)
         curve.set_ylabel("bits per byte")
         curve.set_title(title, loc="left")
-        figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        figure.legend(loc="upper right", ncols=2, frameon=False)
         write_beside(curve, labels)
         figure.supxlabel(BITS_PER_BYTE, fontsize=8, color="#525252")
         curve.grid(alpha=0.3)
@@ -333,7 +342,6 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
 
 def write_beside(axes: "Axes", labels: list[tuple[float, str, str]]) -> None:
     """Writes labels (value, text, colour) at the right edge, each at its value, or above the label below it."""
-    axes.figure.draw_without_rendering()  # it decides how high the axes are
     lowest = -math.inf
     for value, text, color in sorted(labels):
         height = axes.transData.transform((0, value))[1] * 72 / axes.figure.dpi  # points

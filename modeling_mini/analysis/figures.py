@@ -26,10 +26,10 @@ class Picture(Figure):
 
 @contextlib.contextmanager
 def new_figure(**kwargs: Any) -> Iterator[Picture]:
-    """A figure to draw on. It needs no display."""
+    """A figure to draw on. It needs no display. Its parts find room by themselves, unless `layout` says otherwise."""
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         # Not through pyplot: that would choose a backend for the whole process.
-        yield Picture(layout="constrained", **kwargs)
+        yield Picture(**{"layout": "constrained", **kwargs})
 
 
 @contextlib.contextmanager

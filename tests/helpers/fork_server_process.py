@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import gc
 import importlib
+import io
 import marshal
 import os
 import random
@@ -188,13 +189,27 @@ def preload(names: tuple[str, ...]) -> None:
             importlib.import_module(name)
 
 
+def draw() -> None:
+    """Draws a figure: the first one of a process loads fonts and more, which takes as long as to draw one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().plot([1, 2], label="a line")
+    figure.legend()
+    figure.savefig(io.BytesIO(), format="png")
+
+
 def main(folder: str, descriptor: int) -> None:
     life = socket.socket(fileno=descriptor)
     preload(TORCH)
+    draw()
     kind, read_late = "torch", READ_LATE + OF_HUGGING_FACE
     if os.fork() == 0:
         kind, read_late = "libraries", READ_LATE
         preload(LIBRARIES)
+    # What programs import beyond this, most of it Mini, is compiled once, whatever the variables say, and nothing of it
+    # is left beside the sources.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{folder}/bytecode"
     # The collector of a program leaves alone what it shares with the server, for the same reason as `end`.
     gc.collect()
     gc.freeze()
