@@ -284,7 +284,7 @@ class OptimizationArguments(Settings):
         5, "polynomials with which Muon orthogonalises a step; more are exacter and slower", at_least=1
     )
     muon_dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "precision in which it does that (default: float32 on a CPU, bfloat16 on a GPU)"
+        None, "precision in which it does that (default: bfloat16 on a GPU, and on a CPU that trains in it)"
     )
     max_grad_norm: float | None = option(
         None, f"gradients are clipped to this norm; 0 turns clipping off ({defaults_of('max_grad_norm')})", at_least=0

@@ -47,12 +47,13 @@ from .distributed import Parallel, blocks_of, check_mesh
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .hooks import NO_HOOKS, Hooks
 from .lora import add_lora, describe
+from .muon import Muon
 from .optimization import ExponentialMovingAverage, make_optimizers
 from .own_model import config_class_of, has_own_code, name_code
 from .run_folder import RunFolder
 from .sharded_start import ShardedStart
 
-# From so many FLOPs on, a run on a CPU pays the 10 to 30 seconds that compiling takes: they are about 100 seconds.
+# From so many FLOPs on, which are about 100 seconds of a CPU, compiling saves more time than it takes.
 LONG_RUN = 1e13
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # how a small model writes well
 
@@ -272,6 +273,9 @@ def choose_kernels(run: Run) -> None:
             "rounding, not bit by bit."
         )
     use_products(run.unwrapped_model, state.products)
+    for optimizer in run.optimizers:
+        if state.is_bfloat16 and isinstance(optimizer, Muon) and optimizer.dtype is None:
+            optimizer.dtype = torch.bfloat16
 
 
 def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], bool, bool, bool]:

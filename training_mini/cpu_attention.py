@@ -27,7 +27,9 @@ BYTES_AT_ONCE = 2**19  # of the scores of a block, for each thread: they stay in
 MOST_BYTES = 2**27  # of the probabilities of a layer
 
 
-@torch.library.custom_op("mini::causal_attention", mutates_args=())  # torch.compile does not look inside
+# torch.compile does not look inside. It keeps compiled blocks on disk by the names of their operators: give this one
+# another name when the layout of its results changes.
+@torch.library.custom_op("mini::causal_attention", mutates_args=())
 def causal_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

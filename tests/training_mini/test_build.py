@@ -13,6 +13,7 @@ from torch import nn
 from training_mini import build
 from training_mini.build import choose_kernels
 from training_mini.checkpoints import TrainerState
+from training_mini.muon import Muon
 
 CHOICE = {"128 x 128": ["output"]}
 
@@ -32,6 +33,7 @@ def run_with(state: TrainerState) -> Any:
         config=model.config,
         corpus=None,
         has_own_code=False,
+        optimizers=[Muon(model.model.layers[0].mlp.parameters())],
         parallel=SimpleNamespace(
             from_main=lambda value: value, tensor_size=1, data_processes=2, is_sharded=False, is_deepspeed=False
         ),
@@ -100,6 +102,10 @@ def test_bfloat16_and_blocks(
     assert run.state.is_bfloat16 == is_bfloat16 and run.state.has_blocks
     assert measured == [(4, dtype)], "the share of a process in a micro-batch"
     assert is_by_onednn(run) == (dtype == torch.float32), "bfloat16 is left to torch"
+    assert run.optimizers[0].dtype == (torch.bfloat16 if is_bfloat16 else None), "so does Muon"
+    run.optimizers[0].dtype = torch.float32
+    choose_kernels(run)
+    assert run.optimizers[0].dtype == torch.float32, "the user chose"
 
 
 @pytest.mark.parametrize(
