@@ -4,8 +4,8 @@ nanoGPT: in one run and in turns, eager and compiled.
 
     python benchmarks/training.py [--size small] [--batch_size 8] [--context 256] [--nanogpt FOLDER]
 
-A step is forward, backward, clipping of the gradient and fused AdamW, on random tokens. On a CPU, Mini computes with what
-its trainer would choose there: the faster library for each matrix product, and attention in blocks where that is
+A step is forward, backward, clipping of the gradient and fused AdamW, on random tokens. On a CPU, Mini computes with
+what its trainer would choose there: the faster library for each matrix product, and attention in blocks where that is
 faster. Medians over the rounds; the last line is JSON.
 """
 
