@@ -1,9 +1,6 @@
 """Makes the parts of a run from its settings: checks, the run folder, the model, its optimizers and its batches."""
 
 import contextlib
-import os
-import shutil
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,7 +10,6 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from installation_mini import processor_name
 from modeling_mini.loading.checkpoints import load_checkpoint
 from torch import nn
 from transformers import (
@@ -37,8 +33,7 @@ from .checkpoints import (
     read_state,
     states_of,
 )
-from .cpu_attention import attention_in_blocks, blocks_are_faster
-from .cpu_kernels import SMALLEST_STEP, bfloat16_is_faster, flops_of_step, measure_products, use_products
+from .cpu_attention import attention_in_blocks
 from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer
@@ -47,14 +42,11 @@ from .distributed import Parallel, blocks_of, check_mesh
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .hooks import NO_HOOKS, Hooks
 from .lora import add_lora, describe
-from .muon import Muon
 from .optimization import ExponentialMovingAverage, make_optimizers
 from .own_model import config_class_of, has_own_code, name_code
 from .run_folder import RunFolder
 from .sharded_start import ShardedStart
 
-# From so many FLOPs on, which are about 100 seconds of a CPU, compiling saves more time than it takes.
-LONG_RUN = 1e13
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.95}  # how a small model writes well
 
 
@@ -211,7 +203,6 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
         # 3. Where the run stood, if it goes on.
         if arguments.run.resume:
             load_state(run)
-        choose_kernels(run)
         return run
     except BaseException:
         folder.release()
@@ -251,70 +242,6 @@ def load_state(run: Run) -> None:
     run.state, run.problems = state, run.problems + problems
 
 
-def choose_kernels(run: Run) -> None:
-    """
-    Chooses what a CPU computes with: the library of each matrix product, bfloat16 or float32, attention in blocks or
-    torch's own, compiled or not. A run that is resumed keeps its choice, so that it goes on with the same bits.
-    """
-    accelerator, state, arguments = run.accelerator, run.state, run.arguments
-    if accelerator.device.type != "cpu" or run.parallel.tensor_size > 1:
-        return
-    here = processor_name()
-    if not state.processor:
-        sequences = arguments.optimization.train_batch_size // run.parallel.data_processes
-        sequences //= arguments.optimization.gradient_accumulation_steps
-        choice = measured_choice(run, sequences) if accelerator.is_main_process else None
-        choice = run.parallel.from_main(choice)
-        state.products, state.is_bfloat16, state.has_blocks, state.is_compiled = choice
-        state.processor = run.parallel.from_main(here)
-    elif state.processor != here:
-        run.problems.append(
-            f"This run began on another processor ({state.processor}): from here on, its losses are equal up to "
-            "rounding, not bit by bit."
-        )
-    use_products(run.unwrapped_model, state.products)
-    for optimizer in run.optimizers:
-        if state.is_bfloat16 and isinstance(optimizer, Muon) and optimizer.dtype is None:
-            optimizer.dtype = torch.bfloat16
-
-
-def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], bool, bool, bool]:
-    """
-    `products`, `is_bfloat16`, `has_blocks` and `is_compiled` of `TrainerState` for this processor.
-
-    Args:
-        sequences: those of a micro-batch of one process.
-    """
-    model, arguments = run.unwrapped_model, run.arguments
-    tokens = sequences * run.config.max_position_embeddings
-    is_told_bfloat16 = run.accelerator.mixed_precision == "bf16"
-    # What is sharded or quantized has types of its own.
-    is_plain = not (run.parallel.is_sharded or run.parallel.is_deepspeed or getattr(model, "is_quantized", False))
-    products = {} if is_told_bfloat16 else measure_products(model, tokens)
-    may_be_bfloat16 = is_plain and arguments.run.bf16 is None and not is_told_bfloat16
-    is_bfloat16 = may_be_bfloat16 and bfloat16_is_faster(model, tokens, products)
-    dtype = torch.bfloat16 if is_bfloat16 or is_told_bfloat16 else torch.float32
-    is_small = flops_of_step(model, tokens) < SMALLEST_STEP
-    has_blocks = not is_small and blocks_are_faster(run.config, sequences, dtype)
-    is_compiled = is_plain and run.accelerator.num_processes == 1 and compiling_pays(run, tokens)
-    return {} if is_bfloat16 else products, is_bfloat16, has_blocks, is_compiled
-
-
-def compiling_pays(run: Run, tokens: int) -> bool:
-    """Whether compiling the blocks of the model saves more time than it takes, and the user left it to Mini."""
-    arguments, optimization = run.arguments, run.arguments.optimization
-    has_one_shape = not isinstance(run.corpus, ExampleCorpus) and optimization.dropout_start is None
-    if arguments.run.torch_compile is not None or arguments.run.gradient_checkpointing or not has_one_shape:
-        return False
-    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if run.has_own_code or not run.blocks or shutil.which(compiler) is None:
-        return False
-    if optimization.max_minutes is not None:
-        return optimization.max_minutes >= 2
-    micro_batches = optimization.gradient_accumulation_steps
-    return optimization.max_steps * micro_batches * flops_of_step(run.unwrapped_model, tokens) >= LONG_RUN
-
-
 def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:
     """How many micro-batches the share of a process in a batch is split into, so that one fits into memory."""
 
@@ -326,32 +253,6 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
     optimization = run.arguments.optimization
     share = optimization.train_batch_size // run.parallel.data_processes
     return run.parallel.find_micro_batches(run.model, share, optimization.gradient_accumulation_steps, try_micro_batch)
-
-
-def compile_model(run: Run, try_step: Callable[[], object]) -> None:
-    """
-    Compiles the model in place: whole or one of its equal blocks for all of them if that was asked for, and the blocks
-    if that was chosen for a CPU.
-
-    Args:
-        try_step: computes both passes on a batch.
-    """
-    if run.arguments.run.compile_regions or run.state.is_compiled:
-        for block in run.blocks:
-            block.compile()
-    elif run.arguments.run.torch_compile:
-        run.model.compile()
-    if run.state.is_compiled:  # nobody asked for it, so it must not be what ends a run
-        try:
-            try_step()
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
-            run.state.is_compiled = False
-            for block in run.blocks:
-                block._compiled_call_impl = None  # what `compile` has set; there is no other way back
-        for optimizer in run.optimizers:
-            optimizer.zero_grad()
 
 
 def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> list[str]:

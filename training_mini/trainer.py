@@ -10,12 +10,13 @@ from entry_points_mini import quiet_libraries
 from torch.optim.lr_scheduler import LRScheduler
 
 from .arguments import Arguments
-from .build import build_run, compile_model, description_of, find_micro_batches
+from .build import build_run, description_of, find_micro_batches
 from .callbacks import Callbacks
 from .checkpoints import advice_of_sound_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
+from .kernels import choose_kernels, compile_model
 from .metrics import inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
@@ -92,6 +93,7 @@ class Trainer:
         """Takes possession of the folder, and says what is about to happen."""
         run, lines = self.run, []
         # 1. What the run needs to know before anything is written: does it fit into memory, and how long is it?
+        choose_kernels(run)
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
         run.model.train()

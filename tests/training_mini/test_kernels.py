@@ -10,9 +10,9 @@ import torch
 from helpers.runs import losses, train_here, weights
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
-from training_mini import build
-from training_mini.build import choose_kernels
+from training_mini import build, kernels
 from training_mini.checkpoints import TrainerState
+from training_mini.kernels import choose_kernels
 from training_mini.muon import Muon
 
 CHOICE = {"128 x 128": ["output"]}
@@ -49,9 +49,9 @@ def is_by_onednn(run: Any) -> bool:
 
 def test_a_new_run_measures_its_share_of_a_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
-    monkeypatch.setattr(build, "measure_products", lambda model, tokens: measured.append(tokens) or CHOICE)
-    monkeypatch.setattr(build, "bfloat16_is_faster", lambda model, tokens, choice: False)
-    monkeypatch.setattr(build, "blocks_are_faster", lambda config, sequences, dtype: False)
+    monkeypatch.setattr(kernels, "measure_products", lambda model, tokens: measured.append(tokens) or CHOICE)
+    monkeypatch.setattr(kernels, "bfloat16_is_faster", lambda model, tokens, choice: False)
+    monkeypatch.setattr(kernels, "blocks_are_faster", lambda config, sequences, dtype: False)
     run = run_with(TrainerState(corpus={}, architecture={}))
     choose_kernels(run)
     assert measured == [4 * 256]
@@ -63,8 +63,8 @@ def test_a_new_run_measures_its_share_of_a_micro_batch(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("processor", ["this one", "another"])
 def test_a_resumed_run_keeps_its_choice(processor: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "measure_products", None)
-    monkeypatch.setattr(build, "processor_name", lambda: "this one")
+    monkeypatch.setattr(kernels, "measure_products", None)
+    monkeypatch.setattr(kernels, "processor_name", lambda: "this one")
     run = run_with(TrainerState(corpus={}, architecture={}, products=CHOICE, processor=processor))
     choose_kernels(run)
     assert is_by_onednn(run)
@@ -88,10 +88,10 @@ def test_bfloat16_and_blocks(
     situation: str, is_bfloat16: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = []
-    monkeypatch.setattr(build, "SMALLEST_STEP", 0)
-    monkeypatch.setattr(build, "measure_products", lambda model, tokens: CHOICE)
-    monkeypatch.setattr(build, "bfloat16_is_faster", lambda model, tokens, choice: situation != "slower")
-    monkeypatch.setattr(build, "blocks_are_faster", lambda config, *what: measured.append(what) or True)
+    monkeypatch.setattr(kernels, "SMALLEST_STEP", 0)
+    monkeypatch.setattr(kernels, "measure_products", lambda model, tokens: CHOICE)
+    monkeypatch.setattr(kernels, "bfloat16_is_faster", lambda model, tokens, choice: situation != "slower")
+    monkeypatch.setattr(kernels, "blocks_are_faster", lambda config, *what: measured.append(what) or True)
     run = run_with(TrainerState(corpus={}, architecture={}))
     if situation.startswith("--bf16"):
         run.arguments.run.bf16 = situation == "--bf16"
@@ -128,8 +128,8 @@ def test_bfloat16_and_blocks(
 )
 def test_long_runs_are_compiled(change: dict[str, Any], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("measure_products", "bfloat16_is_faster", "blocks_are_faster"):
-        monkeypatch.setattr(build, name, lambda *what: {})
-    monkeypatch.setattr(build.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
+        monkeypatch.setattr(kernels, name, lambda *what: {})
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
     run = run_with(TrainerState(corpus={}, architecture={}))
     run.accelerator.num_processes = 1
     for name, value in change.items():
@@ -143,7 +143,7 @@ def test_long_runs_are_compiled(change: dict[str, Any], compiled: bool, monkeypa
 def chosen(monkeypatch: pytest.MonkeyPatch, **state: bool) -> None:
     """Makes a new run choose this."""
     choice = {}, *(state.get(name, False) for name in ("is_bfloat16", "has_blocks", "is_compiled"))
-    monkeypatch.setattr(build, "measured_choice", lambda run, sequences: choice)
+    monkeypatch.setattr(kernels, "measured_choice", lambda run, sequences: choice)
 
 
 def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
