@@ -162,7 +162,7 @@ def operands_of(
     outputs: int, inputs: int, tokens: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Both sides of each product of a linear layer."""
-    tokens = min(tokens, max(1, int(LARGEST_PRODUCT / (2 * outputs * inputs))))
+    tokens = min(tokens, max(64, int(LARGEST_PRODUCT / (2 * outputs * inputs))))
     # No random numbers: a run that measures draws the same ones later as a run that knows the result.
     rows, gradient, weight = (
         torch.ones(shape, dtype=dtype) for shape in ((tokens, inputs), (tokens, outputs), (outputs, inputs))
