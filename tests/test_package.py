@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -24,9 +25,11 @@ print(type(model).__name__, len(tokenization.ByteTokenizer()))
 
 
 @pytest.mark.slow
-def test_installed_package_works_outside_the_repository(tmp_path: Path) -> None:
-    venv.create(tmp_path / "environment")
-    python = tmp_path / "environment" / "bin" / "python"
+def test_installed_package_works_outside_the_repository(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    temporary = tempfile.TemporaryDirectory(prefix="mini-package-")  # on the disk: it takes gigabytes
+    request.addfinalizer(temporary.cleanup)
+    venv.create(temporary.name)
+    python = Path(temporary.name, "bin", "python")
     environment = {**os.environ, **INSTALLING}
     # The constraints give the tested versions; without them pip would take the newest torch, with CUDA.
     pip = [sys.executable, "-m", "pip", "--python", python]

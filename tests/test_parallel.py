@@ -370,7 +370,7 @@ def test_configurations_hold_what_accelerate_knows(path: Path) -> None:
     assert first.startswith("# ") and "accelerate launch" in path.read_text()
 
 
-def check_launch(config: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+def check_launch(config: str, cwd: Path, *flags: str, **environment: str) -> subprocess.CompletedProcess:
     command = [
         fork_server.python(),
         "-m",
@@ -379,6 +379,7 @@ def check_launch(config: str, cwd: Path, **environment: str) -> subprocess.Compl
         "--",
         "--main_process_port",
         "0",
+        *flags,
     ]
     return subprocess.run(
         command, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
@@ -391,5 +392,5 @@ def test_one_command_checks_a_configuration(tmp_path: Path) -> None:
     result = check_launch("cpu_fsdp2.yaml", tmp_path, **ON_CPU)
     assert result.returncode == 0, result.stderr
     assert "2 x cpu with 1 threads (FSDP2), float32" in result.stdout and "The configuration works" in result.stdout
-    result = check_launch("deepspeed_zero2.yaml", tmp_path)
+    result = check_launch("deepspeed_zero2.yaml", tmp_path, "--num_processes", "2")  # it has eight
     assert result.returncode == 2 and result.stderr.count("error: ") == 1 and "DeepSpeed" in result.stderr
