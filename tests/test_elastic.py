@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import fork_server
 from helpers.programs import ROOT, free_port, start_program
 from helpers.runs import ON_CPU, QUICK, forked, losses, metrics, train_here, wait_for_steps
 from training_mini.arguments import after_restart, parse_arguments
@@ -41,7 +42,8 @@ def test_a_killed_worker_brings_all_back_from_the_newest_checkpoint(rendezvous: 
     torchrun += [str(ROOT / "train_accelerate.py")]
     process = subprocess.Popen(
         [*torchrun, *QUICK, "--max_steps", "60", "--save_steps", "10", "--output_dir", "run"],
-        cwd=tmp_path, env={**os.environ, **ON_CPU}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        cwd=tmp_path, env={**os.environ, **ON_CPU, "PYTHON_EXEC": fork_server.python()}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     wait_for_steps(tmp_path / "run", 15, process, seconds=300)
     workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
@@ -97,7 +99,7 @@ def test_the_script_for_slurm_by_a_stand_in(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
-    python = f'#!/bin/bash\nexec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT))}/"$@"\n'
+    python = f'#!/bin/bash\nexec {shlex.quote(fork_server.python())} {shlex.quote(str(ROOT))}/"$@"\n'
     (binaries / "python").write_text(python)  # the program lies in the repository, and the job runs elsewhere
     (binaries / "python").chmod(0o755)
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "17"}
