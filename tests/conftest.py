@@ -28,7 +28,10 @@ from helpers import fork_server
 from helpers.programs import run_program
 from helpers.runs import QUICK
 
-LONG = ("test_training_benchmark.py", "test_gpu_benchmark.py", "test_finetuning_doc.py", "test_package.py")
+LONG = (
+    "test_gpu_benchmark.py", "test_training_benchmark.py", "test_decoding_benchmark.py", "test_reliability.py",
+    "test_finetuning_doc.py", "test_package.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from helpers.programs import run_program
 PROGRAM = "benchmarks/scaling.py"
 
 
+@pytest.mark.slow  # it learns merges
 def test_figures(tmp_path: Path) -> None:
     arguments = "--megabytes 2 --bpe_megabytes 1 --size small --rounds 1 --output out.json".split()
     result = run_program(PROGRAM, *arguments, cwd=tmp_path)

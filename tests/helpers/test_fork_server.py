@@ -33,3 +33,15 @@ def test_a_start_is_not_forked_with_a_variable_that_a_library_has_read(tmp_path:
     started_with = fork_server.server().environment
     assert fork_server.can_start({**started_with, "RANK": "1", "MINI_CACHE": "elsewhere"})
     assert not fork_server.can_start({**started_with, "OMP_NUM_THREADS": "13"})
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+def test_what_a_program_imports_is_compiled_once_and_not_beside_the_source(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("")
+    (tmp_path / "program.py").write_text("import module; print(module.__cached__)")
+    compiled = []
+    for _ in range(2):
+        path = Path(run_program(str(tmp_path / "program.py"), cwd=tmp_path).stdout.strip())
+        compiled.append((path, path.stat().st_mtime_ns))
+    assert compiled[0] == compiled[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"module.py", "program.py"}
