@@ -54,6 +54,7 @@ class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     size: str = option("small", "preset of MiniConfig whose shape both models take")
+    layers: int | None = option(None, "layers of all models; default: the preset's", at_least=1)
     batch_sizes: list[int] = option([1, 8, 64], "sequences at a time")
     prompts: list[int] = option([16, 1000], "tokens in a prompt")
     tokens: int = option(200, "tokens to write after the prompt", at_least=2)
@@ -99,7 +100,8 @@ class Settings(PlaceSettings):
 
     @property
     def mini_config(self) -> MiniConfig:
-        return MiniConfig.preset(self.size, max_position_embeddings=max(self.prompts) + self.tokens)
+        layers = {} if self.layers is None else {"num_hidden_layers": self.layers}
+        return MiniConfig.preset(self.size, max_position_embeddings=max(self.prompts) + self.tokens, **layers)
 
 
 class Case(NamedTuple):

@@ -12,7 +12,7 @@ PROGRAM = "benchmarks/decoding.py"
 
 @pytest.mark.slow  # it compiles
 def test_every_case_has_figures(tmp_path: Path) -> None:
-    arguments = "--size tiny --batch_sizes 1 2 --prompts 4 9 --tokens 5 --rounds 1 --output out.json".split()
+    arguments = "--size tiny --layers 1 --batch_sizes 1 2 --prompts 4 9 --tokens 5 --rounds 1 --output out.json".split()
     result = run_program(PROGRAM, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])
@@ -36,7 +36,7 @@ def test_every_case_has_figures(tmp_path: Path) -> None:
         assert row["contender"] != "Llama" or row["times_llama"] == 1
     assert set(figures["cache_gain"]["by_prompt"]) == {"4", "9"}
     # LayerNorm has biases, RMSNorm none; else they are of one size.
-    assert figures["parameters"]["Mini"] == figures["parameters"]["Llama"] + (2 * 4 + 1) * 128
+    assert figures["parameters"]["Mini"] == figures["parameters"]["Llama"] + (2 * 1 + 1) * 128, "of one layer"
     assert "come" in result.stdout and "Peak memory" in result.stdout
 
 
