@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, command_of, one_sentence_errors
 from training_mini.arguments import Arguments, after_restart, parse_arguments
 from training_mini.data.files import find_files
+from training_mini.processes import check_count, start_processes
 
 if TYPE_CHECKING:
     from training_mini.result import TrainingResult
@@ -81,6 +82,9 @@ def main() -> None:
     hear_ctrl_c()
     with one_sentence_errors():
         arguments = after_restart(parse_arguments(sys.argv[1:]), sys.argv[1:])
+        check_count(count := arguments.run.num_processes)
+        if count > 1 and "WORLD_SIZE" not in os.environ:
+            sys.exit(start_processes(count, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]))
         if not arguments.run.resume:  # there, what changed in the settings is said first
             find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
         if os.environ.get("RANK", "0") == "0":

@@ -1,20 +1,24 @@
 """Runs that come back by themselves: under torchrun, under Slurm, and when a process of them hangs."""
 
 import os
+import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from helpers import fork_server
 from helpers.programs import ROOT, free_port, start_program
-from helpers.runs import ON_CPU, QUICK, forked, losses, metrics, train_here, wait_for_steps
+from helpers.runs import ON_CPU, QUICK, environments_of, forked, losses, metrics, train_here, wait_for_steps
 from training_mini.arguments import after_restart, parse_arguments
 from training_mini.checkpoints import states_of
+from training_mini.launch import check_launch
 
 
 def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +32,16 @@ def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert again().resume and again("--overwrite").resume, "what it has written itself is not replaced"
     other = again("--seed", "7")
     assert not (other.resume or other.overwrite), "the run in the folder is another one"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # of a torchrun that joins others on another machine
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert not again().resume, "there are no restarts"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    assert again().resume
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with pytest.raises(ValueError, match="export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"):
+        check_launch()
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    check_launch()
     for state in states_of(folder):
         state.rename(state.with_name(f".{state.name}.partial"))
     assert again().overwrite and not again().resume, "killed before its first checkpoint"
@@ -54,14 +68,93 @@ def test_a_killed_worker_brings_all_back_from_the_newest_checkpoint(rendezvous: 
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
 
+ADDRESSES = ("10.213.7.1", "10.213.7.2")
+
+
+def two_networks(names: list[str]) -> None:
+    """Makes two network namespaces with a cable between them, whose ends are called as they are."""
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append("ip link add {0} netns {0} type veth peer name {1} netns {1}".format(*names))
+    for name, address in zip(names, ADDRESSES, strict=True):
+        commands += [f"ip -n {name} addr add {address}/24 dev {name}", f"ip -n {name} link set {name} up"]
+        commands.append(f"ip -n {name} link set lo up")
+    for command in commands:
+        subprocess.run(command.split(), check=True, capture_output=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[list[tuple[list[str], str, dict[str, str]]]]:
+    """
+    Two machines: the beginning of a command on each, its address, and its variables. They are two network namespaces
+    where this process may make them, else two names for this machine.
+    """
+    names = [f"mini{os.getpid()}n{rank}" for rank in (0, 1)]
+    try:
+        two_networks(names)
+        found = [
+            (["ip", "netns", "exec", name], address, {"GLOO_SOCKET_IFNAME": name})
+            for name, address in zip(names, ADDRESSES, strict=True)
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        found = [([], "127.0.0.1", {"GLOO_SOCKET_IFNAME": "lo"})] * 2
+    yield found
+    for name in names if shutil.which("ip") else []:
+        subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_run_after_the_time_that_was_given(tmp_path: Path) -> None:
-    environment = {**ON_CPU, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+@pytest.mark.parametrize(("nodes", "goes_on"), [("1:2", "1 x cpu"), ("2", "2 x cpu")])
+def test_a_machine_of_two_is_killed(nodes: str, goes_on: str, machines: list, tmp_path: Path) -> None:
+    """With `--nnodes 1:2` the other one goes on alone; with 2 it waits until the killed one is started again."""
+    forked(None, tmp_path, *QUICK, "--max_steps", 60, "--output_dir", "whole")
+    keep_alive = "last_call_timeout=2,keep_alive_interval=2,keep_alive_max_attempt=4"
+    flags = f"--nnodes {nodes} --nproc_per_node 1 --max_restarts 2 --rdzv_backend c10d --rdzv_id mini --rdzv_conf"
+    settings = [str(ROOT / "train_accelerate.py"), *QUICK, *"--max_steps 60 --save_steps 10 --output_dir run".split()]
+    port, processes = free_port(), []
+
+    def start(rank: int) -> subprocess.Popen:
+        beginning, address, variables = machines[rank]
+        command = [*beginning, sys.executable, "-m", "torch.distributed.run", *flags.split()]
+        command.append(f"{keep_alive},is_host={rank == 0}")
+        command += ["--rdzv_endpoint", f"{machines[0][1]}:{port}", "--local_addr", address, *settings]
+        environment = {**os.environ, **ON_CPU, **variables, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        output = open(tmp_path / f"output {len(processes)}", "w")  # noqa: SIM115 (of the process)
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        processes.append(process)
+        return process
+
+    try:
+        first, second = start(0), start(1)
+        wait_for_steps(tmp_path / "run", 15, second, seconds=300)
+        workers = psutil.Process(second.pid).children(recursive=True)
+        for process in [psutil.Process(second.pid), *workers]:
+            process.kill()
+        if nodes == "2":
+            start(1)
+        said = lambda: (tmp_path / "output 0").read_text() + (tmp_path / "output 1").read_text()  # noqa: E731
+        assert first.wait(timeout=400) == 0, said()
+        assert all(process.wait(timeout=60) == 0 for process in processes[2:])
+    finally:
+        for process in processes:
+            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
+                child.kill()
+            process.kill()
+    said = "".join(path.read_text() for path in tmp_path.glob("output *"))
+    assert re.search(rf"Resuming at step \d+: .* {goes_on}", said), said
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["cpu.yaml", "cpu_hsdp.yaml"])
+def test_a_process_that_hangs_ends_the_run_after_the_time_that_was_given(config: str, tmp_path: Path) -> None:
     settings = (*QUICK, "--max_steps", 100_000, "--ddp_timeout", 15, "--output_dir", "run")
-    first, second = (
-        start_program("train_accelerate.py", *settings, cwd=tmp_path, **environment, RANK=rank, LOCAL_RANK=rank)
-        for rank in "01"
-    )
+    processes = [
+        start_program("train_accelerate.py", *settings, cwd=tmp_path, **environment)
+        for environment in environments_of(config)
+    ]
+    first, second, *_ = processes
     wait_for_steps(tmp_path / "run", 3, first)
     second.send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
@@ -69,8 +162,8 @@ def test_a_process_that_hangs_ends_the_run_after_the_time_that_was_given(tmp_pat
         assert first.wait(timeout=120) not in (0, None)
         assert 10 < time.monotonic() - stopped < 60
     finally:
-        second.kill()
-        first.kill()
+        for process in processes:
+            process.kill()
         second.wait()
 
 
@@ -99,8 +192,8 @@ def test_the_script_for_slurm_by_a_stand_in(tmp_path: Path) -> None:
     for name, text in (("srun", SRUN.format(python=sys.executable)), ("scontrol", SCONTROL)):
         (binaries / name).write_text(text)
         (binaries / name).chmod(0o755)
-    python = f'#!/bin/bash\nexec {shlex.quote(fork_server.python())} {shlex.quote(str(ROOT))}/"$@"\n'
-    (binaries / "python").write_text(python)  # the program lies in the repository, and the job runs elsewhere
+    python = f'#!/bin/bash\nPYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(fork_server.python())} "$@"\n'
+    (binaries / "python").write_text(python)  # as if Mini were installed: the job runs elsewhere
     (binaries / "python").chmod(0o755)
     slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": "17"}
     path = f"{binaries}{os.pathsep}{os.environ['PATH']}"

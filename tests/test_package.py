@@ -43,6 +43,9 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path, request:
     for command, words in (("mini-train", "--dataset"), ("mini-generate", "--max_new_tokens")):
         result = subprocess.run([python.with_name(command), "--help"], **run)
         assert result.returncode == 0 and words in result.stdout, result.stderr
+    for name in ("fsdp2", "train.sh"):
+        result = subprocess.run([python, "-m", "training_mini.launch_files", name], **run)
+        assert tmp_path in Path(result.stdout.strip()).parents and Path(result.stdout.strip()).is_file(), result.stderr
     # Before anything was trained, the model that comes with Mini writes.
     prompt = "def read_lines(path):"
     command = [python.with_name("mini-generate"), "--prompt", prompt, "--max_new_tokens", "20"]

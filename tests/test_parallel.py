@@ -1,13 +1,12 @@
 """Several processes, on CPUs over gloo: they train as one does, and a launch that silently is another is refused."""
 
-import functools
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ import yaml
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from helpers.runs import ON_CPU, QUICK, forked, losses, metrics, train, wait_for_steps, weights
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from training_mini import distributed
 from training_mini import launch as launch_module
@@ -141,10 +141,22 @@ def test_meshes_equal_one_process(
 def test_an_adapter_on_a_mesh_equals_one_process(one_with_heads: Path, tmp_path: Path) -> None:
     quick = QUICK[:2] + QUICK[QUICK.index("--train_batch_size") :]  # the shape is that of the model
     settings = (*quick, "--model", one_with_heads, "--lora_r", 4, "--max_steps", 5, *METHODS, "--output_dir")
-    assert "FSDP2, 2 dp_replicate x 2 dp_shard" in forked("cpu_hsdp.yaml", tmp_path, *settings, "mesh")
     forked(None, tmp_path, *settings, "one")
-    assert losses(tmp_path / "mesh") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    assert evaluations(tmp_path / "mesh") == pytest.approx(evaluations(tmp_path / "one"), abs=1e-5)
+    meshes = {"cpu_hsdp.yaml": "2 dp_replicate x 2 dp_shard", "cpu_tensor_parallel.yaml": "2 dp_shard x 2 tp"}
+    for config, mesh in meshes.items():
+        assert f"FSDP2, {mesh}" in forked(config, tmp_path, *settings, config)
+        assert losses(tmp_path / config) == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        assert evaluations(tmp_path / config) == pytest.approx(evaluations(tmp_path / "one"), abs=1e-5)
+        adapters = [load_file(tmp_path / run / "final" / "adapter_model.safetensors") for run in (config, "one")]
+        assert adapters[0].keys() == adapters[1].keys()
+        for name, tensor in adapters[1].items():
+            torch.testing.assert_close(adapters[0][name], tensor, rtol=0, atol=2e-4)
+    saved = FileSystemReader(states_of(tmp_path / config)[-1]).read_metadata().state_dict_metadata
+    chunks = {name: len(saved[name].chunks) for name in saved if name.startswith("model.") and "layers.1.mlp" in name}
+    assert {(name.split(".")[-4], name.split(".")[-3]): count for name, count in chunks.items()} == {
+        (layer, part): 4 if (part == "lora_A") == (layer == "down_proj") else 2
+        for layer in ("gate_proj", "up_proj", "down_proj") for part in ("lora_A", "lora_B")
+    }, "the larger one of the two matrices is shared by the processes that share the product"  # fmt: skip
 
 
 @pytest.mark.slow
@@ -174,73 +186,52 @@ def test_a_mesh_that_does_not_fit_the_model_is_one_sentence(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture(scope="module")
-def first_half(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str | None], Path]:
-    """The folder of a run of six steps on the processes of a configuration, to be copied."""
-
-    @functools.cache
-    def of(config: str | None) -> Path:
-        cwd = tmp_path_factory.mktemp("half")
-        forked(config, cwd, *QUICK, *SETTINGS, "--max_steps", 6, "--output_dir", "run")
-        return cwd / "run"
-
-    return of
-
-
-def second_half(config: str | None, first: Path, cwd: Path) -> Path:
-    shutil.copytree(first, cwd / "run")
-    output = forked(config, cwd, "--resume", "--max_steps", 12, "--output_dir", "run")
-    assert "Resuming at step 6" in output
-    return cwd / "run"
-
-
-@pytest.fixture(scope="module")
-def resumed_on_one(first_half: Callable[[str | None], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the others are compared with; not `one`, because the cosine of the first half was that of six steps."""
-    return second_half(None, first_half(None), tmp_path_factory.mktemp("resumed"))
+LAYOUTS = {
+    None: "1 x cpu with 1 threads,",
+    "cpu.yaml": "2 x cpu with 1 threads (DDP),",
+    "cpu_fsdp2.yaml": "2 x cpu with 1 threads (FSDP2),",
+    "cpu_hsdp.yaml": "4 x cpu with 1 threads (FSDP2, 2 dp_replicate x 2 dp_shard),",
+    "cpu_tensor_parallel.yaml": "4 x cpu with 1 threads (FSDP2, 2 dp_shard x 2 tp),",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["cpu.yaml", "cpu_fsdp2.yaml", None], ids=str)
-@pytest.mark.parametrize("second", ["cpu.yaml", "cpu_fsdp2.yaml", None], ids=str)
-def test_resumed_on_another_number_or_layout(
-    first: str | None,
-    second: str | None,
-    first_half: Callable[[str | None], Path],
-    resumed_on_one: Path,
-    tmp_path: Path,
-) -> None:
-    """Saved on one process, two, or two with shards, a run goes on on any of them, with the same batches."""
-    if first == second:
-        pytest.skip("the same layout is what every other test resumes")
-    run = second_half(second, first_half(first), tmp_path)
-    assert losses(run) == pytest.approx(losses(resumed_on_one), abs=1e-5)
-    assert evaluations(run) == pytest.approx(evaluations(resumed_on_one), abs=1e-5)
+def test_a_run_goes_on_in_every_layout_from_every_layout(tmp_path: Path) -> None:
+    """
+    On one process, two with DDP, two or four with shards, or tensor parallelism, with the same batches. The model has
+    one key/value head, so that tensor parallelism shares the MLP out and leaves attention whole.
+    """
+    for first in LAYOUTS:
+        forked(first, tmp_path, *QUICK, *SETTINGS, "--max_steps", 6, "--output_dir", f"half/{first}")
+    for second in LAYOUTS:
+        shutil.copytree(tmp_path / "half", tmp_path / str(second))
+        folders = [f"{second}/{first}" for first in LAYOUTS]
+        output = forked(second, tmp_path, 12, *folders, program="tests/helpers/resume_worker.py")
+        assert output.count("Resuming at step 6") == len(LAYOUTS)
+        assert output.count(LAYOUTS[second]) == len(LAYOUTS), "it went on as that configuration says"
+    # Not `one`, because the cosine of the first half was that of six steps.
+    expected = tmp_path / "None" / "None"
+    for second in LAYOUTS:
+        for first in LAYOUTS:
+            run = tmp_path / str(second) / str(first)
+            assert losses(run) == pytest.approx(losses(expected), abs=1e-5), f"{first}, then {second}"
+            assert evaluations(run) == pytest.approx(evaluations(expected), abs=1e-5), f"{first}, then {second}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("cpu_hsdp.yaml", "cpu_tensor_parallel.yaml"),
-        ("cpu_tensor_parallel.yaml", None),
-        ("cpu_tensor_parallel.yaml", "cpu_hsdp.yaml"),
-        ("cpu_fsdp2.yaml", "cpu_tensor_parallel.yaml"),
-        ("cpu_hsdp.yaml", "cpu.yaml"),
-    ],
-    ids=str,
-)
-def test_resumed_on_another_mesh(
-    first: str,
-    second: str | None,
-    first_half: Callable[[str | None], Path],
-    resumed_on_one: Path,
-    tmp_path: Path,
-) -> None:
-    """The model has one key/value head, so that tensor parallelism shares the MLP out and leaves attention whole."""
-    run = second_half(second, first_half(first), tmp_path)
-    assert losses(run) == pytest.approx(losses(resumed_on_one), abs=1e-5)
-    assert evaluations(run) == pytest.approx(evaluations(resumed_on_one), abs=1e-5)
+def test_a_stream_in_parts_trains_as_one_process_and_goes_on_on_one(tmp_path: Path) -> None:
+    """Each of two processes reads a file of its own, and the checkpoint knows both positions."""
+    (tmp_path / "data").mkdir()
+    for part in (0, 1):
+        lines = [json.dumps({"text": f"{i} of {part} " + "the cat sat. " * (i % 40)}) for i in range(part, 200, 2)]
+        (tmp_path / "data" / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = [value if value != "sample" else "data" for value in QUICK] + ["--lr_scheduler_type", "constant"]
+    settings += ["--streaming", "--stream_parts", 2]
+    forked(None, tmp_path, *settings, "--max_steps", 10, "--output_dir", "one")
+    forked("cpu.yaml", tmp_path, *settings, "--max_steps", 6, "--output_dir", "two")
+    output = forked(None, tmp_path, "--resume", "--max_steps", 10, "--output_dir", "two")
+    assert "Resuming at step 6" in output and "The stream is read in 2 parts." in output
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from helpers import fork_server
 from helpers.programs import ROOT, one_sentence, one_sentence_of, run_program, start_program
 from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
 from modeling_mini.remote_code import remote_code_files
+from training_mini.checkpoints import states_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -231,6 +232,27 @@ def test_the_launch_of_the_quickstart_shows_no_traceback_of_the_launcher(key: st
         assert terminal.match[1] == "1", "that of accelerate with -q"
         assert ("Stopped at step" if key else "error: ") in terminal.before
         assert "Traceback" not in terminal.before and "KeyboardInterrupt" not in terminal.before
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_several_processes_shows_no_traceback(tmp_path: Path) -> None:
+    command = [str(ROOT / "train_accelerate.py"), *QUICK, "--num_processes", "2", "--output_dir", "run"]
+    with pexpect.spawn(
+        sys.executable, [*command, "--max_steps", "100000"], cwd=tmp_path, encoding="utf-8", timeout=200,
+        dimensions=(24, 200), env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as terminal:  # fmt: skip
+        terminal.expect(r"2 x cpu with 1 threads \(DDP\)")
+        terminal.expect("bits/byte")
+        terminal.send("\x03")
+        terminal.expect(pexpect.EOF)
+        said = terminal.before
+    assert terminal.exitstatus == 130, said
+    assert said.count("Stopped at step") == 1
+    assert "Traceback" not in said and "KeyboardInterrupt" not in said and "Interrupted" not in said
+    assert len(states_of(tmp_path / "run")) == 1
+    assert "num_processes" not in (tmp_path / "run" / "config.yaml").read_text(), "another time it may be another one"
 
 
 def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:

@@ -177,6 +177,12 @@ class DataArguments(Settings):
     dataset_config: str | None = option(None, "configuration of a Hub dataset, where it has several")
     dataset_split: str = option("train", "split of a Hub dataset")
     streaming: bool = option(False, "read the dataset as a stream while training, and store none of it")
+    stream_parts: int = option(
+        1,
+        "with --streaming, divide the files into so many parts that give equal shares of each batch; a process reads "
+        "only the parts that it needs",
+        at_least=1,
+    )
     text_column: str | None = option(None, "column of files of records or Hub data (default: found by name)")
     tokenizer: str | None = option(
         None,
@@ -206,6 +212,8 @@ class DataArguments(Settings):
         super().__post_init__()
         check_named(self, "dataset", "dataset_config", "dataset_split", "text_column", "tokenizer", "cache_dir")
         self.encoding = encoding_called(self.encoding)
+        if self.stream_parts > 1 and not self.streaming:
+            raise ValueError(f"stream_parts divides a stream: add --streaming, or leave out {self.stream_parts}.")
         if self.tokenizer == "bpe":
             self.vocab_size = self.vocab_size or DEFAULT_VOCABULARY
         elif self.vocab_size is not None:
@@ -407,6 +415,9 @@ class RunArguments(Settings):
         None,
         "write checkpoints in the background, from a copy in memory (default: large ones, where the copy has room)",
     )
+    num_processes: int = option(
+        1, "start so many processes on this machine: one for each of its GPUs, or on CPUs (DDP)", at_least=1
+    )
     ddp_timeout: int = option(
         1800, "seconds after which the processes no longer wait for one that hangs, and the run ends", at_least=1
     )
@@ -491,7 +502,7 @@ class Arguments:
     def as_dict(self) -> dict[str, Any]:
         """The settings that were given or have a default, without what this one call was told to do."""
         groups = dataclasses.asdict(self).values()
-        left_out = ["resume", "overwrite", "output_dir"]
+        left_out = ["resume", "overwrite", "output_dir", "num_processes"]
         if self.model.model is not None:
             left_out.append("tokenizer")  # that of the model, wherever that has moved
         return {
@@ -644,9 +655,16 @@ def after_restart(arguments: Arguments, argv: list[str]) -> Arguments:
     The settings of a run that torchrun has started again with the same flags, because one of its processes died
     (`--max_restarts`): the run goes on from its newest checkpoint, or begins again if it has none. Another run in the
     folder, whose settings are others, is left to the checks of every start.
+
+    On several machines each torchrun counts its own restarts only, and one that joins has none. So there, a run goes
+    on whenever the folder holds it already.
     """
     folder = arguments.output_dir
-    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not arguments.run.resume
+    count, most, machines = (
+        int(os.environ.get(name, 0))
+        for name in ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE")
+    )
+    is_restart = (count > 0 or (most > 0 and machines > 1)) and not arguments.run.resume
     if not is_restart or not (folder / "config.yaml").is_file():
         return arguments
     if not arguments.are_those_of(folder):

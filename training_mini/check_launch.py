@@ -1,5 +1,5 @@
 """
-Does a launch configuration work on this machine? `python -m training_mini.check_launch configs/accelerate/fsdp2.yaml`
+Does a launch configuration work on this machine? `python -m training_mini.check_launch fsdp2`
 
 It trains a small model on one process, and again as the configuration says. It resumes the second run from its
 checkpoint, and compares the losses. Use it where there are several GPUs: the tests have none.
@@ -14,6 +14,8 @@ from pathlib import Path
 from entry_points_mini import one_sentence_errors
 from files_mini import read_json_lines
 
+from .launch_files import find_launch_file
+
 PROGRAM = Path(__file__).parent.parent / "train_accelerate.py"
 STEPS = 20
 # Both runs in float32, because bfloat16 would round differently on another number of processes.
@@ -25,15 +27,16 @@ TOLERANCE = 2e-3  # nats; TF32 and another order of sums stay below it
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("config_file", help="a configuration of accelerate, as those in configs/accelerate")
+    parser.add_argument(
+        "config_file", help="a configuration of accelerate, or the name of one of Mini's, such as fsdp2"
+    )
     parser.add_argument("launch_flags", nargs="*", help="more flags for accelerate launch, after --")
     arguments = parser.parse_args()
     with one_sentence_errors(), tempfile.TemporaryDirectory() as folder:
-        if not Path(arguments.config_file).is_file():
-            raise ValueError(f"There is no configuration file {arguments.config_file!r}.")
+        config_file = find_launch_file(arguments.config_file)
         one, many = Path(folder) / "one", Path(folder) / "many"
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
-        launch += ["--config_file", arguments.config_file, "--mixed_precision", "no", *arguments.launch_flags]
+        launch += ["--config_file", str(config_file), "--mixed_precision", "no", *arguments.launch_flags]
         run([sys.executable, str(PROGRAM), *RUN, "--output_dir", str(one)])
         first = run([*launch, str(PROGRAM), *RUN, "--max_steps", str(STEPS // 2), "--output_dir", str(many)])
         run([*launch, str(PROGRAM), "--resume", "--output_dir", str(many), "--max_steps", str(STEPS)])

@@ -27,6 +27,7 @@ from files_mini import not_written, reason_of, write_errors
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -35,8 +36,9 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from .arguments import Arguments, OptimizationArguments
 from .launch import check_launch, check_processes
-from .lora import blank_copy
+from .lora import blank_copy, has_lora
 from .optimizers import OPTIMIZERS
+from .processes import STARTED_BY_MINI
 
 T = TypeVar("T")
 # Replaces "true" in ACCELERATE_USE_FSDP: accelerate reads it as false, and a second run in the process as its launch.
@@ -53,10 +55,14 @@ class Parallel:
         mesh: how many copies of the model there are, over how many processes each is sharded, and how many share each
             matrix product, if that is more than shards over all processes; otherwise `None`.
         is_deepspeed: whether DeepSpeed shards them; it then owns the optimizer step.
+        timeout: how long they wait for one that hangs.
     """
 
     def __init__(self, arguments: Arguments) -> None:
         check_launch()
+        if STARTED_BY_MINI in os.environ and not torch.cuda.is_available():
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate lets each process train alone
+        self.timeout = timedelta(seconds=arguments.run.ddp_timeout)
         self.is_sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", SHARDED_BY_MINI)
         self.mesh = read_mesh(self.is_sharded)
         if self.is_sharded and os.environ.get("FSDP_VERSION", "1") != "2":
@@ -71,8 +77,11 @@ class Parallel:
         # Otherwise accelerate would shard the model too, on a GPU.
         if self.is_sharded:
             os.environ["ACCELERATE_USE_FSDP"] = SHARDED_BY_MINI
-        if self.tensor_size > 1 and arguments.adapter.lora_r:
-            raise ValueError("--lora_r does not work with tensor parallelism here; leave tp_size out of the launch.")
+        if self.tensor_size > 1 and (arguments.adapter.use_dora or arguments.adapter.lora_modules_to_save):
+            raise ValueError(
+                "With tensor parallelism only plain LoRA works: leave out --use_dora and --lora_modules_to_save, or "
+                "tp_size in the launch."
+            )
         self.accelerator = make_accelerator(arguments)
         check_processes(self.accelerator)
         if (self.is_sharded or self.accelerator.state.deepspeed_plugin) and arguments.monitoring.internals_steps:
@@ -130,6 +139,8 @@ class Parallel:
             mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         else:
             mesh = self.mesh.build_device_mesh(accelerator.device.type)
+            for group in mesh.get_all_groups():  # which torch makes with a timeout of its own
+                _set_pg_timeout(self.timeout, group)
             if self.tensor_size > 1:
                 share_products(model, mesh["tp"])
             mesh = mesh[tuple(self.mesh.dp_dim_names)]
@@ -272,7 +283,7 @@ class Parallel:
         All processes once more, for what they do in the background: two threads must not meet in one group. It is on
         the CPU, where files are written. Every process asks for it at the same place.
         """
-        return dist.new_group(backend="gloo") if self.accelerator.num_processes > 1 else None
+        return dist.new_group(backend="gloo", timeout=self.timeout) if self.accelerator.num_processes > 1 else None
 
     def from_main(self, value: object) -> object:
         """The value of the main process, on every process."""
@@ -324,18 +335,45 @@ def check_mesh(config: PreTrainedConfig, tensor_size: int) -> None:
 
 
 def share_products(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Tensor parallelism: shares the matrices out over a mesh, as the plan of the model says."""
+    """
+    Tensor parallelism: shares the matrices out over a mesh, as the plan of the model says, and their adapters likewise.
+
+    Raises:
+        ValueError: for an adapter of an embedding or of the head.
+    """
     # torch warns at the first step that two gathers of small tensors could be one, and that logits must not be changed
     # in place, which nothing does.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    model = model.get_base_model() if has_lora(model) else model
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if is_tied := head.weight is embedding.weight:
         head.weight = nn.Parameter(torch.empty_like(head.weight))  # both are in the plan, each by its own name
     plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
-    apply_tensor_parallelism(model, mesh, plan)
+    apply_tensor_parallelism(model, mesh, with_adapters(plan, model))
     if is_tied:
         model.tie_weights()
+
+
+def with_adapters(plan: dict[str, str], model: nn.Module) -> dict[str, str]:
+    """
+    A plan of tensor parallelism for a model with LoRA. Where processes share the rows of a matrix, they share those of
+    the adapter's B, and where the columns, those of its A. The other one of the two is small, and whole on each.
+
+    Raises:
+        ValueError: for an adapter of a layer that is shared in another way.
+    """
+    modules, result = dict(model.named_modules()), {}
+    for name, style in plan.items():
+        if not hasattr(modules.get(name), "lora_A"):
+            result[name] = style
+            continue
+        if style not in ("colwise", "rowwise"):
+            raise ValueError(f"With tensor parallelism, {name} cannot have an adapter: leave it out of the targets.")
+        for part in (f"{name}.base_layer", f"{name}.{'lora_B' if style == 'colwise' else 'lora_A'}.default"):
+            result |= {f"{part}.{parameter}": style for parameter, _ in modules[part].named_parameters(recurse=False)}
+            result[part] = style
+    return result
 
 
 def parts_of(tensor: DTensor) -> int:

@@ -1,6 +1,7 @@
 """Training from Python and from notebooks: `from training_mini import TrainingSettings, train`."""
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,6 +55,8 @@ def train(
     if not isinstance(settings, TrainingSettings):
         raise ValueError(f"train takes TrainingSettings, got {type(settings).__name__}.")
     arguments = with_hooks(settings, model, data).arguments()
+    if arguments.run.num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError("num_processes is for the command: start your program by accelerate launch or torchrun.")
     callbacks = tuple(callbacks)
     is_shown = progress is not False
     if is_shown and is_notebook():
@@ -74,7 +77,7 @@ def with_hooks(
     """
     given, known = settings.given(), {}
     if data is not None:
-        refuse(given, ["dataset", "dataset_config", "dataset_split", "streaming"], "data")
+        refuse(given, ["dataset", "dataset_config", "dataset_split", "streaming", "stream_parts"], "data")
         known["dataset"] = OWN_DATA
     if model is not None:
         refuse(given, ["model_class"], "model")

@@ -17,8 +17,15 @@ ON_CPUS = "ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes
 def check_launch() -> None:
     """
     Raises `ValueError` for a launch that silently does something else: `accelerate launch --cpu --num_processes 2`
-    starts one process, and with DeepSpeed on a CPU every process trains alone.
+    starts one process, with DeepSpeed on a CPU every process trains alone, and with the store that torchrun keeps, the
+    processes of a restart on several machines wait for dead ones.
     """
+    machines, restarts = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if machines > 1 and restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            "Restarts on several machines would hang, because torchrun keeps the addresses of dead processes: "
+            "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, or leave out --max_restarts."
+        )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" and not torch.cuda.is_available():
         raise ValueError("DeepSpeed needs a GPU: on CPUs accelerate would train without it and not say so.")
     asked = asked_processes(psutil.Process().parent())

@@ -30,7 +30,7 @@ class Saving:
         """Writes a checkpoint to resume from, or begins to."""
         run, state = self.run, self.run.state
         check_is_finite(run.folder, state, run.parallel, run.model)
-        state.stream = run.batches.state_dict(state.step)
+        state.stream = run.batches.joined(run.parallel.gather(run.batches.state_dict(state.step)))
         if self.written(lambda: self.writer.save(state, run.weights, in_background)):
             self.step = state.step
             if not in_background:

@@ -44,15 +44,24 @@ def train_here(
     return trainer, trainer.train()
 
 
-def forked(config: str | None, cwd: Path, *arguments: object) -> str:
+def forked(config: str | None, cwd: Path, *arguments: object, program: str = "train_accelerate.py") -> str:
     """
-    What training printed on the processes that a configuration starts, or on one for `None`. They are forked, with the
-    variables that `accelerate launch` sets, which saves the imports of the launcher and of each process.
+    What training, or another program, printed on the processes that a configuration starts, or on one for `None`. They
+    are forked, with the variables that `accelerate launch` sets, which saves the imports of launcher and processes.
     """
     if config is None:
-        result = run_program("train_accelerate.py", *arguments, cwd=cwd, OMP_NUM_THREADS="1")
+        result = run_program(program, *arguments, cwd=cwd, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         return result.stdout
+    environments = environments_of(config)
+    processes = [start_program(program, *arguments, cwd=cwd, **environment) for environment in environments]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
+    return outputs[0][0]
+
+
+def environments_of(config: str) -> list[dict[str, str]]:
+    """The variables that `accelerate launch` sets for each of the processes of a configuration."""
     settings = yaml.safe_load((ROOT / "configs" / "accelerate" / config).read_text())
     count = settings["num_processes"]
     environment = {**ON_CPU, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -61,13 +70,7 @@ def forked(config: str | None, cwd: Path, *arguments: object) -> str:
     if mesh := settings.get("parallelism_config"):
         environment |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
         environment |= {name.upper(): str(size) for name, size in mesh.items()}
-    processes = [
-        start_program("train_accelerate.py", *arguments, cwd=cwd, **environment, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(count)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0] * count, outputs
-    return outputs[0][0]
+    return [{**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def run_on_a_full_disk(cwd: Path, *arguments: object) -> subprocess.CompletedProcess:

@@ -163,6 +163,10 @@ class Batches(ABC):
         """What a checkpoint at `step` must contain about the data: nothing, if batches are a function of the step."""
         return {}
 
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The one state of the run, from those of all processes."""
+        return states[0]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (most have nothing to load)
         """Continues at the position of a state."""
 

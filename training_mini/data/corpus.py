@@ -160,11 +160,13 @@ class StreamCorpus(TextCorpus):
     Documents that are read while they are trained on.
 
     Attributes:
-        train: the stream of token ids.
+        train: the stream of token ids, or the first of its parts.
+        other_parts: the streams of the other parts.
         block_windows: how many windows are shuffled together, if not the usual number.
     """
 
     train: TokenStream
+    other_parts: tuple[TokenStream, ...] = ()
     block_windows: int | None = None
 
     @property
@@ -172,7 +174,7 @@ class StreamCorpus(TextCorpus):
         return "a stream"
 
     def _training_batches(self, collator: Collator, batch_size: int, seed: int) -> Batches:
-        return StreamBatches(self.train, collator, batch_size, seed, self.block_windows)
+        return StreamBatches((self.train, *self.other_parts), collator, batch_size, seed, self.block_windows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -350,13 +352,14 @@ def open_corpus(name: str, folder: Path) -> Corpus:
 def stream_corpus(
     arguments: DataArguments,
     max_eval_tokens: int,
-    open_documents: Callable[[], DocumentStream] | None = None,
+    open_parts: list[Callable[[], DocumentStream]] | None = None,
 ) -> StreamCorpus:
     """
-    A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out.
+    A corpus that is read while it is trained on. Its first documents, with `max_eval_tokens` tokens, are held out; with
+    `stream_parts`, those of the first part.
 
     Args:
-        open_documents: opens documents at their beginning, in the place of those that the arguments name.
+        open_parts: open documents at their beginning, in the place of those that the arguments name.
 
     Raises:
         ValueError: for a tokenizer that would have to be learned from the text first, and without `max_eval_tokens`.
@@ -369,15 +372,15 @@ def stream_corpus(
     if not max_eval_tokens:
         raise ValueError("--streaming holds out the first max_eval_tokens tokens, so --max_eval_tokens cannot be 0.")
     notes: tuple[str, ...] = ()
-    if open_documents is None:
-        open_documents, notes = find_stream(arguments)
+    if open_parts is None:
+        open_parts, notes = find_stream(arguments)
 
     def encode(name: str, pieces: Iterator[bytes]) -> np.ndarray:
         ids = [*encode_pieces(tokenizer, name, pieces, arguments.errors), np.array([tokenizer.eos_token_id])]
         return np.concatenate(ids)
 
-    stream = TokenStream(open_documents, arguments.dataset, encode)
-    validation = stream.hold_out(max_eval_tokens)
+    first, *others = [TokenStream(open_documents, arguments.dataset, encode) for open_documents in open_parts]
+    validation = first.hold_out(max_eval_tokens)
     settings = {
         "dataset": [arguments.dataset, arguments.dataset_config, arguments.dataset_split],
         "content": hashlib.sha256(validation.tobytes()).hexdigest()[:20],
@@ -387,9 +390,12 @@ def stream_corpus(
     }
     if arguments.encoding != "utf-8":
         settings["encoding"] = arguments.encoding
+    if others:
+        settings["stream_parts"] = len(open_parts)
     return StreamCorpus(
         name=arguments.dataset,
-        train=stream,
+        train=first,
+        other_parts=tuple(others),
         validation=validation,
         tokenizer=tokenizer,
         bytes_per_token=bytes_per_token(tokenizer),

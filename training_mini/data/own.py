@@ -55,7 +55,7 @@ def own_corpus(
     if is_dataset and "input_ids" not in (data.column_names or ()):
         if isinstance(data, datasets.Dataset):
             return load_corpus(arguments, max_eval_tokens, show_progress, dataset_source(data, arguments))
-        return stream_corpus(arguments, max_eval_tokens, lambda: HubStream(arguments, data))
+        return stream_corpus(arguments, max_eval_tokens, [lambda: HubStream(arguments, data)])
     tokenizer = make_tokenizer(arguments)
     if tokenizer is None:
         raise ValueError(f"tokenizer {arguments.tokenizer!r} is learned from text, and the data is token ids already.")

@@ -1,13 +1,15 @@
 """
 Training from a dataset that is read as a stream and not stored, with resume at the exact position.
 
-Every process reads the whole stream and takes its own sequences from each batch, so batches do not depend on the number
-of processes. If one process cannot read the dataset fast enough, encode it into shards.
+The files are divided into parts (`stream_parts`), each of which is a stream by itself and gives the same number of
+sequences to each batch. A process reads only the parts that its sequences come from. So batches depend on the parts,
+and not on the number of processes. With one part, every process reads the whole stream.
 """
 
 import copy
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,12 +76,31 @@ class FileStream:
 
 
 class HubStream:
-    """The records of a dataset on the Hub as documents, or those of `dataset`."""
+    """
+    The records of a part of a dataset on the Hub as documents, or those of `dataset`.
 
-    def __init__(self, arguments: DataArguments, dataset: "datasets.IterableDataset | None" = None) -> None:  # noqa: F821
+    Raises:
+        ValueError: if the files of the dataset cannot be divided into `stream_parts` equal numbers.
+    """
+
+    def __init__(
+        self,
+        arguments: DataArguments,
+        dataset: "datasets.IterableDataset | None" = None,  # noqa: F821
+        part: int = 0,
+    ) -> None:
         self.arguments = arguments
         # A copy begins at the beginning, wherever another one was left.
         self.dataset = copy.deepcopy(dataset) if dataset is not None else load_hub_dataset(arguments, streaming=True)
+        if (parts := arguments.stream_parts) > 1:
+            from datasets.distributed import split_dataset_by_node  # here, because it takes a second
+
+            if self.dataset.num_shards % parts:  # then every part would download all files
+                raise ValueError(
+                    f"{arguments.dataset!r} has {number_of_files(self.dataset.num_shards)}, which cannot be divided "
+                    f"equally into --stream_parts {parts}: choose a number that divides them."
+                )
+            self.dataset = split_dataset_by_node(self.dataset, rank=part, world_size=parts)
 
     def __iter__(self) -> Iterator[Document]:
         name = self.arguments.dataset
@@ -104,18 +125,21 @@ class HubStream:
         self.dataset.load_state_dict(state)
 
 
-def find_stream(arguments: DataArguments) -> tuple[Callable[[], DocumentStream], tuple[str, ...]]:
+def find_stream(arguments: DataArguments) -> tuple[list[Callable[[], DocumentStream]], tuple[str, ...]]:
     """
-    A function that opens the records of a dataset (on the Hub or in local files) as a stream with a position, and
+    Functions that open the records of a dataset (on the Hub or in local files), one for each of `stream_parts`, and
     sentences about the files for the user.
 
     Raises:
-        ValueError: for text files. They need no stream, because they are encoded once and never completely in memory.
+        ValueError: for fewer files than parts, and for text files. They need no stream, because they are encoded once
+            and never completely in memory.
     """
     name = arguments.dataset
     found = FoundFiles() if name in BUILT_IN else find_files(arguments)
+    parts = arguments.stream_parts
+    in_parts = f"The stream is read in {parts} parts. Each begins again when it ends, the shorter ones more often."
     if found is None:
-        return lambda: HubStream(arguments), ()
+        return [functools.partial(HubStream, arguments, part=part) for part in range(parts)], (in_parts,) * (parts > 1)
     files = [file for file in found.files if file.record_format is not None]
     if not files:
         raise ValueError(
@@ -125,12 +149,18 @@ def find_stream(arguments: DataArguments) -> tuple[Callable[[], DocumentStream],
     texts = [str(file) for file in found.files if file.record_format is None]
     if texts:
         found.names_left_out["text, which is read without --streaming"] += texts
-    return lambda: FileStream(files, arguments), (found.sentence(f"Streams {number_of_files(len(files))}"),)
+    if len(files) < parts:
+        raise ValueError(
+            f"--stream_parts {parts} divides the files of {name!r}, which has {number_of_files(len(files))} of "
+            f"records: choose at most as many parts."
+        )
+    openers = [functools.partial(FileStream, files[part::parts], arguments) for part in range(parts)]
+    return openers, (found.sentence(f"Streams {number_of_files(len(files))}"), *(in_parts,) * (parts > 1))
 
 
 class TokenStream:
     """
-    The token ids of a stream of documents. At the end of the dataset it begins again.
+    The token ids of a stream of documents. At the end of the dataset it begins again. It is opened when it is read.
 
     Args:
         open_documents: opens the stream at its beginning.
@@ -145,16 +175,18 @@ class TokenStream:
         self._begin(None)
 
     def _begin(self, position: dict[str, Any] | None) -> None:
-        """Opens the stream, at a position or at its beginning."""
-        self._stream = self.open_documents()
-        if position is not None:
-            self._stream.load_state_dict(position)
-        self._documents = iter(self._stream)
+        """Goes to a position or to the beginning of the stream."""
+        self._stream: DocumentStream | None = None
         self._at_document = position
         self._ids, self._used = np.empty(0, dtype=np.int64), 0
 
     def _next_document(self) -> bool:
         """Goes to the next document; false at the end of the dataset."""
+        if self._stream is None:
+            self._stream = self.open_documents()
+            if self._at_document is not None:
+                self._stream.load_state_dict(self._at_document)
+            self._documents = iter(self._stream)
         position = copy.deepcopy(self._stream.state_dict())
         document = next(self._documents, None)
         if document is None:
@@ -183,10 +215,17 @@ class TokenStream:
         self._used = len(self._ids)
 
     def read(self, count: int) -> np.ndarray:
-        """The next `count` ids, `(count,)`."""
+        """
+        The next `count` ids, `(count,)`.
+
+        Raises:
+            ValueError: if there is no document at all.
+        """
         pieces = []
         while count:
             if self._used == len(self._ids) and not self._next_document():
+                if self._at_document is None:
+                    raise ValueError(f"A part of the stream of {self.name!r} has no text: choose fewer --stream_parts.")
                 self.epoch += 1
                 self._begin(None)
                 self._skip_held_out()
@@ -212,30 +251,96 @@ class TokenStream:
         self.epoch = state["epoch"]
 
 
-class StreamBatches(Batches):
+class StreamPart:
     """
-    Global batches from a stream. Blocks of windows come in the order of the stream, and the windows in a block are
-    shuffled.
+    The windows of a stream, shuffled in blocks.
 
     Args:
-        collator: how windows become sequences.
-        batch_size: sequences of a global batch.
-        block_windows: the windows in a block (default: `BLOCK_WINDOWS`). With 1, nothing is shuffled.
+        length: the tokens of a window.
+        block_windows: the windows in a block.
+        seed: of the shuffling.
     """
 
-    def __init__(
-        self, stream: TokenStream, collator: Collator, batch_size: int, seed: int, block_windows: int | None = None
-    ) -> None:
-        super().__init__(batch_size)
-        self.stream, self.collator, self.seed = stream, collator, seed
-        self.block_windows = block_windows or BLOCK_WINDOWS
+    def __init__(self, stream: TokenStream, length: int, block_windows: int, seed: int) -> None:
+        self.stream, self.length, self.block_windows, self.seed = stream, length, block_windows, seed
         self._blocks: dict[int, np.ndarray] = {}
         self._positions: dict[int, dict[str, Any]] = {}
         self._next_block = 0
+        self._begin_at: dict[str, Any] | None = None  # where the stream has to go before it is read on
+
+    @property
+    def epoch(self) -> int:
+        """How many times the stream was read to its end."""
+        return self._begin_at["epoch"] if self._begin_at is not None else self.stream.epoch
+
+    def go_to(self, state: dict[str, Any]) -> None:
+        """Continues at a position. The stream is opened when it is read: maybe other processes read this part."""
+        self._blocks.clear()
+        self._positions.clear()
+        self._next_block, self._begin_at = state["block"], state["position"]
+
+    def position_of(self, window: int) -> dict[str, Any]:
+        """The block of a window, and where it begins; if it was not read here, the place up to which reading came."""
+        block = min(window // self.block_windows, self._next_block)
+        return {"block": block, "position": self._positions.get(block) or self._begin_at or self.stream.state_dict()}
+
+    def read(self, first: int, last: int) -> None:
+        """Reads the blocks of the windows from `first` to `last`, and drops earlier ones."""
+        if self._begin_at is not None:
+            self.stream.load_state_dict(self._begin_at)
+            self._begin_at = None
+        while self._next_block <= last // self.block_windows:
+            self._positions[self._next_block] = self.stream.state_dict()
+            windows = self.stream.read(self.block_windows * self.length).reshape(self.block_windows, self.length)
+            key = key_of(self.seed, self._next_block)
+            self._blocks[self._next_block] = windows[permute(np.arange(self.block_windows), self.block_windows, key)]
+            self._next_block += 1
+        for block in [block for block in self._blocks if block < first // self.block_windows]:
+            del self._blocks[block], self._positions[block]
+
+    def window(self, number: int) -> np.ndarray:
+        """The ids of a window whose block was read, `(length,)`."""
+        block, offset = divmod(number, self.block_windows)
+        return self._blocks[block][offset]
+
+
+class StreamBatches(Batches):
+    """
+    Global batches from a stream, or from several that are parts of one: sequence n is window `n // parts` of part
+    `n % parts`. Blocks of windows come in the order of their stream, and the windows in a block are shuffled.
+
+    Args:
+        streams: the stream, or its parts.
+        collator: how windows become sequences.
+        batch_size: sequences of a global batch.
+        block_windows: the windows in a block (default: `BLOCK_WINDOWS`). With 1, nothing is shuffled.
+
+    Raises:
+        ValueError: if the parts do not have equal shares of a batch.
+    """
+
+    def __init__(
+        self,
+        streams: TokenStream | Sequence[TokenStream],
+        collator: Collator,
+        batch_size: int,
+        seed: int,
+        block_windows: int | None = None,
+    ) -> None:
+        super().__init__(batch_size)
+        streams = [streams] if isinstance(streams, TokenStream) else streams
+        if batch_size % len(streams):
+            raise ValueError(
+                f"train_batch_size ({batch_size}) must be divisible by stream_parts ({len(streams)}), since each part "
+                f"gives as much to a batch."
+            )
+        self.collator = collator
+        settings = collator.context_length, block_windows or BLOCK_WINDOWS
+        self.parts = [StreamPart(stream, *settings, seed + number) for number, stream in enumerate(streams)]
 
     def epoch_of(self, step: int) -> float:
-        """Whole epochs that the reading of the stream has completed; it reads ahead by up to a block."""
-        return float(self.stream.epoch)
+        """Whole epochs that the reading of the first part has completed; it reads ahead by up to a block."""
+        return float(self.parts[0].epoch)
 
     def learned_tokens(self, step: int) -> int:
         return self.batch_size * self.collator.context_length
@@ -243,51 +348,46 @@ class StreamBatches(Batches):
     def micro_batches(
         self, step: int, process_index: int = 0, num_processes: int = 1, count: int = 1
     ) -> Iterator[Batch]:
-        """As `Batches` says; steps are asked for in order."""
-        blocks, offsets = np.divmod(self.sequences_of(step), self.block_windows)
-        self._read_blocks(int(blocks[0]), int(blocks[-1]))
+        """As `Batches` says; steps are asked for in order. Sequences of a part lie together, in as few processes."""
+        windows, parts = np.divmod(self.sequences_of(step), len(self.parts))
+        by_part = np.argsort(parts, kind="stable").reshape(num_processes, count, -1)[process_index]
+        for part in np.unique(parts[by_part]):
+            self.parts[part].read(int(windows[0]), int(windows[-1]))
         length = self.collator.context_length
-        shares = zip(
-            blocks.reshape(count, num_processes, -1)[:, process_index],
-            offsets.reshape(count, num_processes, -1)[:, process_index],
-            strict=True,
-        )
-        for share_blocks, share_offsets in shares:
-            windows = [self._blocks[block][offset] for block, offset in zip(share_blocks, share_offsets, strict=True)]
-            ids = np.concatenate(windows)
+        for sequences in by_part:
+            ids = np.concatenate([self.parts[parts[i]].window(int(windows[i])) for i in sequences])
             yield self.collator.make(ids, range(0, len(ids), length))
 
-    def _read_blocks(self, first: int, last: int) -> None:
-        """Reads the blocks from `first` to `last`, and drops earlier ones."""
-        length = self.collator.context_length
-        while self._next_block <= last:
-            self._positions[self._next_block] = self.stream.state_dict()
-            windows = self.stream.read(self.block_windows * length).reshape(self.block_windows, length)
-            key = key_of(self.seed, self._next_block)
-            self._blocks[self._next_block] = windows[permute(np.arange(self.block_windows), self.block_windows, key)]
-            self._next_block += 1
-        for block in [block for block in self._blocks if block < first]:
-            del self._blocks[block], self._positions[block]
-
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position of the block in which the batch of `step` begins. A resumed run reads on from there."""
-        block = self.sequences_read(step) // self.block_windows
-        position = self._positions[block] if block in self._positions else self.stream.state_dict()
-        return {"block": block, "position": position}
+        """The positions of the blocks in which the batch of `step` begins. A resumed run reads on from there."""
+        states = [part.position_of(self.sequences_read(step) // len(self.parts)) for part in self.parts]
+        return {"parts": states} if len(states) > 1 else states[0]
+
+    def joined(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        """For each part, the position of a process that has read it. Others have it as it was at their start."""
+        if len(self.parts) == 1:
+            return states[0]
+        of_parts = zip(*(state["parts"] for state in states), strict=True)
+        return {"parts": [max(positions, key=lambda position: position["block"]) for positions in of_parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
         Continues at a position. Call `start_at` first.
 
         Raises:
-            ValueError: for an old checkpoint that has no count of sequences, if the batch size has changed.
+            ValueError: for another number of parts; for an old checkpoint that has no count of sequences, if the batch
+                size has changed.
         """
-        if state["block"] != self._first_sequence // self.block_windows:
+        states = state.get("parts", [state])
+        if len(states) != len(self.parts):
             raise ValueError(
-                f"The checkpoint does not say how much of the stream was read, and that was at another batch size: "
-                f"train_batch_size {self.batch_size} is not the one that the run began with."
+                f"The run has read its stream with --stream_parts {len(states)}, and {len(self.parts)} would give "
+                f"other batches: leave it as it was."
             )
-        self._blocks.clear()
-        self._positions.clear()
-        self._next_block = state["block"]
-        self.stream.load_state_dict(state["position"])
+        for part, position in zip(self.parts, states, strict=True):
+            if position["block"] != self._first_sequence // len(self.parts) // part.block_windows:
+                raise ValueError(
+                    f"The checkpoint does not say how much of the stream was read, and that was at another batch size: "
+                    f"train_batch_size {self.batch_size} is not the one that the run began with."
+                )
+            part.go_to(position)

@@ -29,8 +29,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def open_corpus(folder: Path, tokens: int = 100) -> Corpus:
-    return load_corpus(DataArguments(dataset=str(folder), streaming=True), max_eval_tokens=tokens)
+def open_corpus(folder: Path, tokens: int = 100, parts: int = 1) -> Corpus:
+    return load_corpus(DataArguments(dataset=str(folder), streaming=True, stream_parts=parts), max_eval_tokens=tokens)
 
 
 def all_ids() -> list[int]:
@@ -66,8 +66,9 @@ def test_position_is_exact(folder: Path, read: int) -> None:
     assert third.read(50).tolist() == other.read(50).tolist()
 
 
-def make(folder: Path, batch_size: int = 4) -> StreamBatches:
-    return StreamBatches(open_corpus(folder).train, Collator(16, 1), batch_size, seed=3)
+def make(folder: Path, batch_size: int = 4, parts: int = 1) -> StreamBatches:
+    corpus = open_corpus(folder, parts=parts)
+    return StreamBatches((corpus.train, *corpus.other_parts), Collator(16, 1), batch_size, seed=3)
 
 
 def rows_of(batches: StreamBatches, step: int, **share: int) -> list[list[int]]:
@@ -138,6 +139,85 @@ def test_a_position_that_does_not_say_how_much_was_read_is_refused_at_another_ba
     resumed.start_at(9, 9)  # as for a checkpoint of before sequences were counted
     with pytest.raises(ValueError, match="train_batch_size 1 is not the one that the run began with"):
         resumed.load_state_dict(batches.state_dict(9))
+
+
+def read_by(processes: list[StreamBatches], step: int, count: int = 1) -> list[list[int]]:
+    """The sequences of a global batch that processes share."""
+    share = {"num_processes": len(processes), "count": count}
+    return [row for i, batches in enumerate(processes) for row in rows_of(batches, step, process_index=i, **share)]
+
+
+@pytest.mark.parametrize(("processes", "count"), [(3, 1), (3, 2), (2, 1), (4, 1), (6, 1)])
+def test_global_batches_of_parts_do_not_depend_on_who_reads_them(
+    folder: Path, small_blocks: None, processes: int, count: int
+) -> None:
+    one, shared = make(folder, 12, parts=3), [make(folder, 12, parts=3) for _ in range(processes)]
+    for step in range(6):
+        assert sorted(read_by(shared, step, count)) == sorted(rows_of(one, step))
+
+
+def test_a_process_reads_only_the_parts_that_it_needs(folder: Path, small_blocks: None) -> None:
+    """Each part has a file of its own, and the file of another process need not even be there."""
+    shared = [make(folder, 6, parts=3) for _ in range(3)]
+    (folder / "0.jsonl").rename(folder / "gone")
+    (folder / "1.jsonl").rename(folder / "0.jsonl")
+    (folder / "0.jsonl").rename(folder / "1.jsonl")
+    (folder / "2.jsonl").rename(folder / "away")
+    texts = [row for step in range(5) for row in rows_of(shared[1], step, process_index=1, num_processes=3)]
+    of_the_file = b"".join(text.encode() + b"\0" for text in TEXTS[20:40])
+    for row in texts:
+        assert bytes(id - 8 if id >= 8 else 0 for id in row) in 3 * of_the_file
+    with pytest.raises(FileNotFoundError):
+        rows_of(shared[2], 0, process_index=2, num_processes=3)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 7])
+@pytest.mark.parametrize("second", [1, 2, 3, 4])
+def test_parts_go_on_from_any_step_on_any_number_of_processes(
+    folder: Path, small_blocks: None, stop: int, second: int
+) -> None:
+    one, first = make(folder, 12, parts=3), [make(folder, 12, parts=3) for _ in range(3)]
+    for step in range(stop):
+        assert sorted(read_by(first, step)) == sorted(rows_of(one, step))
+    state = json.loads(json.dumps(first[0].joined([batches.state_dict(stop) for batches in first])))
+    resumed = [make(folder, 12, parts=3) for _ in range(second)]
+    for batches in resumed:
+        batches.start_at(stop, 12 * stop)
+        batches.load_state_dict(state)
+    for step in range(stop, stop + 6):
+        assert sorted(read_by(resumed, step)) == sorted(rows_of(one, step))
+    assert resumed[0].epoch_of(stop + 6) == one.epoch_of(stop + 6)
+
+
+def test_parts_that_do_not_fit_are_one_sentence(folder: Path, small_blocks: None) -> None:
+    with pytest.raises(ValueError, match="train_batch_size \\(4\\) must be divisible by stream_parts \\(3\\)"):
+        make(folder, 4, parts=3)
+    with pytest.raises(ValueError, match="which has 3 files of records: choose at most as many parts"):
+        make(folder, 4, parts=4)
+    with pytest.raises(ValueError, match="stream_parts divides a stream: add --streaming"):
+        DataArguments(dataset=str(folder), stream_parts=2)
+    with pytest.raises(ValueError, match="--stream_parts 1, and 3 would give other batches: leave it as it was"):
+        make(folder, 6, parts=3).load_state_dict(make(folder, 6).state_dict(0))
+    with pytest.raises(ValueError, match="--stream_parts 3, and 1 would give other batches"):
+        make(folder, 6).load_state_dict(make(folder, 6, parts=3).state_dict(0))
+    (folder / "2.jsonl").write_text('{"text": null}\n')
+    with pytest.raises(ValueError, match="has no text: choose fewer --stream_parts"):
+        rows_of(make(folder, 6, parts=3), 0)
+    (note,) = open_corpus(folder, parts=2).notes[1:]
+    assert note.startswith("The stream is read in 2 parts. Each begins again when it ends")
+
+
+def test_parts_of_a_hub_dataset_are_its_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [str(file) for file in sorted(folder.iterdir())]
+    whole = datasets.load_dataset("json", data_files=files, split="train", streaming=True)
+    monkeypatch.setattr(streaming, "load_hub_dataset", lambda *_, **__: whole)
+    settings = {"dataset": "someone/poems", "streaming": True}
+    for part in range(3):
+        documents = streaming.HubStream(DataArguments(**settings, stream_parts=3), part=part)
+        texts = [b"".join(pieces).decode() for _, pieces in documents]
+        assert texts == TEXTS[20 * part : 20 * part + 20]
+    with pytest.raises(ValueError, match="has 3 files, which cannot be divided equally into --stream_parts 2"):
+        streaming.HubStream(DataArguments(**settings, stream_parts=2))
 
 
 def test_hub_dataset_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
