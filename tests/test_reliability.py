@@ -16,7 +16,7 @@ import pytest
 import torch
 from helpers import fork_server
 from helpers.programs import ROOT, one_sentence, run_program, start_program
-from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, train_here, wait_for_steps, weights
+from helpers.runs import ENDLESS, QUICK, losses, metrics, run_on_a_full_disk, train, train_here, wait_for_steps, weights
 from safetensors.torch import load_file
 from training_mini.checkpoints import damage_of, states_of
 from training_mini.model_folders import save_model
@@ -86,7 +86,7 @@ def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp
         "train_accelerate.py",
         *QUICK,
         "--max_steps",
-        100_000,
+        ENDLESS,
         "--output_dir",
         "run",
         cwd=tmp_path,
@@ -101,7 +101,7 @@ def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp
 
 
 def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
-    settings = [*QUICK, "--max_steps", 100_000, "--save_steps", 5, "--output_dir", "run"]
+    settings = [*QUICK, "--max_steps", ENDLESS, "--save_steps", 5, "--output_dir", "run"]
     first = start_program("train_accelerate.py", *settings, cwd=tmp_path)
     wait_for_steps(tmp_path / "run", 6, first)
     first.send_signal(signal.SIGSTOP)  # it holds the folder, and leaves the processor to the others

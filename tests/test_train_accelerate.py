@@ -20,7 +20,7 @@ import yaml
 from accelerate.utils import write_basic_config
 from helpers import fork_server
 from helpers.programs import ROOT, one_sentence, one_sentence_of, run_program, start_program
-from helpers.runs import QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
+from helpers.runs import ENDLESS, QUICK, losses, metrics, run_on_a_full_disk, train, wait_for_steps, weights
 from modeling_mini.remote_code import remote_code_files
 from training_mini.checkpoints import states_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -161,7 +161,7 @@ def test_interrupted_and_resumed_twice_is_the_same_run(quick_run: Path, tmp_path
 
 def test_ctrl_c_leaves_a_resumable_run_and_says_how_to_go_on(tmp_path: Path) -> None:
     process = start_program(
-        "train_accelerate.py", *QUICK, "--max_steps", 100_000, "--output_dir", "run", cwd=tmp_path, fresh=True
+        "train_accelerate.py", *QUICK, "--max_steps", ENDLESS, "--output_dir", "run", cwd=tmp_path, fresh=True
     )
     wait_for_steps(tmp_path / "run", 5, process)
     process.send_signal(signal.SIGINT)
@@ -218,7 +218,7 @@ def test_accelerate_launch(tmp_path: Path) -> None:
 def test_the_launch_of_the_quickstart_shows_no_traceback_of_the_launcher(key: str | None, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
     (launch,) = re.findall(r"`\((trap '' INT; accelerate launch .*) train_accelerate\.py\)`", page)
-    settings = [*QUICK, "--output_dir", "run", "--max_steps", "100000" if key else "none"]
+    settings = [*QUICK, "--output_dir", "run", "--max_steps", str(ENDLESS) if key else "none"]
     command = f"({launch} {ROOT}/train_accelerate.py {shlex.join(settings)}); echo exit code $?"
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

@@ -23,6 +23,8 @@ QUICK = (
     "--num_key_value_heads 1 --max_position_embeddings 64 --train_batch_size 8 --warmup_steps 2 --logging_steps 1 "
     "--max_eval_tokens 8192"
 ).split()
+# More steps than any test waits for, and few enough that the trainer compiles nothing.
+ENDLESS = 20_000
 ON_CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
