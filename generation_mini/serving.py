@@ -9,15 +9,16 @@ pass over in silence works or is refused with a reason.
 import asyncio
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
-from modeling_mini.loading.checkpoints import find_checkpoint
+from files_mini import ADAPTER_CONFIG, BOX
+from modeling_mini.loading.checkpoints import find_checkpoint, load_model
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
 
 from .text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop
@@ -75,7 +76,7 @@ class ServedModels(model_manager.ModelManager):
 
     def __init__(self, *, force_model: str | None = None, **settings: Any) -> None:
         self.checkpoint = force_model
-        if force_model is not None and Path(force_model).is_dir():
+        if force_model is not None and (force_model in BOX or Path(force_model).is_dir()):
             self.checkpoint = str(Path(find_checkpoint(force_model)).resolve())
         self.started = int(time.time())
         super().__init__(force_model=force_model, **settings)
@@ -88,10 +89,17 @@ class ServedModels(model_manager.ModelManager):
     def with_revision(self, key: str) -> str:
         return super().process_model_name(self.checkpoint) if key == self.force_model else key
 
+    def is_adapter(self, key: str) -> bool:
+        return key == self.force_model and (Path(self.checkpoint) / ADAPTER_CONFIG).is_file()
+
     def _load_processor(self, model_id_and_revision: str, **settings: Any) -> PreTrainedTokenizerBase:
+        if self.is_adapter(model_id_and_revision):
+            return load_model(self.checkpoint)[1]  # an adapter may have none of its own
         return super()._load_processor(self.with_revision(model_id_and_revision), **settings)
 
     def _load_model(self, model_id_and_revision: str, **settings: Any) -> PreTrainedModel:
+        if self.is_adapter(model_id_and_revision):
+            return load_model(self.checkpoint)[0]
         return super()._load_model(self.with_revision(model_id_and_revision), **settings)
 
     def get_gen_models(self) -> list[dict[str, Any]]:
@@ -192,7 +200,22 @@ def with_stop_strings(
 
 
 class InBatches(utils.CBGenerateManager):
-    """Requests in batches that grow and shrink (`--continuous-batching`)."""
+    """
+    Requests in batches that grow and shrink (`--continuous-batching`).
+
+    transformers samples all of them as the first request asked. One that asks for something else is refused, because it
+    would be answered with text of another temperature.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+
+    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        if self._cb is None:
+            self.first = gen_config
+            if self._cb_config is None and model.device.type == "cpu":
+                # By default the cache takes most of the memory, and a CPU needs a minute to fill that with zeros.
+                self._cb_config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
+        super().init_cb(model, gen_config)
 
     def generate_streaming(
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
@@ -210,6 +233,11 @@ class InBatches(utils.CBGenerateManager):
         limit_to_context(model, length_of(inputs), gen_config)
         if gen_config.stop_strings:
             raise HTTPException(400, "stop does not work with --continuous-batching: start the server without it.")
+        for name in self.shared:
+            ours, asked = getattr(self.first, name), getattr(gen_config, name)
+            if asked != ours:
+                reason = "With --continuous-batching, all requests are sampled as the first one asked"
+                raise HTTPException(400, f"{reason}: {name} is {ours} on this server, and cannot be {asked}.")
 
 
 class Checked:

@@ -14,6 +14,7 @@ import httpx2
 import modeling_mini
 import transformers
 from entry_points_mini import one_sentence_errors
+from files_mini import BOX
 from huggingface_hub.constants import HF_HUB_CACHE
 from modeling_mini.loading.checkpoints import find_checkpoint
 from transformers.utils.import_utils import is_serve_available
@@ -45,7 +46,7 @@ def check(argv: list[str]) -> None:
         ValueError: if `serve` is given a folder without a model, or `chat` a server that is not there.
     """
     command, name, *others = [*argv, ""] if len(argv) == 1 else argv or ["", ""]
-    if command == "serve" and Path(name).is_dir():
+    if command == "serve" and (name in BOX or Path(name).is_dir()):
         find_checkpoint(name)
     if command == "chat" and name and "--help" not in argv:
         server = others[0] if others and others[0].startswith("http") else DEFAULT_SERVER

@@ -1,5 +1,6 @@
 """transformers' own server and chat on a checkpoint of Mini, over loopback."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -40,15 +42,16 @@ def checkpoint(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
-@pytest.fixture(scope="module")
-def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def serving(name: str, place: Path, folder: Path, *flags: str) -> Iterator[str]:
+    """The address of a server that was started in `place`, while it runs; its log goes to `folder`."""
     port = free_port()
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**with_mini(), "HF_HOME": str(log.parent)}
+    log = folder / "log"
+    environment = {**with_mini(), "HF_HOME": str(folder)}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [fork_server.python(), *COMMAND, "serve", NAME, "--port", str(port)],
-            cwd=checkpoint.parent, env=environment, stdout=file, stderr=file,
+            [fork_server.python(), *COMMAND, "serve", name, "--port", str(port), *flags],
+            cwd=place, env=environment, stdout=file, stderr=file,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 100
@@ -67,11 +70,17 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(NAME, checkpoint.parent, tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
 def client(server: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
 
 
-def continuation(checkpoint: Path, prompt: str | list[dict]) -> str:
+def continuation(checkpoint: Path | str, prompt: str | list[dict]) -> str:
     """What the model writes greedily, without a server."""
     model, tokenizer = load_model(str(checkpoint))
     if isinstance(prompt, str):
@@ -217,6 +226,28 @@ def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -
         client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 2, **settings})
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "user": "me"}
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2, **neutral).choices
+
+
+def test_requests_that_share_batches(tmp_path: Path) -> None:
+    """`--continuous-batching`, with the adapter that comes with Mini, by its name."""
+    with serving("box-chat", tmp_path, tmp_path, "--continuous-batching") as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        arguments = {"model": "box-chat", "max_tokens": 20, "temperature": 0}
+        prompts = ["def read_lines(", "import ", "class Stack"]
+        with ThreadPoolExecutor() as pool:
+            answers = list(pool.map(lambda prompt: client.completions.create(prompt=prompt, **arguments), prompts))
+        assert [answer.choices[0].text for answer in answers] == [continuation("box-chat", text) for text in prompts]
+        question = [{"role": "user", "content": "What does os.path.join do?"}]
+        answer = client.chat.completions.create(messages=question, **arguments)
+        assert answer.choices[0].message.content == continuation("box-chat", question)
+        refused = {
+            "stop does not work with --continuous-batching": {"stop": "x"},
+            "logprobs do not work with --continuous-batching": {"logprobs": 1},
+            "do_sample is False on this server, and cannot be True": {"temperature": 1},
+        }
+        for reason, settings in refused.items():
+            with pytest.raises(openai.BadRequestError, match=reason):
+                client.completions.create(**{**arguments, "prompt": "a", **settings})
 
 
 def test_the_example_of_the_page(server: str, capsys: pytest.CaptureFixture[str]) -> None:
