@@ -1,10 +1,11 @@
 """
 What INT8 and INT4 are worth: memory, decoding speed, and bits per byte on held-out text, beside float32 and bfloat16.
 
-    python benchmarks/quantization.py [--models tiny small runs/NAME] [--dataset python-stdlib] [--tokens 64]
+    python benchmarks/quantization.py [--models box small runs/NAME] [--dataset python-stdlib] [--tokens 64]
 
-A model is a trained run or checkpoint folder, or the name of a preset, whose weights are random and predict nothing:
-that shows memory and speed. Medians over the rounds, in turns; the last line is JSON.
+A model is a trained run or checkpoint folder, `box` (the trained model that comes with Mini), or the name of a preset,
+whose weights are random and predict nothing: that shows memory and speed. Medians over the rounds, in turns; the last
+line is JSON.
 """
 
 import math
@@ -49,7 +50,9 @@ PROMPT, WINDOWS_AT_ONCE = 16, 16
 class Settings(PlaceSettings):
     """What is measured, and how often."""
 
-    models: list[str] = option(list(PRESETS), "trained runs or checkpoint folders, and presets with random weights")
+    models: list[str] = option(
+        ["box", *PRESETS], "trained runs or checkpoint folders, the box, and presets with random weights"
+    )
     dataset: str = option("python-stdlib", "what was trained on; its held-out part is predicted")
     eval_tokens: int = option(65536, "held-out tokens to predict", at_least=1)
     tokens: int = option(64, "tokens to write, one sequence, after a prompt of 16", at_least=2)

@@ -1,9 +1,11 @@
 """The trained model that comes with Mini: what it is, and how it is found where nobody has trained anything."""
 
 import json
+import math
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 
 import files_mini
@@ -20,6 +22,7 @@ from safetensors.torch import load_file
 from sharing_mini.staging import find_source, stage
 from training_mini.arguments import parse_arguments
 from training_mini.data.sources import BUILT_IN
+from transformers import PreTrainedTokenizerBase
 
 import box_mini
 from box_mini.__main__ import LARGEST_BOX, main
@@ -34,6 +37,36 @@ def test_it_writes_where_nobody_has_trained(tmp_path: Path) -> None:
     assert result.stdout.startswith(f"{prompt}\n") and len(result.stdout) > len(prompt) + 20
     assert "There is no run under runs/, so the model that comes with Mini writes" in result.stderr
     assert result.stderr.count("\n") <= 2
+
+
+def source(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Tokens of Python source, as many as the context holds."""
+    return tokenizer(Path(textwrap.__file__).read_text(encoding="utf-8")[3000:5000], return_tensors="pt").input_ids[
+        :, :250
+    ]
+
+
+@pytest.mark.parametrize(("kind", "most"), [("8bit", 0.02), ("4bit", 0.2)])
+def test_rounded_weights_predict_almost_as_well(kind: str, most: float) -> None:
+    """Trained weights have outliers, which random ones have not."""
+    bits = []
+    for quantization in (None, kind):
+        model, tokenizer = load_model("box", device="cpu", quantization=quantization)
+        ids = source(tokenizer)
+        with torch.no_grad():
+            bits.append(model(ids, labels=ids).loss.item() / math.log(2))
+    assert 3 < bits[0] < 5, "bits per token"
+    assert bits[0] - 0.01 < bits[1] < bits[0] + most and bits[1] != bits[0]
+
+
+def test_fast_decoding_writes_what_the_loop_writes() -> None:
+    """Of a trained model the likeliest tokens are often close to each other, and a text repeats itself."""
+    model, tokenizer = load_model("box", device="cpu")
+    prompt = source(tokenizer)[:, :100]
+    fast, loop = (
+        model.generate(prompt, max_new_tokens=120, do_sample=False, fast_decoding=fast) for fast in (True, False)
+    )
+    assert fast.tolist() == loop.tolist() and len(set(fast[0, 100:].tolist())) > 10
 
 
 def test_the_newest_run_stays_the_default(

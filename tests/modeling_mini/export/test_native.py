@@ -20,6 +20,7 @@ from modeling_mini.export.native import (
     native_config,
     to_native,
 )
+from modeling_mini.loading.checkpoints import load_model
 from safetensors.torch import load_file
 from tokenization import load_tokenizer
 from transformers import (
@@ -196,6 +197,17 @@ def test_trained_weights(quick_run: Path, tmp_path: Path) -> None:
     ids = torch.randint(8, 264, (4, 64))
     torch.testing.assert_close(logits_of(native, ids), logits_of(ours, ids), atol=1e-5, rtol=1e-5)
     assert native.generation_config.to_dict() == ours.generation_config.to_dict()
+
+
+def test_the_model_that_comes_with_mini(tmp_path: Path) -> None:
+    out = export("native", "box", tmp_path / "native")
+    native = AutoModelForCausalLM.from_pretrained(out)
+    ours, tokenizer = load_model("box", device="cpu")
+    ids = tokenizer("def read_lines(path):", return_tensors="pt").input_ids
+    written = [model.generate(ids, max_new_tokens=100, do_sample=False) for model in (ours, native)]
+    assert written[0].tolist() == written[1].tolist()
+    of_ours, of_native = logits_of(ours, written[0]), logits_of(native, written[0])
+    assert (of_native - of_ours).abs().max() < 1e-5 * of_ours.abs().max()
 
 
 def test_learned_merges_go_along(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2CLS
 
 NODE, NPM = shutil.which("node"), shutil.which("npm")
+FILES = ("model.onnx", "model_quantized.onnx")
 CONTEXT = 48
 GREEDY = GenerationArguments(max_new_tokens=200, temperature=0.0)
 PROMPT, PROMPTS = "the ", ["héllo", "a", "import 日本\n"]
@@ -118,6 +119,22 @@ def test_greedy_output_equals_minis(fields: dict[str, Any]) -> None:
         expected = model.generate(ids, attention_mask=seen, max_new_tokens=2 * CONTEXT, do_sample=False)[:, 10:]
         assert len(set(expected.flatten().tolist())) > 10, "a text that varies"
         assert greedy(session, ids.numpy(), seen.numpy(), 2 * CONTEXT).tolist() == expected.tolist()
+
+
+def test_trained_weights(tmp_path: Path) -> None:
+    """The model that comes with Mini, also with matrices of 8 bits."""
+    folder = export("onnx", "box", tmp_path / "box", q8=True)
+    model, tokenizer = load_model("box")
+    prompt = tokenizer("def read_lines(path):", return_tensors="pt").input_ids
+    expected = model.generate(prompt, max_new_tokens=60, do_sample=False)[:, prompt.shape[1] :]
+    exact, quantized = (onnxruntime.InferenceSession(folder / "onnx" / name) for name in FILES)
+    assert greedy(exact, prompt.numpy(), np.ones_like(prompt), 60).tolist() == expected.tolist()
+    ids = torch.cat([prompt, expected], dim=1).numpy()
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
+    first, second = (
+        session.run(["logits"], {**feeds, **empty_cache(session, 1)})[0].argmax(-1) for session in (exact, quantized)
+    )
+    assert (first == second).mean() > 0.9
 
 
 def test_names_and_shapes() -> None:
