@@ -1,6 +1,9 @@
 """What contributors and CI read: CONTRIBUTING.md, CHANGELOG.md, the workflow and the forms of issues."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +54,19 @@ def test_what_contributing_tells_to_run_is_what_ci_runs() -> None:
     commands = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for command in ("ruff check .", "ruff format --check .", "python -m pytest"):
         assert command in commands and command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_commands_of_contributing() -> None:
+    """
+    The first block is the README's second command without its last part, which `test_readme.py` runs. The other runs
+    here as it stands, with the tests collected and not run.
+    """
+    text, readme = PAGES[0].read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
+    set_up, test = re.findall(r"^```bash\n(.*?)\n^```$", text, flags=re.MULTILINE | re.DOTALL)
+    assert f"```\n{set_up.replace(chr(10), ' && ')} && python -m pytest\n```" in readme
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "PYTEST_ADDOPTS": "-n 0 -q --collect-only"}
+    command = ["bash", "-euo", "pipefail", "-c", test]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+    assert "All checks passed!" in result.stdout and "tests/training_mini/test_trainer.py::test_" in result.stdout
