@@ -7,7 +7,8 @@ and long prompts, greedy and sampling, with and without a cache.
 "Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop; "Mini, compiled"
 after `compile_decoding(many=True)`: on a CPU native functions, on a GPU a CUDA graph. "Llama, static" has
 transformers' static cache, for which `generate` compiles the model on a GPU. llama.cpp and onnxruntime take part with
-one sequence, greedy, where they are installed. Medians over the rounds; the last line is JSON.
+one sequence, greedy, where they are installed. Medians over the rounds; the last line is JSON. On two quiet cores all
+of it should take about five minutes, and a minute more the first time, for compiling.
 """
 
 import statistics
@@ -58,7 +59,10 @@ class Settings(PlaceSettings):
     batch_sizes: list[int] = option([1, 8, 64], "sequences at a time")
     prompts: list[int] = option([16, 1000], "tokens in a prompt")
     tokens: int = option(200, "tokens to write after the prompt", at_least=2)
-    rounds: int = option(5, "how often each contender has its turn; the median counts", at_least=1)
+    most_prompt_tokens: int = option(
+        4096, "cases whose prompts have more tokens in all are left out: they would take minutes", at_least=1
+    )
+    rounds: int = option(3, "how often each contender has its turn; the median counts", at_least=1)
     bf16: bool = option(False, "weights in bfloat16")
     manners: list[str] = option(list(MANNERS), "greedy, sampling or both", choices=MANNERS)
     compile: bool = option(True, "also measure compiled decoding (about a minute of compiling the first time)")
@@ -80,6 +84,12 @@ class Settings(PlaceSettings):
             self.static_cache = self.device == "cuda"
         self.manners = [manner for manner in MANNERS if manner in self.manners]
         self.runtimes = [name for name in self.runtimes if name in installed_runtimes()]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The numbers of sequences, each with the lengths of prompt that are measured with it."""
+        pairs = [(batch_size, prompt) for batch_size in self.batch_sizes for prompt in self.prompts]
+        return [pair for pair in pairs if pair[0] * pair[1] <= self.most_prompt_tokens] or pairs[:1]
 
     def contenders(self, batch_size: int, manner: str) -> list[str]:
         """Who takes part in a case."""
@@ -160,8 +170,7 @@ def cases_of(settings: Settings) -> list[Case]:
     """Whole texts; first tokens; and, at one sequence, what a cache is worth."""
     cases = [
         Case(contender, batch_size, prompt, manner, True, tokens)
-        for batch_size in settings.batch_sizes
-        for prompt in settings.prompts
+        for batch_size, prompt in settings.sizes
         for manner in settings.manners
         for contender in settings.contenders(batch_size, manner)
         for tokens in (settings.tokens, 1)
@@ -184,7 +193,8 @@ def peak_memory(contender: str, settings: Settings) -> int | None:
     on_gpu = settings.device == "cuda"
     before = 0 if on_gpu else peak_resident_memory(reset=True)
     model = make_model(contender, settings)
-    case = Case(contender, max(settings.batch_sizes), max(settings.prompts), "greedy", True, settings.tokens)
+    batch_size, prompt = max(settings.sizes, key=lambda size: size[0] * (size[1] + settings.tokens))
+    case = Case(contender, batch_size, prompt, "greedy", True, settings.tokens)
     run_model(model, case, settings)
     peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_memory()
     return peak - before if peak is not None and before is not None else None

@@ -1,11 +1,11 @@
 """
 What INT8 and INT4 are worth: memory, decoding speed, and bits per byte on held-out text, beside float32 and bfloat16.
 
-    python benchmarks/quantization.py [--models box small runs/NAME] [--dataset python-stdlib] [--tokens 64]
+    python benchmarks/quantization.py [--models box small runs/NAME] [--dataset python-stdlib] [--compiled small]
 
 A model is a trained run or checkpoint folder, `box` (the trained model that comes with Mini), or the name of a preset,
-whose weights are random and predict nothing: that shows memory and speed. Medians over the rounds, in turns; the last
-line is JSON.
+whose weights are random and predict nothing: that shows memory and speed. Of the models named by --compiled, float32 and
+INT8 also write after `compile_decoding()`. Medians over the rounds, in turns; the last line is JSON.
 """
 
 import math
@@ -43,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {"dtype": torch.float32, "quantization": "8bit"},
     "nf4": {"dtype": torch.float32, "quantization": "4bit"},
 }
+COMPILED_KINDS = ("float32", "int8")  # those with a compiled step of their own
 PROMPT, WINDOWS_AT_ONCE = 16, 16
 
 
@@ -53,6 +54,7 @@ class Settings(PlaceSettings):
     models: list[str] = option(
         ["box", *PRESETS], "trained runs or checkpoint folders, the box, and presets with random weights"
     )
+    compiled: list[str] = option(["small", "medium"], "those of them that also write compiled, on a CPU")
     dataset: str = option("python-stdlib", "what was trained on; its held-out part is predicted")
     eval_tokens: int = option(65536, "held-out tokens to predict", at_least=1)
     tokens: int = option(64, "tokens to write, one sequence, after a prompt of 16", at_least=2)
@@ -103,6 +105,12 @@ def seconds_to_write(model: PreTrainedModel, settings: Settings) -> float:
 def measure_model(name: str, folder: str, settings: Settings) -> list[dict[str, Any]]:
     """The rows of one model."""
     models = {kind: load_checkpoint(folder, device=settings.device, **how)[0] for kind, how in KINDS.items()}
+    if name in settings.compiled and settings.device == "cpu":
+        for kind in COMPILED_KINDS:
+            model, _ = load_checkpoint(folder, device=settings.device, **KINDS[kind])
+            model.compile_decoding()
+            if model.compiled_step is not None:  # else a warning has said why
+                models[f"{kind}, compiled"] = model
     corpus = None
     if name not in PRESETS:
         corpus = load_corpus(DataArguments(dataset=settings.dataset, tokenizer=folder), show_progress=False)
@@ -175,7 +183,8 @@ def show(results: dict[str, Any], settings: Settings) -> None:
         )
     console.print(table)
     console.print(
-        "Loop: decoded by transformers' loop, which a GPU needs for quantized layers; the others by Mini's own."
+        "Compiled: after compile_decoding(). Loop: decoded by transformers' loop, which a GPU needs for quantized "
+        "layers; the others by Mini's own."
     )
     for name in results["left_out"]:
         console.print(f"{name} does not fit into the memory that is free.")

@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .decoding import FIRST_CAPACITY, Decoder, RotaryTable
+from .quantized_decoding import IntegerLinear, with_integers
 
 # What the compiled step depends on, besides the shapes of the weights: fields of the config, and attributes of modules.
 FIELDS_WITHOUT_EFFECT = {
@@ -106,6 +107,8 @@ class StepOfModel(nn.Module):
 def product(projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     """A linear layer on one vector (in,), as multiply and sum."""
     output = (projection.weight * states).sum(-1)
+    if isinstance(projection, IntegerLinear):
+        output = output * projection.scales
     return output if projection.bias is None else output + projection.bias
 
 
@@ -287,10 +290,12 @@ class CompiledStep:
             kind = str(weight.dtype).removeprefix("torch.")
             raise ValueError(f"It is compiled for float32 on a CPU; this model is {kind} on a {weight.device.type}.")
         self.shape = self.shape_of(model)
+        model = with_integers(model)
         self.run = load_or_write(package_path(model), lambda path: write_package(model, path))
 
     def shape_of(self, model: PreTrainedModel) -> list[Any]:
         """Everything about a model that the compiled function depends on."""
+        model = with_integers(model)
         layouts = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in weights_of(model).items()]
         return [*constants_of(model), *layouts]
 
@@ -310,7 +315,11 @@ class CompiledStep:
     ) -> "CompiledDecoder":
         """The state of one call of `generate`. The arguments are those of `Decoder`; the mask is all ones or `None`."""
         return CompiledDecoder(
-            self.run, list(weights_of(model).values()), cache, RotaryTable(model, position_ids), max_new_tokens
+            self.run,
+            list(weights_of(with_integers(model)).values()),
+            cache,
+            RotaryTable(model, position_ids),
+            max_new_tokens,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":

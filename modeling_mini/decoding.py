@@ -8,7 +8,8 @@ torch operations on a cache that is allocated once. Read it beside modeling_mini
 
 When it runs: `obstacle` looks for anything in a request or a model that this function does not reproduce. If there is
 nothing, `decode` runs in place of transformers' `_sample`. Everything else is still done by transformers: the checks of
-`generate`, the forward pass over the prompt, logits processors, stopping criteria, streamers and the results.
+`generate`, the forward pass over the prompt, logits processors, stopping criteria, streamers and the results. Only
+where one sequence is sampled on a CPU, fast_sampling.py draws the token.
 
 Why it is right: weights are read anew in each call of `generate`, so training, loading or `.to()` between two calls
 have their effect. And each operation is the one that the module would call, on the same numbers in the same order. On a
@@ -35,6 +36,8 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .fast_sampling import FastSampler
 
 # RoPE types whose frequencies depend on the length of the text, so cosine and sine cannot be computed in advance.
 CHANGING_ROPE_TYPES = ("dynamic", "longrope")
@@ -559,6 +562,9 @@ def decode(
     may_leave = may_leave and all(type(each).__module__.startswith("transformers.") for each in logits_processor)
     text = F.pad(input_ids, (0, max(1, min(FIRST_CAPACITY, max_length - length))))
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+    processors, sampler = list(logits_processor), None
+    if generation_config.do_sample and batch == 1 and scores is None and input_ids.device.type == "cpu":
+        processors, sampler = FastSampler.taken_from(processors)
 
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
@@ -567,16 +573,18 @@ def decode(
     decoder = None  # made when there is a second token to write
     while True:
         so_far = text[:, :length]
-        if batch > 1 and logits_processor:
+        if batch > 1 and processors:
             so_far = so_far.contiguous()  # processors expect that
         next_scores = logits
-        for process in logits_processor:  # the list itself would inspect each signature for each token
+        for process in processors:  # the list itself would inspect each signature for each token
             next_scores = process(so_far, next_scores)
         if scores is not None:
             scores += (next_scores,)
         if raw_logits is not None:
             raw_logits += (logits,)
-        if generation_config.do_sample:
+        if sampler is not None:
+            next_tokens = sampler(next_scores)
+        elif generation_config.do_sample:
             probabilities = F.softmax(next_scores, dim=-1)
             next_tokens = torch.multinomial(probabilities, num_samples=1).squeeze(1)
         else:

@@ -1,11 +1,12 @@
 """benchmarks/decoding.py, in seconds: every case has figures, and wrong input one sentence."""
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
 
 import pytest
-from helpers.programs import run_program
+from helpers.programs import ROOT, run_program
 
 PROGRAM = "benchmarks/decoding.py"
 
@@ -38,6 +39,15 @@ def test_every_case_has_figures(tmp_path: Path) -> None:
     # LayerNorm has biases, RMSNorm none; else they are of one size.
     assert figures["parameters"]["Mini"] == figures["parameters"]["Llama"] + (2 * 1 + 1) * 128, "of one layer"
     assert "come" in result.stdout and "Peak memory" in result.stdout
+
+
+def test_long_prompts_of_many_sequences_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    settings_class = importlib.import_module("decoding").Settings
+    settings = settings_class(device="cpu", batch_sizes=[1, 8], prompts=[16, 1000])
+    assert settings.sizes == [(1, 16), (1, 1000), (8, 16)]
+    settings = settings_class(device="cpu", batch_sizes=[8], prompts=[1000])
+    assert settings.sizes == [(8, 1000)]  # what was asked for alone is measured
 
 
 @pytest.mark.parametrize(
