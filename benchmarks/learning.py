@@ -67,7 +67,7 @@ class Settings(OutputSettings):
     seeds: list[int] = option([1, 2, 3], "seeds of Mini; nanoGPT has one, and runs once for each all the same")
     shakespeare: str | None = option(None, "the text file of Tiny Shakespeare, for part a")
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, which then takes part in a")
-    bpe_steps: int = option(900, "steps of part c")
+    bpe_steps: int = option(1400, "steps of part c")
     max_steps: int | None = option(None, "for a trial: so many steps for all")
 
     def __post_init__(self) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SHAPE = tuple(field.name for field in dataclasses.fields(MiniShape))
 DROPOUTS = tuple(name for name in SHAPE if name.endswith("_dropout"))
 TRACKERS = ("tensorboard", "trackio", "wandb")
-MAX_STEPS = 2400  # where neither it nor max_minutes is said
+MAX_STEPS = 2000  # where neither it nor max_minutes is said
 # How new models are made: what learns fastest, and what Qwen3 computes, so that every export takes it (docs/LOG.md).
 NEW_MODEL = {"norm_type": "rmsnorm", "qk_norm": True}
 # A run from before that was so; its config.yaml does not say it.
@@ -361,7 +361,7 @@ class MonitoringArguments(Settings):
     """What is measured on the way, and where it goes besides `metrics.jsonl` and `curves.png`."""
 
     logging_steps: int = option(10, "log every so many steps", at_least=1)
-    eval_steps: int = option(400, "evaluate every so many steps, and at the end", at_least=1)
+    eval_steps: int = option(500, "evaluate every so many steps, and at the end", at_least=1)
     max_eval_tokens: int = option(
         262_144, "evaluate on the first so many held-out tokens; 0: on all of them", at_least=0
     )
@@ -405,7 +405,7 @@ class RunArguments(Settings):
     overwrite: bool = option(False, "replace the run that is in output_dir")
     resume: bool = option(False, "go on with the run in output_dir, or with the newest", common=True)
     seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**63)
-    save_steps: int = option(400, "write a checkpoint to resume from every so many steps, and at the end", at_least=1)
+    save_steps: int = option(500, "write a checkpoint to resume from every so many steps, and at the end", at_least=1)
     keep_last: int = option(2, "keep the newest so many checkpoints", at_least=1)
     keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none", at_least=0)
     on_save_error: Literal["stop", "continue"] = option(
