@@ -45,7 +45,7 @@ def copy() -> Iterator[Path]:
         yield folder
 
 
-# Of the 1,200 steps of the first command. With so few, and the learning rate falling to zero over them, the model is
+# Of the 2,000 steps of the first command. With so few, and the learning rate falling to zero over them, the model is
 # already better than xz.
 ENOUGH_STEPS = 500
 
