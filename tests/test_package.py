@@ -45,7 +45,8 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path, request:
         assert result.returncode == 0 and words in result.stdout, result.stderr
     for name in ("fsdp2", "train.sh"):
         result = subprocess.run([python, "-m", "training_mini.launch_files", name], **run)
-        assert tmp_path in Path(result.stdout.strip()).parents and Path(result.stdout.strip()).is_file(), result.stderr
+        file = Path(result.stdout.strip())
+        assert file.is_relative_to(temporary.name) and file.is_file(), result.stderr
     # Before anything was trained, the model that comes with Mini writes.
     prompt = "def read_lines(path):"
     command = [python.with_name("mini-generate"), "--prompt", prompt, "--max_new_tokens", "20"]
