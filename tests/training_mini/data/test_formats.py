@@ -52,7 +52,7 @@ def documents(path: object, **settings: object) -> list[str]:
 
 def streamed(path: object, **settings: object) -> list[str]:
     """The documents that streaming reads."""
-    open_stream, _ = find_stream(arguments_of(path, streaming=True, **settings))
+    (open_stream,), _ = find_stream(arguments_of(path, streaming=True, **settings))
     return [b"".join(pieces).decode() for _, pieces in open_stream()]
 
 
@@ -608,7 +608,7 @@ def test_positions_of_runs_of_before(data: Path, name: str) -> None:
         lines = texts[5 * number : 5 * number + 5]
         content = "\n".join(["text", *lines]) if name.endswith("csv") else jsonl(*({"text": line} for line in lines))
         write(data / f"{part}{Path(name).suffix}", content)
-    open_stream, notes = find_stream(arguments_of(data, streaming=True))
+    (open_stream,), notes = find_stream(arguments_of(data, streaming=True))
     assert notes == ("Streams 2 files.",)
     stream = open_stream()
     assert isinstance(stream, FileStream)
