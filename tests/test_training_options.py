@@ -232,7 +232,10 @@ def test_stream_is_resumed_bit_by_bit(tmp_path: Path) -> None:
         (["--dropout_start", "0.1", "--dropout_end", "0", "--torch_compile"], "leave out --torch_compile"),
         (["--compile_regions"], "compile_regions is a way of torch_compile"),
         (["--ema_decay", "1"], "ema_decay must be in [0, 1)"),
-        (["--max_steps", "1200", "--lr_scheduler_type", "wsd", "--decay_ratio", "0.95"], "do not both fit into max_steps"),
+        (
+            ["--max_steps", "1200", "--lr_scheduler_type", "wsd", "--decay_ratio", "0.95"],
+            "do not both fit into max_steps",
+        ),
         (["--keep_last", "0"], "keep_last must be at least 1"),
         (["--peak_tflops", "-1"], "peak_tflops must be above 0"),
         (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
