@@ -30,7 +30,7 @@ from helpers.runs import QUICK
 
 LONG = (
     "test_gpu_benchmark.py", "test_training_benchmark.py", "test_decoding_benchmark.py", "test_reliability.py",
-    "test_finetuning_doc.py", "test_package.py",
+    "test_finetuning_doc.py", "test_package.py", "test_parallel.py", "test_elastic.py",
 )  # fmt: skip
 
 
