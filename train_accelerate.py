@@ -10,7 +10,7 @@ import textwrap
 # Before torch is loaded, which loads OpenMP, which reads it: its threads spin while they wait for each other, so long
 # that training crawls where other programs want the cores (docs/LOG.md).
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from typing import TYPE_CHECKING
 
