@@ -239,7 +239,7 @@ def test_ctrl_c_on_several_processes_shows_no_traceback(tmp_path: Path) -> None:
     command = [str(ROOT / "train_accelerate.py"), *QUICK, "--num_processes", "2", "--output_dir", "run"]
     with pexpect.spawn(
         sys.executable, [*command, "--max_steps", "100000"], cwd=tmp_path, encoding="utf-8", timeout=200,
-        dimensions=(24, 200), env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm"},
+        dimensions=(24, 200), env={**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "200"},
         # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as terminal:  # fmt: skip
