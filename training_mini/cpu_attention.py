@@ -44,13 +44,14 @@ def causal_attention(
     Returns:
         The output (batch, length, heads, head_dim), and for the backward pass the probabilities, block after block.
     """
-    queries, keys, values = pack(query, key.shape[1]).mul_(scaling), key.flatten(0, 1), value.flatten(0, 1)
-    group, length = query.shape[1] // key.shape[1], query.shape[2]
+    queries, keys, values = pack_all(query, key, value, scaling)
+    length = keys.shape[1]
+    group = queries.shape[1] // length
     output = torch.empty_like(queries)
     probabilities = queries.new_empty(number_of_probabilities(len(queries), group, length))
     # What a query must not see in the square of the keys of its own block.
     later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype).triu_(1).repeat_interleave(group, dim=0)
-    for pairs, rows, block in blocks_of(probabilities, len(queries), group, length):
+    for pairs, rows, block in blocks_of(queries, keys, probabilities):
         end, size = block.shape[2], block.shape[1] // group
         torch.bmm(queries[pairs, rows], keys[pairs, :end].mT, out=block)
         block[..., end - size :] += later[: size * group, :size]
@@ -77,11 +78,10 @@ def causal_attention_backward(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of `causal_attention` by query, key and value, from that by its output."""
-    queries, keys, values = pack(query, key.shape[1]).mul_(scaling), key.flatten(0, 1), value.flatten(0, 1)
+    queries, keys, values = pack_all(query, key, value, scaling)
     gradients = pack(gradient.transpose(1, 2), key.shape[1])
-    group, length = query.shape[1] // key.shape[1], query.shape[2]
     of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for pairs, rows, block in blocks_of(probabilities, len(queries), group, length):
+    for pairs, rows, block in blocks_of(queries, keys, probabilities):
         end = block.shape[2]
         of_values[pairs, :end].baddbmm_(block.mT, gradients[pairs, rows])
         of_block = gradients[pairs, rows] @ values[pairs, :end].mT
@@ -118,6 +118,13 @@ def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.T
 causal_attention.register_autograd(backward, setup_context=keep_for_backward)
 
 
+def pack_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The queries by `pack`, times the scaling, and keys and values (batch * key_value_heads, length, head_dim)."""
+    return pack(query, key.shape[1]).mul_(scaling), key.flatten(0, 1), value.flatten(0, 1)
+
+
 def pack(states: torch.Tensor, key_value_heads: int) -> torch.Tensor:
     """
     (batch, heads, length, head_dim) to a copy (batch * key_value_heads, length * heads of a group, head_dim): the heads
@@ -141,12 +148,14 @@ def number_of_probabilities(pairs: int, group: int, length: int) -> int:
 
 
 def blocks_of(
-    probabilities: torch.Tensor, pairs: int, group: int, length: int
+    queries: torch.Tensor, keys: torch.Tensor, probabilities: torch.Tensor
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """
     The parts of the work: some pairs of a sequence and a key/value head, whose scores fit into the cache together; the
     rows of a block of queries in `pack`; and its probabilities (pairs, rows, keys up to the end of the block).
     """
+    pairs, length = keys.shape[:2]
+    group = queries.shape[1] // length
     at_once = max(1, BYTES_AT_ONCE * torch.get_num_threads() // (BLOCK * group * length * probabilities.element_size()))
     place = 0
     for first in range(0, pairs, at_once):
