@@ -8,7 +8,6 @@ stay with the fused kernel.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -157,14 +156,15 @@ def blocks_of(
     pairs, length = keys.shape[:2]
     group = queries.shape[1] // length
     at_once = max(1, BYTES_AT_ONCE * torch.get_num_threads() // (BLOCK * group * length * probabilities.element_size()))
-    place = 0
     for first in range(0, pairs, at_once):
-        number = min(at_once, pairs - first)
+        number, place = min(at_once, pairs - first), 0
         for begin, end in spans_of(length):
-            shape = number, (end - begin) * group, end
-            block = probabilities[place : place + math.prod(shape)].view(shape)
-            place += block.numel()
-            yield slice(first, first + number), slice(begin * group, end * group), block
+            # All pairs of a span lie together, however many are computed at once: the backward pass may have another
+            # number of threads.
+            of_pair = (end - begin) * group * end
+            block = probabilities[place + first * of_pair : place + (first + number) * of_pair]
+            place += pairs * of_pair
+            yield slice(first, first + number), slice(begin * group, end * group), block.view(number, -1, end)
 
 
 def spans_of(length: int) -> list[tuple[int, int]]:

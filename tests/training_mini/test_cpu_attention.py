@@ -59,6 +59,17 @@ def test_equals_the_fused_kernel(shape: tuple[int, ...], bytes_at_once: int, mon
     torch.testing.assert_close(single, [tensor.float() for tensor in exact], rtol=1e-4, atol=1e-5)
 
 
+def test_backward_may_compute_other_parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it runs with another number of threads."""
+    states = states_of(SHAPES[1])
+    monkeypatch.setattr(cpu_attention, "BYTES_AT_ONCE", 1)
+    output = in_blocks(*states)
+    monkeypatch.setattr(cpu_attention, "BYTES_AT_ONCE", 2**30)
+    found = torch.autograd.grad(output.square().sum(), states)
+    exact = torch.autograd.grad(fused(*states).square().sum(), states)
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bfloat16_is_about_as_exact_as_in_the_fused_kernel(shape: tuple[int, ...]) -> None:
     exact = with_gradients(
