@@ -21,15 +21,17 @@ LONG_RUN = 1e13
 def choose_kernels(run: Run) -> None:
     """
     Chooses what a CPU computes with: the library of each matrix product, bfloat16 or float32, attention in blocks or
-    torch's own, compiled or not. A run that is resumed keeps its choice, so that it goes on with the same bits.
+    torch's own, compiled or not. A run that is resumed keeps its choice, so that it goes on with the same bits, except
+    for what its present settings, device or processes rule out.
     """
-    accelerator, state, arguments = run.accelerator, run.state, run.arguments
+    accelerator, state, optimization = run.accelerator, run.state, run.arguments.optimization
     if accelerator.device.type != "cpu" or run.parallel.tensor_size > 1:
+        state.is_bfloat16 = state.has_blocks = state.is_compiled = False
         return
     here = processor_name()
     if not state.processor:
-        sequences = arguments.optimization.train_batch_size // run.parallel.data_processes
-        sequences //= arguments.optimization.gradient_accumulation_steps
+        sequences = optimization.train_batch_size // run.parallel.data_processes
+        sequences //= optimization.gradient_accumulation_steps
         choice = measured_choice(run, sequences) if accelerator.is_main_process else None
         choice = run.parallel.from_main(choice)
         state.products, state.is_bfloat16, state.has_blocks, state.is_compiled = choice
@@ -39,7 +41,10 @@ def choose_kernels(run: Run) -> None:
             f"This run began on another processor ({state.processor}): from here on, its losses are equal up to "
             "rounding, not bit by bit."
         )
-    use_products(run.unwrapped_model, state.products)
+    state.is_bfloat16 = state.is_bfloat16 and may_be_bfloat16(run)
+    state.is_compiled = state.is_compiled and may_be_compiled(run)
+    if accelerator.mixed_precision == "no":
+        use_products(run.unwrapped_model, state.products)
     for optimizer in run.optimizers:
         if state.is_bfloat16 and isinstance(optimizer, Muon) and optimizer.dtype is None:
             optimizer.dtype = torch.bfloat16
@@ -52,29 +57,41 @@ def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], boo
     Args:
         sequences: those of a micro-batch of one process.
     """
-    model, arguments = run.unwrapped_model, run.arguments
-    tokens = sequences * run.config.max_position_embeddings
+    model, tokens = run.unwrapped_model, sequences * run.config.max_position_embeddings
     is_told_bfloat16 = run.accelerator.mixed_precision == "bf16"
-    # What is sharded or quantized has types of its own.
-    is_plain = not (run.parallel.is_sharded or run.parallel.is_deepspeed or getattr(model, "is_quantized", False))
     products = {} if is_told_bfloat16 else measure_products(model, tokens)
-    may_be_bfloat16 = is_plain and arguments.run.bf16 is None and not is_told_bfloat16
-    is_bfloat16 = may_be_bfloat16 and bfloat16_is_faster(model, tokens, products)
+    is_bfloat16 = may_be_bfloat16(run) and bfloat16_is_faster(model, tokens, products)
     dtype = torch.bfloat16 if is_bfloat16 or is_told_bfloat16 else torch.float32
     is_small = flops_of_step(model, tokens) < SMALLEST_STEP
     has_blocks = not is_small and blocks_are_faster(run.config, sequences, dtype)
-    is_compiled = is_plain and run.accelerator.num_processes == 1 and compiling_pays(run, tokens)
+    is_compiled = may_be_compiled(run) and compiling_pays(run, tokens)
     return {} if is_bfloat16 else products, is_bfloat16, has_blocks, is_compiled
 
 
+def is_plain(run: Run) -> bool:
+    """Whether the weights are whole and are numbers: what is sharded or quantized has types of its own."""
+    is_quantized = getattr(run.unwrapped_model, "is_quantized", False)
+    return not (run.parallel.is_sharded or run.parallel.is_deepspeed or is_quantized)
+
+
+def may_be_bfloat16(run: Run) -> bool:
+    """Whether Mini may choose bfloat16 by itself. Where the user asked for it, accelerate does it."""
+    return is_plain(run) and run.arguments.run.bf16 is None and run.accelerator.mixed_precision == "no"
+
+
+def may_be_compiled(run: Run) -> bool:
+    """Whether Mini may compile the blocks by itself."""
+    settings = run.arguments.run
+    is_left_to_mini = settings.torch_compile is None and not settings.gradient_checkpointing
+    return is_plain(run) and run.accelerator.num_processes == 1 and is_left_to_mini and not run.has_own_code
+
+
 def compiling_pays(run: Run, tokens: int) -> bool:
-    """Whether compiling the blocks of the model saves more time than it takes, and the user left it to Mini."""
-    arguments, optimization = run.arguments, run.arguments.optimization
+    """Whether compiling the blocks of the model saves more time than it takes."""
+    optimization = run.arguments.optimization
     has_one_shape = not isinstance(run.corpus, ExampleCorpus) and optimization.dropout_start is None
-    if arguments.run.torch_compile is not None or arguments.run.gradient_checkpointing or not has_one_shape:
-        return False
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if run.has_own_code or not run.blocks or shutil.which(compiler) is None:
+    if not has_one_shape or not run.blocks or shutil.which(compiler) is None:
         return False
     if optimization.max_minutes is not None:
         return optimization.max_minutes >= 2
