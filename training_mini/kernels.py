@@ -69,7 +69,7 @@ def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], boo
 
 
 def is_plain(run: Run) -> bool:
-    """Whether the weights are whole and are numbers: what is sharded or quantized has types of its own."""
+    """Whether the weights are neither sharded nor quantized: such weights have types of their own."""
     is_quantized = getattr(run.unwrapped_model, "is_quantized", False)
     return not (run.parallel.is_sharded or run.parallel.is_deepspeed or is_quantized)
 
@@ -87,7 +87,7 @@ def may_be_compiled(run: Run) -> bool:
 
 
 def compiling_pays(run: Run, tokens: int) -> bool:
-    """Whether compiling the blocks of the model saves more time than it takes."""
+    """Whether compiling the blocks saves more time than it takes, with so many tokens in a micro-batch."""
     optimization = run.arguments.optimization
     has_one_shape = not isinstance(run.corpus, ExampleCorpus) and optimization.dropout_start is None
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
