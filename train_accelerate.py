@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def report(result: "TrainingResult", arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on. The commands work as they stand, in the folder of the user."""
+    from training_mini.data.corpus import python_prompt
     from training_mini.monitoring import BITS_PER_BYTE, console, format_seconds
 
     run, folder = result.run, shlex.quote(str(result.run.folder))
@@ -47,7 +48,8 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
     sentences = [f"Bits per byte on {run.held_out_bytes:,} held-out bytes: {bits_per_byte}.", f"({BITS_PER_BYTE})"]
     if result.valid_functions is not None:
         valid = round(100 * result.valid_functions)
-        sentences.append(f"Of 100 functions that it began with 'def ', {valid} are valid Python.")
+        beginning = python_prompt(run.corpus.tokenizer)
+        sentences.append(f"Of 100 functions that it began with {beginning!r}, {valid} are valid Python.")
     width = console.width if console.is_terminal else sys.maxsize  # lines break between words
     early = "" if steps >= run.arguments.optimization.max_steps else " (stopped early: no better for a while)"
     samples = "\n----------------\n".join(result.samples)

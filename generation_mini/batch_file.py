@@ -21,6 +21,7 @@ from accelerate.utils import set_seed
 from files_mini import append_text, json_lines, write_text
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenization import joins_last_space
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .arguments import GenerationArguments
@@ -132,6 +133,9 @@ class BatchFile:
             notify(f"{are} longer than the context of {context} tokens: only the end is used.")
         if unknown := unknown_characters(tokenizer, "".join(self.prompts), itertools.chain.from_iterable(encoded)):
             notify(f"The model does not know {unknown}, and reads <|unk|> instead.")
+        if spaces := sum(joins_last_space(tokenizer, prompt) for prompt in self.prompts):
+            end = "1 prompt ends" if spaces == 1 else f"{spaces:,} prompts end"
+            notify(f"{end} in a space, which the model knows as a part of the next word: leave it out.")
 
     def lines_of(
         self,

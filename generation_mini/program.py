@@ -7,6 +7,7 @@ from accelerate.utils import set_seed
 from entry_points_mini import command_of, quiet_libraries
 from files_mini import BOX, RUNS_FOLDER, find_checkpoint, is_box
 from modeling_mini.loading.checkpoints import load_assistant, load_model
+from tokenization import joins_last_space
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -70,6 +71,8 @@ def write_once(
     prompt_ids = encode_prompt(tokenizer, prompt)
     if unknown := unknown_characters(tokenizer, prompt, prompt_ids):
         print_notice(f"The model does not know {unknown}, and reads <|unk|> instead.")
+    if joins_last_space(tokenizer, prompt):
+        print_notice("The prompt ends in a space, which the model knows as a part of the next word: leave it out.")
     streamer = None
     if arguments.stream:
         write_to_terminal(prompt)

@@ -26,6 +26,17 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def joins_last_space(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """
+    Whether a text ends in a space that the tokenizer joins with the word after it, as byte-level BPE does. A model has
+    hardly seen that space alone: it continues the text without it far better.
+    """
+    if not text.endswith(" "):
+        return False
+    alone, followed = (tokenizer(t, add_special_tokens=False, verbose=False).input_ids for t in (text, text + "a"))
+    return followed[: len(alone)] != alone
+
+
 __all__ = [
     "BOS_ID",
     "CHAT_TEMPLATE",
@@ -38,6 +49,7 @@ __all__ = [
     "CharTokenizer",
     "MiniTokenizer",
     "encode_messages",
+    "joins_last_space",
     "load_tokenizer",
     "marks_the_assistant",
     "text_of",

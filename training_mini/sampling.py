@@ -8,7 +8,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .build import Run
-from .data.corpus import PYTHON_PROMPT, Corpus
+from .data.corpus import Corpus, python_prompt
 
 # A sample is written so often until so large a share of it is not blank; deeply indented source has half.
 MOST_TRIES, LEAST_VISIBLE = 4, 0.3
@@ -80,7 +80,8 @@ def share_of_valid_functions(
 ) -> float:
     """
     How well a model knows the grammar of Python, in a number that everybody understands: it writes `count` functions,
-    each begun with `def `, and this is the share of them, from 0 to 1, that `ast.parse` accepts.
+    each begun with the `python_prompt` of its tokenizer, and this is the share of them, from 0 to 1, that `ast.parse`
+    accepts.
 
     The functions are written in one batch, as `generate` samples with the model's own settings; the first call on a
     model and the second give the same. The model and the global random state do not change.
@@ -90,7 +91,7 @@ def share_of_valid_functions(
         max_seconds: after so much time the functions stay as long as they are, so that a large model on a slow machine
             does not keep anybody waiting.
     """
-    ids = torch.tensor([tokenizer(PYTHON_PROMPT).input_ids] * count, device=model.device)  # (count, prompt)
+    ids = torch.tensor([tokenizer(python_prompt(tokenizer)).input_ids] * count, device=model.device)  # (count, prompt)
     room = model.config.max_position_embeddings - ids.shape[1]
     was_training = model.training
     model.eval()

@@ -39,6 +39,15 @@ def test_it_writes_where_nobody_has_trained(tmp_path: Path) -> None:
     assert result.stderr.count("\n") <= 2
 
 
+def test_a_space_at_the_end_of_a_prompt_is_better_left_out(tmp_path: Path) -> None:
+    said = {}
+    for prompt in ("def ", "def"):
+        result = run_program("generate.py", "--prompt", prompt, "--seed", 1, "--max_new_tokens", 5, cwd=tmp_path)
+        said[prompt] = "The prompt ends in a space" in result.stderr
+    assert said == {"def ": True, "def": False}
+    assert read_card(BOX["box"] / "README.md").facts.prompts[0] == "def"
+
+
 def source(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Tokens of Python source, as many as the context holds."""
     return tokenizer(Path(textwrap.__file__).read_text(encoding="utf-8")[3000:5000], return_tensors="pt").input_ids[

@@ -18,7 +18,7 @@ from generation_mini.batch_file import BatchFile, read_finished, read_prompts
 from generation_mini.text_generation import Continuation, write_on
 from helpers.exports import random_model
 from helpers.programs import one_sentence, run_program, start_program
-from tokenization import ByteTokenizer
+from tokenization import BpeTokenizer, ByteTokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PROMPTS = [
@@ -106,6 +106,18 @@ def write_here(model: tuple, folder: Path, prompts: list[str], **settings: objec
     notices: list[str] = []
     BatchFile(arguments).write(*model, notices.append)
     return notices
+
+
+def test_prompts_that_end_in_a_space_of_the_next_word(model: tuple, tmp_path: Path) -> None:
+    merges = BpeTokenizer.train(["def a(x): return a\n" * 50], 274)
+    random = random_model(vocab_size=len(merges))
+    prompts = ["def ", "def", "return "]
+    advice = "in a space, which the model knows as a part of the next word: leave it"
+    assert f"2 prompts end {advice} out." in write_here((random, merges), tmp_path, prompts)
+    (tmp_path / "out.jsonl").unlink()
+    assert f"1 prompt ends {advice} out." in write_here((random, merges), tmp_path, prompts[:2])
+    (tmp_path / "out.jsonl").unlink()
+    assert not [notice for notice in write_here(model, tmp_path, prompts) if "space" in notice]
 
 
 @pytest.mark.parametrize("seed", [5, None])

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenization import SPECIAL_TOKENS, BpeTokenizer, ByteTokenizer, encode_messages, load_tokenizer, raw_encoding
+from tokenization import (
+    SPECIAL_TOKENS,
+    BpeTokenizer,
+    ByteTokenizer,
+    encode_messages,
+    joins_last_space,
+    load_tokenizer,
+    raw_encoding,
+)
 from tokenization import bpe as bpe_module
 from tokenizers import Regex, pre_tokenizers
 from tokenizers.decoders import DecodeStream
@@ -62,6 +70,15 @@ def test_white_space_of_code_is_one_token_and_words_carry_their_space() -> None:
         " return",
         " x",
     ]
+
+
+def test_a_last_space_that_belongs_to_the_next_word() -> None:
+    tokenizer = BpeTokenizer.train(["def f(x):\n        return x\n\n\n" * 50, "def a(x): return a\n" * 50], 282)
+    assert joins_last_space(tokenizer, "def ") and joins_last_space(tokenizer, "    def ")
+    assert not joins_last_space(tokenizer, "def") and not joins_last_space(tokenizer, "")
+    assert not joins_last_space(tokenizer, "def f(x):\n")
+    for of_bytes in (ByteTokenizer(), ByteTokenizer(add_bos_token=False)):
+        assert not joins_last_space(of_bytes, "def ")
 
 
 def test_sizes_that_cannot_be(tokenizer: BpeTokenizer) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 from files_mini import read_json, replace_folder, write_text
-from tokenization import CHAT_TEMPLATE, MiniTokenizer, encode_messages, load_tokenizer
+from tokenization import CHAT_TEMPLATE, MiniTokenizer, encode_messages, joins_last_space, load_tokenizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, DataArguments
@@ -140,7 +140,7 @@ class TextCorpus(Corpus):
 
     def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
         if not given:
-            given = [PYTHON_PROMPT] if self.is_python else self.beginnings(held_out)[:1] or ["\n"]
+            given = [python_prompt(self.tokenizer)] if self.is_python else self.beginnings(held_out)[:1] or ["\n"]
         return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
@@ -148,7 +148,7 @@ class TextCorpus(Corpus):
         lines = [line for line in text.splitlines()[1:-1] if line[:1].isalpha()]
         lines = [line for line in lines if line.count(" ") >= 2] or lines  # words, where the script has spaces
         found = list(dict.fromkeys(beginning_of(line) for line in lines[:: max(1, len(lines) // BEGINNINGS)]))
-        return [*([PYTHON_PROMPT] if self.is_python else []), *found][:BEGINNINGS]
+        return [*([python_prompt(self.tokenizer)] if self.is_python else []), *found][:BEGINNINGS]
 
     def min_new_tokens(self, capacity: int) -> int | None:
         return capacity // 2  # else a document that ends early leaves nothing to look at
@@ -223,6 +223,11 @@ class ExampleCorpus(Corpus):
         texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts)
         short = (text for text in texts if text.strip() and len(text) <= LONGEST_QUESTION)
         return list(dict.fromkeys(itertools.islice(short, BEGINNINGS)))
+
+
+def python_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How a function of Python begins, for a model with this tokenizer."""
+    return PYTHON_PROMPT.rstrip() if joins_last_space(tokenizer, PYTHON_PROMPT) else PYTHON_PROMPT
 
 
 def beginning_of(line: str) -> str:
