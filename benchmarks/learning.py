@@ -8,10 +8,12 @@ What is learned in a given time: whole programs, from their start to their end, 
 - b: README's first command, in bits per byte, beside the recipe that it had before Muon
 - c: the same with a BPE of 2,048 tokens that is learned from the corpus, in steps that take about as long
 
-Every run of Mini encodes its corpus anew. The last line is JSON.
+Every run of Mini encodes its corpus anew. Of b and c, the share of 100 functions that are valid Python is shown too.
+The last line is JSON, in which each run of Mini has a sample.
 """
 
 import contextlib
+import json
 import os
 import pickle
 import re
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,8 @@ class Result:
     seconds: float  # of the whole program
     value: float  # in the unit of its part
     parameters: int
+    valid_functions: float | None = None  # of a model of Python, from 0 to 1
+    sample: str | None = None  # what it wrote at the end
 
 
 def contenders(settings: Settings) -> dict[tuple[str, str], Callable[[int, Path], Result]]:
@@ -145,7 +149,11 @@ def run_mini(flags: list[str], seed: int, folder: Path, figure: str) -> Result:
     if not evaluations:
         raise ValueError(f"{' '.join(command)} recorded no {figure}.")
     parameters = next(line["parameters"] for line in lines if "parameters" in line)
-    return Result(seconds, evaluations[-1], parameters)
+    functions = [line["eval_valid_functions"] for line in lines if "eval_valid_functions" in line]
+    samples = (folder / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    return Result(
+        seconds, evaluations[-1], parameters, functions[-1] if functions else None, json.loads(samples[-1])["text"]
+    )
 
 
 def run_nanogpt(settings: Settings, folder: Path) -> Result:
@@ -223,6 +231,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "mean": statistics.fmean(result.value for result in results),
             "standard_deviation": statistics.stdev(r.value for r in results) if len(results) > 1 else None,
             "seconds": statistics.fmean(result.seconds for result in results),
+            "valid_functions": mean_of_known(result.valid_functions for result in results),
             "parameters": results[0].parameters,
             "runs": [asdict(result) for result in results],
         }
@@ -231,11 +240,16 @@ def measure(settings: Settings) -> dict[str, Any]:
     return {"settings": asdict(settings), "machine": machine("cpu"), "contenders": rows}
 
 
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
 def show(results: dict[str, Any], settings: Settings) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("part", "what"):
         table.add_column(name)
-    for name in ("parameters", "loss", "goal", "seconds"):
+    for name in ("parameters", "loss", "goal", "seconds", "valid functions"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["contenders"]:
         spread = f" ± {row['standard_deviation']:.4f}" if row["standard_deviation"] is not None else ""
@@ -246,6 +260,7 @@ def show(results: dict[str, Any], settings: Settings) -> None:
             f"{row['mean']:.4f}{spread} {row['unit']}",
             f"{row['goal']:.2f}" if row["name"] in ("Mini", "Mini, BPE") else "",
             f"{row['seconds']:.0f}",
+            f"{row['valid_functions']:.0%}" if row["valid_functions"] is not None else "",
         )
     Console(highlight=False).print(table)
 

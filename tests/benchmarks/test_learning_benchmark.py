@@ -80,7 +80,8 @@ def test_whole_programs_in_turns(files: tuple[Path, Path], tmp_path: Path) -> No
     for row in (nanogpt, mini):
         assert len(row["runs"]) == 2 and row["seconds"] > 0 and row["goal"] == 1.5
     assert mini["runs"][0]["value"] != mini["runs"][1]["value"], "seeds differ"
-    assert 0 < mini["mean"] < 5
+    assert 0 < mini["mean"] < 5 and mini["valid_functions"] is None
+    assert mini["runs"][0]["sample"] and nanogpt["runs"][0]["sample"] is None
 
 
 @pytest.mark.parametrize(
