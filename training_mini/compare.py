@@ -133,8 +133,12 @@ class Group:
 
     @property
     def name(self) -> str:
+        first = self.runs[0]
+        if len(self.runs) == 1:
+            return first.name
         seeds = ", ".join(str(run.settings.get("seed", "?")) for run in self.runs)
-        return self.runs[0].name if len(self.runs) == 1 else f"{self.runs[0].name} (seeds {seeds})"
+        name = first.name.removesuffix(f"-seed-{first.settings.get('seed')}")  # a sweep names each run after its seed
+        return f"{name} (seeds {seeds})"
 
     def values(self, figure: str) -> list[float]:
         """A figure of each run that has it."""
@@ -167,6 +171,14 @@ def differing_settings(groups: list[Group]) -> list[str]:
     """The settings that are not the same in all groups, without those that change nothing in what is learned."""
     names = dict.fromkeys(name for group in groups for name in group.settings if name not in WITHOUT_INFLUENCE)
     return [name for name in names if len({repr(group.settings.get(name)) for group in groups}) > 1]
+
+
+def usual_settings(groups: list[Group]) -> dict[str, str]:
+    """Of the settings that differ, what most of the groups have; empty for two groups, where that says nothing."""
+    if len(groups) < 3:
+        return {}
+    texts = {name: [as_text(group.settings.get(name)) for group in groups] for name in differing_settings(groups)}
+    return {name: statistics.mode(values) for name, values in texts.items()}
 
 
 def notes_on(groups: list[Group]) -> list[str]:
@@ -202,29 +214,35 @@ def as_text(value: Any) -> str:
 
 
 def table_of(groups: list[Group]) -> Table:
-    """A row for each group."""
-    table = Table(box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False, collapse_padding=True)
-    table.add_column("run", overflow="fold")
-    settings = differing_settings(groups)
-    texts = {
-        group.name: "\n".join(f"{name} {as_text(group.settings.get(name))}" for name in settings) for group in groups
-    }
-    if settings:  # in one column: terminals are narrow, and many may differ
-        longest = max(len(line) for text in texts.values() for line in text.splitlines())
-        table.add_column("settings", overflow="fold", min_width=min(30, longest))
-    for name in ("parameters", "tokens/s", "time", "bits/byte", "best"):
-        table.add_column(name, justify="right", no_wrap=True)
+    """A row for each group. Terminals are narrow: settings stand below the name, and only those that are unusual."""
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False, collapse_padding=True, caption_justify="left")
+    usual = usual_settings(groups)
+    names = []
     for group in groups:
-        parameters, rate, seconds = (group.mean(name) for name in ("parameters", "tokens_per_second", "seconds"))
-        table.add_row(
-            group.name,
-            *([texts[group.name]] if settings else []),
-            f"{parameters / 1e6:.2f}M" if parameters is not None else "-",
-            f"{rate:,.0f}" if rate is not None else "-",
-            format_seconds(seconds) if seconds is not None else "-",
-            group.mean_and_spread("final"),
-            group.mean_and_spread("best"),
-        )
+        settings = {name: as_text(group.settings.get(name)) for name in differing_settings(groups)}
+        own = [f"  {name} {value}" for name, value in settings.items() if value != usual.get(name)]
+        names.append("\n".join([group.name, *own]))
+    columns = {"run": names}
+    sizes = [group.mean("parameters") for group in groups]
+    columns["parameters"] = [f"{size / 1e6:.2f}M" if size is not None else "-" for size in sizes]
+    rates = [group.mean("tokens_per_second") for group in groups]
+    columns["tokens/s"] = [f"{rate:,.0f}" if rate is not None else "-" for rate in rates]
+    times = [group.mean("seconds") for group in groups]
+    columns["time"] = [format_seconds(seconds) if seconds is not None else "-" for seconds in times]
+    columns["bits/byte"] = [group.mean_and_spread("final") for group in groups]
+    columns["best"] = [group.mean_and_spread("best") for group in groups]
+    if columns["best"] == columns["bits/byte"]:
+        del columns["best"]  # each was best at its end
+    if usual:
+        listed = ", ".join(f"{name} {value}" for name, value in usual.items())
+        table.caption = f"Where a setting is not named: {listed}."
+    for name in columns:
+        if name == "run":
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     return table
 
 

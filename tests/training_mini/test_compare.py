@@ -68,7 +68,8 @@ def test_an_older_run_lacks_fields_and_is_shown(tmp_path: Path) -> None:
     older = make_run(tmp_path / "older", 3.0, 2.0, parameters=None)
     table, _ = shown(older, make_run(tmp_path / "new", 3.0, 1.9, norm_type="rmsnorm"))
     row = next(line for line in table.splitlines() if line.strip().startswith("older"))
-    assert "norm_type -" in row and row.split()[3] == "-" and "2.0000" in row
+    below = table.splitlines()[table.splitlines().index(row) + 1]
+    assert below.split() == ["norm_type", "-"] and row.split()[1] == "-" and "2.0000" in row
     assert RunRecord(older).curve("eval_bits_per_byte", "step") == [(20, 3.0), (40, 2.0)]
     assert RunRecord(older).curve("eval_bits_per_byte", "seconds") == []
     (older / "best").mkdir()
@@ -76,6 +77,26 @@ def test_an_older_run_lacks_fields_and_is_shown(tmp_path: Path) -> None:
     assert RunRecord(older).parameters == 17, "counted in the weights that it left"
     (older / "best" / "model.safetensors").write_bytes(b"cut short")
     assert RunRecord(older).parameters is None
+
+
+def test_many_settings_and_seeds_fit_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"usual": {}, "also-usual": {"hidden_size": 64}, "large-batch": {"train_batch_size": 32}, "plain": {}}
+    changes["plain"] = {"optimizer": "adamw", "learning_rate": 0.002, "lr_scheduler_type": "cosine"}
+    common = {"optimizer": "muon", "learning_rate": 0.02, "train_batch_size": 16, "hidden_size": 128}
+    runs = []
+    for name, change in changes.items():
+        for seed in (1, 2):
+            folder = tmp_path / f"{name}-seed-{seed}"
+            runs.append(make_run(folder, 3.0, 2.0 + seed / 10, seed=seed, **{**common, **change}))
+    console = Console(width=72, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    monkeypatch.setattr(compare_module, "console", console)
+    main([*map(str, runs), "--out", str(tmp_path / "curves.svg")])
+    text = console.export_text()
+    assert text.count("2.1500 ± 0.0707") == 4, "each row has its figure"
+    assert text.count("learning_rate 0.002") == 1 and text.count("train_batch_size 32") == 1
+    assert "large-batch (seeds" in text and "-seed-" not in text
+    caption = " ".join(text[text.index("Where a setting is not named:") :].split())
+    assert "hidden_size 128, learning_rate 0.02, optimizer muon, train_batch_size 16, lr_scheduler_type -." in caption
 
 
 @pytest.mark.parametrize("suffix", ["png", "svg"])
