@@ -3,7 +3,7 @@ Writes a checkpoint in the format of another program.
 
     python -m modeling_mini.export FORMAT CHECKPOINT OUT
 
-Each format is a module with its name, and a dataclass of its flags in options.py. The module has a function
+Each format is an entry of `FORMATS` in formats.py, and a module with its name. The module has a function
 `export_FORMAT`, which gets the model, the tokenizer, a folder to write into and the options by name, and returns the
 `ExportCard` of the result. A module is imported only when it is used, because some need a library of their own, and all
 need torch, which takes seconds to load.
@@ -19,15 +19,7 @@ from files_mini import destination, find_checkpoint, new_folder, writing
 from shape_mini import nearest_name
 
 from .card import ExportCard, write_card
-from .options import OPTIONS
-
-FORMATS = {
-    "native": "as Llama, Qwen3 or StableLM, which load without custom code",
-    "mini": "back from native to Mini",
-    "gguf": "for llama.cpp and what is built on it",
-    "onnx": "for onnxruntime and transformers.js",
-    "lm_eval": "as a task of lm-evaluation-harness: bits per byte of a text file",
-}
+from .formats import FORMATS
 
 
 def check_format(format: str) -> None:
@@ -61,7 +53,7 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
         checkpoint: a run, a checkpoint folder, a folder of an adapter (it is merged into its base) or a Hub name.
         out: the folder. It appears only when it is complete.
         overwrite: whether to replace `out` if there is something in it.
-        options: the fields of the dataclass of the format in `OPTIONS`.
+        options: the fields of `FORMATS[format].options`.
 
     Returns:
         The folder.
@@ -71,11 +63,11 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
             gives the reason.
     """
     check_format(format)
-    names = [field.name for field in dataclasses.fields(OPTIONS[format])]
+    names = [field.name for field in dataclasses.fields(FORMATS[format].options)]
     for name in options:
         if name not in names:
             raise ValueError(f"The format {format} has no option {name!r}{nearest_name(name, names) or '.'}")
-    chosen = OPTIONS[format](**options)
+    chosen = FORMATS[format].options(**options)
     target = destination(out, overwrite, find_checkpoint(str(checkpoint)))
     beside = getattr(chosen, "lora", False)  # an adapter stays beside its base
     from transformers import PreTrainedModel

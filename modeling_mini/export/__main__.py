@@ -7,7 +7,6 @@ from entry_points_mini import ArgumentParser, Settings, checkpoint_and_out, one_
 from files_mini import find_checkpoint
 
 from . import FORMATS, check_format, export
-from .options import OPTIONS
 
 PROGRAM = "python -m modeling_mini.export"
 
@@ -32,21 +31,22 @@ def run(argv: list[str]) -> None:
         ValueError: for wrong input, in one sentence.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        lines = (f"  {format:8} {description}" for format, description in FORMATS.items())
+        lines = (f"  {name:8} {format.description}" for name, format in FORMATS.items())
         print(f"usage: {PROGRAM} FORMAT CHECKPOINT OUT ...\n\nA checkpoint in another format:\n", *lines, sep="\n")
         print(f"\n{PROGRAM} FORMAT --help lists the flags.")
         return
-    format, *rest = argv
-    check_format(format)
-    program = f"{PROGRAM} {format} CHECKPOINT OUT"
+    name, *rest = argv
+    check_format(name)
+    format = FORMATS[name]
+    program = f"{PROGRAM} {name} CHECKPOINT OUT"
     parser = ArgumentParser(
-        [ExportArguments, OPTIONS[format]], prog=program, description=f"A checkpoint {FORMATS[format]}."
+        [ExportArguments, format.options], prog=program, description=f"A checkpoint {format.description}."
     )
     places, flags = checkpoint_and_out(rest, program)
     arguments, options = parser.parse(flags)
     find_checkpoint(places[0])  # what is missing shows before a library is loaded
     quiet_libraries()
-    folder = export(format, *places, overwrite=arguments.overwrite, **vars(options))
+    folder = export(name, *places, overwrite=arguments.overwrite, **vars(options))
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         print(f"{path} ({path.stat().st_size:,} bytes)")
 

@@ -29,9 +29,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..analysis.inputs import token_labels
 from ..web import PAGE_FILES, describe, render_page
 from .card import ExportCard
+from .formats import VENDORED
 from .native import SHARED_FIELDS
 from .onnx_graph import build_graph
-from .options import VENDORED
 
 WEB = Path(__file__).parent / "web"
 # The version that the tests run, and the files of it and of its onnxruntime-web that the page loads.

@@ -1,5 +1,7 @@
 """The frame of the formats: the command, the card, and what is refused before anything is written."""
 
+import dataclasses
+import inspect
 import json
 import shutil
 import sys
@@ -14,7 +16,7 @@ from entry_points_mini import Settings, option
 from helpers.exports import random_model, same_parameters
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of
-from modeling_mini.export.options import OPTIONS
+from modeling_mini.export.formats import Format
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +46,7 @@ def test_help(capsys: pytest.CaptureFixture) -> None:
     assert "--types" in shown and "--overwrite" in shown
 
 
-def test_a_format_is_a_module_and_a_line_in_two_lists(
+def test_a_format_is_a_module_and_an_entry_in_one_list(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """A made-up format has its flags, its help and its card."""
@@ -60,8 +62,7 @@ def test_a_format_is_a_module_and_a_line_in_two_lists(
 
     module = SimpleNamespace(export_names=export_names)
     monkeypatch.setitem(sys.modules, "modeling_mini.export.names", module)
-    monkeypatch.setitem(FORMATS, "names", "as a list of names")
-    monkeypatch.setitem(OPTIONS, "names", Options)
+    monkeypatch.setitem(FORMATS, "names", Format("as a list of names", Options))
     __main__.run([])
     assert "names    as a list of names" in capsys.readouterr().out
     __main__.run(["names", str(checkpoint), str(tmp_path / "out"), "--shouted"])
@@ -96,6 +97,12 @@ def test_options_and_targets(checkpoint: Path, tmp_path: Path) -> None:
         export("native", checkpoint, tmp_path / "file", overwrite=True)
     with pytest.raises(ValueError, match="would be lost: name another folder"):
         export("native", checkpoint, checkpoint, overwrite=True)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_flags_are_what_the_module_takes(name: str) -> None:
+    _, _, _, *taken = inspect.signature(getattr(module_of(name), f"export_{name}")).parameters
+    assert taken == [field.name for field in dataclasses.fields(FORMATS[name].options)]
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

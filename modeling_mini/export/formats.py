@@ -1,4 +1,8 @@
-"""The flags of each format. They are apart from the formats, because a help text needs no library of a format."""
+"""
+The formats with their flags. To add one, write a module beside this file and an entry in `FORMATS`.
+
+The modules of the formats are not imported here, because a help text needs none of their libraries.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +79,23 @@ class LmEvalOptions(Settings):
             raise ValueError(f"task_name must be letters, digits and underscores, got {self.task_name!r}.")
 
 
-OPTIONS: dict[str, type[Settings]] = {
-    "native": NoOptions,
-    "mini": NoOptions,
-    "gguf": GgufOptions,
-    "onnx": OnnxOptions,
-    "lm_eval": LmEvalOptions,
+@dataclass(frozen=True)
+class Format:
+    """
+    Attributes:
+        description: what becomes of a checkpoint, after the words "A checkpoint".
+        options: the flags. They are the arguments of `export_NAME` in the module of the format.
+    """
+
+    description: str
+    options: type[Settings] = NoOptions
+
+
+# By the name of the module.
+FORMATS = {
+    "native": Format("as Llama, Qwen3 or StableLM, which load without custom code"),
+    "mini": Format("back from native to Mini"),
+    "gguf": Format("for llama.cpp and what is built on it", GgufOptions),
+    "onnx": Format("for onnxruntime and transformers.js", OnnxOptions),
+    "lm_eval": Format("as a task of lm-evaluation-harness: bits per byte of a text file", LmEvalOptions),
 }
