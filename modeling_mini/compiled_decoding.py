@@ -43,14 +43,16 @@ from transformers.cache_utils import DynamicCache
 from .decoding import FIRST_CAPACITY, Decoder, RotaryTable
 from .quantized_decoding import IntegerLinear, with_integers
 
-# What the compiled step depends on, besides the shapes of the weights: fields of the config, and attributes of modules.
+# The compiled step depends on the shapes of the weights, on these attributes of modules, and on all fields of the
+# config but those that have no effect on it.
+MODULE_FIELDS = ("eps", "scaling")
 FIELDS_WITHOUT_EFFECT = {
     "embedding_dropout", "attention_dropout", "residual_dropout", "initializer_range", "use_cache", "pad_token_id",
     "bos_token_id", "eos_token_id", "rope_parameters", "max_position_embeddings",
 }  # fmt: skip
 CONFIG_FIELDS = tuple(name for name in MiniConfig.own_fields() if name not in FIELDS_WITHOUT_EFFECT)
-MODULE_FIELDS = ("eps", "scaling")
-# With what the steps are traced. The compiled ones take any length and capacity, and any number of sequences from 2 on.
+# The sizes with which the steps are traced. The compiled ones take any length and capacity, and any number of sequences
+# from 2 on.
 EXAMPLE_LENGTH, EXAMPLE_CAPACITY, EXAMPLE_BATCH = 20, 32, 5
 DIMENSIONS = {"batch": 2, "length": 1, "capacity": 1}  # the variable ones, and their least values
 
@@ -85,7 +87,7 @@ class StepOfModel(nn.Module):
             query = attention.q_norm(product(attention.q_proj, states).view(-1, config.head_dim))
             key = attention.k_norm(product(attention.k_proj, states).view(-1, config.head_dim))
             value = product(attention.v_proj, states).view(-1, config.head_dim)
-            query, key = turned(query, cos, sin, rotary_dim), turned(key, cos, sin, rotary_dim)
+            query, key = rotated(query, cos, sin, rotary_dim), rotated(key, cos, sin, rotary_dim)
             new.append(torch.cat((key, value)))
 
             # The token itself is not in the cache yet, so it is a second term of each sum.
@@ -112,7 +114,7 @@ def product(projection: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     return output if projection.bias is None else output + projection.bias
 
 
-def turned(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
+def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, rotary_dim: int) -> torch.Tensor:
     """The rotary embedding of queries or keys (..., heads, head_dim)."""
     pairs, rest = states[..., :rotary_dim], states[..., rotary_dim:]
     other = torch.cat((pairs[..., rotary_dim // 2 :], pairs[..., : rotary_dim // 2]), dim=-1)
@@ -186,8 +188,8 @@ class StepOfBatch(nn.Module):
             states = linear(layer.input_layernorm(hidden_states), f"{number}.query_key_value")
             states = states.view(batch, heads + 2 * kv_heads, head_dim)
             query, key, value = states.split((heads, kv_heads, kv_heads), dim=1)
-            query = turned(attention.q_norm(query), cos, sin, rotary_dim) * attention.scaling
-            key = turned(attention.k_norm(key), cos, sin, rotary_dim)
+            query = rotated(attention.q_norm(query), cos, sin, rotary_dim) * attention.scaling
+            key = rotated(attention.k_norm(key), cos, sin, rotary_dim)
             # (key_value_heads, batch, heads of a group, head_dim), and below with one head: heads come first, as in
             # the cache.
             query = query.view(batch, kv_heads, -1, head_dim).transpose(0, 1)

@@ -58,8 +58,9 @@ MANY_SEQUENCES = 8
 PACKED_BYTES = 128 * 1024**2
 # The cache of many sequences starts with space for fewer tokens: each takes as much memory as that of a whole batch.
 FIRST_CAPACITY_OF_MANY = 64
-# When no more than this part of the sequences is unfinished, the others leave. It copies the cache of those that stay.
-STAYING = 0.75
+# When no more than this share of the sequences is unfinished, the finished ones are dropped. That copies the cache of
+# the others, so it is not done for each of them.
+UNFINISHED_SHARE = 0.75
 
 
 # When ----------------------------------------------------------------------------------------------------------------
@@ -320,9 +321,9 @@ def decoding_step(
     Args:
         token_ids: (batch,).
         cos, sin: (batch or 1, 1, rotary_dim), at the position of the token. The first half of `sin` is negated.
-        cache: for each layer, the keys and under them the values, (batch, 2 * key_value_heads, length, head_dim), with
-            space for those of the new token at the end.
-            With weights for many sequences, heads come before sequences in memory.
+        cache: for each layer, the keys and then the values, (batch, 2 * key_value_heads, length, head_dim), with space
+            for those of the new token at the end. With weights for many sequences, heads come before sequences in
+            memory.
         mask: (batch, 1, 1, length), true where a token may be seen, or `None` if all may.
         cache_position: (1,), the index in the cache at which the new token is written; by default, the last.
     """
@@ -383,34 +384,37 @@ class RotaryTable:
         self.weight = model.model.embed_tokens.weight  # of the type in which the model computes
         self.has_table = self.rotary_embedding.rope_type not in CHANGING_ROPE_TYPES
         self.first_positions = position_ids[:, -1:] + 1
-        self.rows: torch.Tensor | None = None
+        self.kept: torch.Tensor | None = None
 
     def reserve(self, capacity: int) -> None:
-        """Computes those of the first `capacity` new tokens, where they do not depend on the length of the text."""
+        """Computes both for the first `capacity` new tokens, where they do not depend on the length of the text."""
         if self.has_table:
             self.cos, self.sin = self.between(0, capacity)
 
     def between(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of the new tokens from `start` to `end`, (batch or 1, end - start, rotary_dim); half of sin negated."""
+        """
+        Cosine and sine for the new tokens from `start` to `end`, each (batch or 1, end - start, rotary_dim). The first
+        half of the sine is negated.
+        """
         positions = self.first_positions + torch.arange(start, end, device=self.first_positions.device)
         cos, sin = self.rotary_embedding(self.weight, positions)
         half = sin.shape[-1] // 2
         return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
     def at(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Those of one new token, (batch or 1, 1, rotary_dim); of the kept sequences alone, if not all were kept."""
+        """As `between`, for one new token: (kept sequences or 1, 1, rotary_dim)."""
         if self.has_table:
             cos, sin = self.cos[:, new : new + 1], self.sin[:, new : new + 1]
         else:
-            # Of all sequences, because the frequencies depend on the longest, be it finished or not.
+            # For all sequences, because the frequencies depend on the longest, be it finished or not.
             cos, sin = self.between(new, new + 1)
-        if self.rows is not None and len(cos) > 1:
-            cos, sin = cos[self.rows], sin[self.rows]
+        if self.kept is not None and len(cos) > 1:
+            cos, sin = cos[self.kept], sin[self.kept]
         return cos, sin
 
-    def keep(self, rows: torch.Tensor) -> None:
-        """From now on, gives those of these sequences (indices) of the batch."""
-        self.rows = rows
+    def keep(self, sequences: torch.Tensor) -> None:
+        """From now on, `at` is for these sequences (indices) of the batch alone."""
+        self.kept = sequences
 
 
 class Decoder:
@@ -423,9 +427,14 @@ class Decoder:
         position_ids: as `RotaryTable` takes them.
         max_new_tokens: how many tokens will follow at most.
         exact: decodes many sequences in the form for few.
+
+    Attributes:
+        kept: the indices of the sequences that are computed; `None` for all.
+        whole: for each layer, keys and values as `decoding_step` takes them, with space for `capacity` tokens.
+        filled: the first `length` tokens of `whole`, as views.
     """
 
-    fewest = 1  # the sequences that `leave` leaves at least
+    fewest = 1  # `drop_finished` keeps at least so many sequences
 
     def __init__(
         self,
@@ -439,7 +448,7 @@ class Decoder:
         self.cache = cache
         self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
         self.for_many = not exact and self.takes_form_for_many(self.filled[0])
-        self.rows: torch.Tensor | None = None  # the indices of those that are computed, if some have left
+        self.kept: torch.Tensor | None = None
         self.batch = len(self.filled[0])
         self.read_weights(model)
         self.rotary_table = RotaryTable(model, position_ids)
@@ -469,24 +478,24 @@ class Decoder:
         self.rotary_table.reserve(capacity - self.prompt_length)
         self.capacity = capacity
 
-    def leave(self, unfinished: torch.Tensor) -> None:
+    def drop_finished(self, unfinished: torch.Tensor) -> None:
         """
-        No longer computes finished sequences, if they are enough to be worth it. Their logits are 0 from then on.
+        No longer computes finished sequences, once there are enough of them. Their logits are 0 from then on.
 
         Args:
             unfinished: (batch,), true for each sequence that goes on.
         """
         if not self.for_many:
             return
-        rows = unfinished.nonzero().squeeze(1)
-        if len(rows) > STAYING * len(self.filled[0]) or len(rows) < self.fewest:
+        kept = unfinished.nonzero().squeeze(1)
+        if len(kept) > UNFINISHED_SHARE * len(self.filled[0]) or len(kept) < self.fewest:
             return
-        kept = rows if self.rows is None else torch.searchsorted(self.rows, rows)
-        self.rows = rows
-        self.filled = [keys_and_values[kept] for keys_and_values in self.filled]
+        places = kept if self.kept is None else torch.searchsorted(self.kept, kept)  # among those kept so far
+        self.kept = kept
+        self.filled = [keys_and_values[places] for keys_and_values in self.filled]
         if self.mask is not None:
-            self.mask = self.mask[kept]
-        self.rotary_table.keep(rows)
+            self.mask = self.mask[places]
+        self.rotary_table.keep(kept)
         self.reserve(self.capacity)
 
     def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -494,8 +503,8 @@ class Decoder:
         if self.length == self.capacity:
             self.reserve(min(2 * self.capacity, self.max_length))
         cos, sin = self.rotary_table.at(self.length - self.prompt_length)
-        if self.rows is not None:
-            token_ids = token_ids[self.rows]
+        if self.kept is not None:
+            token_ids = token_ids[self.kept]
         self.length += 1
         self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
@@ -504,20 +513,20 @@ class Decoder:
         # elsewhere.
         with torch.inference_mode():
             logits = self.step(token_ids, cos, sin)
-            if self.rows is None:
+            if self.kept is None:
                 return logits
-            return logits.new_zeros(self.batch, logits.shape[1]).index_copy_(0, self.rows, logits)
+            return logits.new_zeros(self.batch, logits.shape[1]).index_copy_(0, self.kept, logits)
 
     def step(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """`decoding_step` for the sequences that have not left."""
+        """`decoding_step` for the kept sequences."""
         return decoding_step(self.weights, token_ids, cos, sin, self.filled, self.mask)
 
     def give_back(self) -> None:
         """
-        Puts keys and values into transformers' cache, as its own loop would have done. If sequences have left, nobody
-        wanted the cache, and it stays as it is.
+        Puts keys and values into transformers' cache, as its own loop would have done. Sequences are dropped only
+        where nobody wants the cache; then it stays as it is.
         """
-        if self.rows is not None:
+        if self.kept is not None:
             return
         for layer, keys_and_values in zip(self.cache.layers, self.filled, strict=True):
             layer.keys, layer.values = keys_and_values.chunk(2, dim=1)
@@ -558,8 +567,8 @@ def decode(
     has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     exact = getattr(generation_config, "fast_decoding", True) == "exact"
     # Finished sequences need no computing where nobody can see what would be computed.
-    may_leave = has_end and not exact and not keeps and not getattr(generation_config, "keeps_cache", True)
-    may_leave = may_leave and all(type(each).__module__.startswith("transformers.") for each in logits_processor)
+    may_drop = has_end and not exact and not keeps and not getattr(generation_config, "keeps_cache", True)
+    may_drop = may_drop and all(type(each).__module__.startswith("transformers.") for each in logits_processor)
     text = F.pad(input_ids, (0, max(1, min(FIRST_CAPACITY, max_length - length))))
     unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     processors, sampler = list(logits_processor), None
@@ -603,8 +612,8 @@ def decode(
             unfinished &= ~others(text[:, :length].contiguous(), scores).bool()
         if length >= max_length or not unfinished.any():
             break
-        if may_leave and decoder is not None:
-            decoder.leave(unfinished)
+        if may_drop and decoder is not None:
+            decoder.drop_finished(unfinished)
         if decoder is None:
             # The last token is not read by the model.
             max_new_tokens = max_length - length
@@ -612,7 +621,7 @@ def decode(
             step = model.compiled_step
             if step is not None and not exact and step.suits(model, batch, mask):
                 decoder = step.decoder(model, cache, mask, position_ids, max_new_tokens)
-                may_leave = may_leave and isinstance(decoder, Decoder)
+                may_drop = may_drop and isinstance(decoder, Decoder)
             else:
                 decoder = Decoder(model, cache, mask, position_ids, max_new_tokens, exact)
         logits = decoder.logits(next_tokens).to(copy=True, dtype=torch.float32)

@@ -78,7 +78,7 @@ class FastGenerationMixin:
             generation_config.fast_decoding = fast_decoding
         if (given := getattr(generation_config, "fast_decoding", True)) not in (True, False, "exact"):
             raise ValueError(f'fast_decoding must be True, False or "exact", got {given!r}.')
-        # A cache of the caller has to be whole at the end, also the part of sequences that have ended.
+        # A cache that the caller gave must be complete at the end, also for sequences that have ended.
         generation_config.keeps_cache = model_kwargs.get("past_key_values") is not None
         return generation_config, model_kwargs
 
@@ -94,7 +94,7 @@ class FastGenerationMixin:
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         """What `generate` calls for greedy decoding and for sampling: the fast path wherever it gives the same."""
         model = self
-        # Layers of bitsandbytes give other bits than their dequantized weights do.
+        # With "exact" they stay: a layer of bitsandbytes gives other bits than its dequantized weight does.
         if getattr(generation_config, "fast_decoding", True) is True and has_quantized_layers(self):
             model = dequantized(self)
         if obstacle(model, self.plain_modules, generation_config, synced_gpus, model_kwargs) is None:

@@ -75,14 +75,14 @@ class FastSampler:
             kept = (values >= least).nonzero()[0]
             values = values[kept]
         weights = torch.from_numpy(values - highest).exp_().numpy()
-        is_certain = True  # that top-p leaves the tokens that torch leaves
+        is_certain = True  # whether top-p leaves the same tokens as in torch, however the last bits are rounded
         if self.removed > 0:
             ascending = weights.copy()
             ascending.sort()
             sums = ascending.cumsum(dtype=float)
             bound = self.removed * sums[-1]
-            first = min(int(sums.searchsorted(bound)), len(sums) - 1)  # of those that stay
-            # A sum beside the bound, or equal weights of which some stay.
+            first = min(int(sums.searchsorted(bound)), len(sums) - 1)  # the smallest weight that stays
+            # It is not certain if a sum is near the bound, or if the last weight removed equals the first that stays.
             near = MARGIN * sums[-1]
             is_certain = abs(sums[first] - bound) > near
             if first:

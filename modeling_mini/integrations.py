@@ -190,7 +190,8 @@ def load_whole_adapter(
     load_config = kwargs.get("load_config")
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
     place = {**(getattr(load_config, "download_kwargs", None) or {}), **(adapter_kwargs or {})}
-    names_before, ends_before = set(getattr(model, "peft_config", {})), weights_of_ends(model)
+    names_before = set(getattr(model, "peft_config", {}))
+    weights_before = [module.weight for module in embedding_and_head(model)]
     detail = None
     try:
         if peft_config is None and peft_model_id is not None:
@@ -207,7 +208,7 @@ def load_whole_adapter(
         info = load_adapter(
             peft_model_id, adapter_name, peft_config, adapter_state_dict, adapter_kwargs=adapter_kwargs, **kwargs
         )
-        tie_again(model, ends_before)
+        tie_again(model, weights_before)
         weights = dict(model.named_parameters(remove_duplicate=False))
         loaded = {id(weight) for key, weight in weights.items() if key not in info.missing_keys}
         # Not missing: the second name of a tied weight, and the weights of other adapters.
@@ -236,25 +237,21 @@ def load_whole_adapter(
     return info
 
 
-def base_layers_of_ends(model: PreTrainedModel) -> list[torch.nn.Module]:
+def embedding_and_head(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The embedding and, if there is one, the head, without peft's wrappers."""
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    return [getattr(end, "base_layer", getattr(end, "original_module", end)) for end in ends]
-
-
-def weights_of_ends(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    return [end.weight for end in base_layers_of_ends(model)]
+    modules = [each for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each is not None]
+    return [getattr(module, "base_layer", getattr(module, "original_module", module)) for module in modules]
 
 
 def tie_again(model: PreTrainedModel, before: list[torch.nn.Parameter]) -> None:
     """If embedding and head were one weight `before`, and one of the two was replaced: uses the new weight for both."""
-    ends = base_layers_of_ends(model)
+    modules = embedding_and_head(model)
     if len(before) < 2 or before[0] is not before[1]:
         return
-    replaced = [end for end in ends if end.weight is not before[0]]
+    replaced = [module for module in modules if module.weight is not before[0]]
     if len(replaced) == 1:
-        for end in ends:
-            end.weight = replaced[0].weight
+        for module in modules:
+            module.weight = replaced[0].weight
 
 
 def refuse_part_of_adapter(
@@ -267,7 +264,7 @@ def refuse_part_of_adapter(
     Raises:
         ValueError: if an adapter would be loaded only in part.
     """
-    layers = [name for name, part in model.named_modules() if hasattr(part, "base_layer") or is_beside(part)]
+    layers = [name for name, part in model.named_modules() if hasattr(part, "base_layer") or is_trained_in_full(part)]
     if not layers:
         return
     weights = model.state_dict(keep_vars=True)
@@ -314,8 +311,8 @@ def vocabulary_of_adapter(
         weights: of the adapter, by the names of peft.
     """
     sizes, config = [], model.config.get_text_config()
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = tuple(f"{name}." for name, module in model.named_modules() if any(module is end for end in ends))
+    vocabulary_layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = tuple(f"{name}." for name, module in model.named_modules() if module in vocabulary_layers)
     for key, weight in weights.items():
         name = key.removeprefix("base_model.model.")
         if not name.startswith(names):
@@ -344,6 +341,6 @@ def misfit_of_vocabulary(model: PreTrainedModel, vocabulary: int | None) -> str 
     )
 
 
-def is_beside(module: torch.nn.Module) -> bool:
+def is_trained_in_full(module: torch.nn.Module) -> bool:
     """Whether it is peft's wrapper of a module that is trained in full."""
     return hasattr(module, "modules_to_save") and hasattr(module, "original_module")

@@ -110,10 +110,10 @@ def apply_rotary_embedding(states: torch.Tensor, cos: torch.Tensor, sin: torch.T
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     rotary_dim = cos.shape[-1]
-    turned, unturned = states[..., :rotary_dim], states[..., rotary_dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, unturned), dim=-1) if unturned.shape[-1] else turned
+    rotated, rest = states[..., :rotary_dim], states[..., rotary_dim:]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((rotated, rest), dim=-1) if rest.shape[-1] else rotated
 
 
 def eager_attention_forward(
@@ -408,9 +408,9 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            labels: (batch, length), the same tokens as `input_ids`. They are shifted here. Ignored are -100, and what
-                follows a position that `attention_mask` leaves out. If `shift_labels` is given too, those targets are
-                used without a shift.
+            labels: (batch, length), the same tokens as `input_ids`. They are shifted here. Labels of -100 are ignored,
+                and so is the label after a position that `attention_mask` leaves out. If `shift_labels` is given too,
+                those targets are used without a shift.
             logits_to_keep: the number of last positions whose logits are computed; 0 computes all.
 
         Returns:
@@ -445,8 +445,9 @@ def ignore_predictions_of_padding(
     labels: torch.LongTensor, attention_mask: torch.Tensor, loss_arguments: dict[str, Any]
 ) -> torch.LongTensor:
     """
-    Labels, (batch, length), without those that are predicted from padding: a collator that pads on the left leaves one
-    for the first token of each shorter text. `num_items_in_batch`, where it is given, counts them, and loses its share.
+    Labels (batch, length) with -100 in place of those that are predicted from padding: where a collator pads on the
+    left, the first token of each shorter text has such a label. `num_items_in_batch` in `loss_arguments` counts them
+    too, so it is lowered by their share.
     """
     kept = labels.masked_fill(nn.functional.pad(attention_mask[:, :-1] == 0, (1, 0)), -100)
     if (number := loss_arguments.get("num_items_in_batch")) is not None:

@@ -2,9 +2,9 @@
 Decoding of models in INT8 and INT4 on a CPU: for one call of `generate`, their weights are dequantized.
 
 A layer of bitsandbytes reads its weight anew in each call, and rounds its input too, which takes several times as long
-as a product in float32. Here the weights are read once, into a copy of the model that shares everything else. The fast
-path and the compiled step then decode the copy, with the prompt. So `generate` writes exactly what a model with these
-rounded weights would write. When the call ends, the copy is gone.
+as a product in float32. Here the weights are read once, into a copy of the model that shares everything else. The copy
+then reads the prompt, and the fast path and the compiled step decode with it. So `generate` writes exactly what a model
+with these rounded weights would write. When the call ends, the copy is gone.
 
 The compiled step of one sequence reads INT8 weights as they are: reading them takes most of its time. It computes with
 the same numbers, because an integer and its scale give the dequantized weight.
@@ -88,7 +88,7 @@ def linear_of(layer: Any, dtype: torch.dtype) -> nn.Linear:
         linear.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
     if type(layer).__name__ == "Linear8bitLt":
         linear.integers = (layer.weight.data, scales_of(layer) / LARGEST_INTEGER)  # for `with_integers`
-    # What somebody has put on the layer shall be found by whoever looks for it.
+    # `obstacle` has to find hooks, or a `forward` of the instance, that somebody has put on the layer.
     linear._forward_pre_hooks, linear._forward_hooks = layer._forward_pre_hooks, layer._forward_hooks
     if "forward" in layer.__dict__:
         linear.__dict__["forward"] = layer.__dict__["forward"]
@@ -112,5 +112,5 @@ def weight_of(layer: Any) -> torch.Tensor:
 
 
 def scales_of(layer: Any) -> torch.Tensor:
-    """The largest number of each row (out,) of a `Linear8bitLt`. The first call of a layer moves them."""
+    """The largest number of each row (out,) of a `Linear8bitLt`. Its first call moves them from weight to state."""
     return layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB

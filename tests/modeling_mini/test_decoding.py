@@ -116,15 +116,15 @@ def test_many_sequences_give_the_same(group: int, monkeypatch: pytest.MonkeyPatc
     where sequences leave; and "exact", which never takes the form for many.
     """
     monkeypatch.setattr(decoding, "FIRST_CAPACITY_OF_MANY", 5)  # the cache has to grow
-    products, left = [], []
-    attention_of_many, leave = decoding.attention_of_many, decoding.Decoder.leave
+    products, dropped = [], []
+    attention_of_many, drop_finished = decoding.attention_of_many, decoding.Decoder.drop_finished
 
-    def counted_leave(self: decoding.Decoder, unfinished: torch.Tensor) -> None:
-        leave(self, unfinished)
-        left.append(self.rows is not None)
+    def counted_drop(self: decoding.Decoder, unfinished: torch.Tensor) -> None:
+        drop_finished(self, unfinished)
+        dropped.append(self.kept is not None)
 
     monkeypatch.setattr(decoding, "attention_of_many", lambda *args: (products.append(1), attention_of_many(*args))[1])
-    monkeypatch.setattr(decoding.Decoder, "leave", counted_leave)
+    monkeypatch.setattr(decoding.Decoder, "drop_finished", counted_drop)
     for number in range(10):
         draw = random.Random(f"many {group} {number}")
         torch.manual_seed(draw.randrange(2**32))
@@ -152,7 +152,7 @@ def test_many_sequences_give_the_same(group: int, monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
         for a, b in zip(fast.past_key_values.layers, slow.past_key_values.layers, strict=True):
             torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=2e-5, atol=2e-5)
-    assert products and any(left)
+    assert products and any(dropped)
     assert len(fast_calls) == 30
 
 
