@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib
 import logging
 import os
@@ -403,6 +404,25 @@ def command_of(program: str) -> str:
     if not path.is_file():
         return COMMANDS[program]
     return f"{'python' if shutil.which('python') else 'python3'} {shlex.quote(str(path))}"
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """
+    Programs import torch and transformers within this context. That makes half a million objects, which all stay until
+    the end of the program. While they are made, Python looks for garbage among them again and again (0.6 of 4 seconds
+    of the processor), and once more at the end (1 second). Here it does not look, and later it leaves them out. Where
+    torch is loaded already, the process may belong to somebody else, and nothing changes.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def quiet_libraries() -> None:

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from entry_points_mini import one_sentence_errors
+from entry_points_mini import one_sentence_errors, without_garbage_collection
 from files_mini import BOX
 from sharing_mini.arguments import parse_arguments
 
@@ -13,9 +13,10 @@ def main() -> None:
         source, repository, arguments = parse_arguments(sys.argv[1:])
         if source not in BOX and not Path(source).exists():
             raise ValueError(f"There is no run or checkpoint folder {source!r}.")
-        # Not above: these load torch, which takes seconds.
-        from sharing_mini.pushing import push
-        from sharing_mini.reporting import report
+        with without_garbage_collection():
+            # Not above: these load torch, which takes seconds.
+            from sharing_mini.pushing import push
+            from sharing_mini.reporting import report
 
         report(push(source, repository, arguments))
 

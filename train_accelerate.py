@@ -14,7 +14,13 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 from typing import TYPE_CHECKING
 
-from entry_points_mini import EXIT_INTERRUPTED, EXIT_STOPPED, command_of, one_sentence_errors
+from entry_points_mini import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    command_of,
+    one_sentence_errors,
+    without_garbage_collection,
+)
 from training_mini.arguments import Arguments, after_restart, parse_arguments
 from training_mini.data.files import find_files
 from training_mini.processes import check_count, start_processes
@@ -91,8 +97,9 @@ def main() -> None:
             find_files(arguments.data)  # a file that is missing is an error before torch is loaded, which takes seconds
         if os.environ.get("RANK", "0") == "0":
             print("Loading PyTorch and transformers ...", flush=True)
-        import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-        from training_mini.trainer import train
+        with without_garbage_collection():
+            import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+            from training_mini.trainer import train
 
         result = train(arguments)
         if result.run.accelerator.is_main_process:

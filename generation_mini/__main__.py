@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from entry_points_mini import one_sentence_errors
+from entry_points_mini import one_sentence_errors, without_garbage_collection
 from files_mini import find_checkpoint
 
 from .arguments import parse_arguments
@@ -17,7 +17,8 @@ def main() -> None:
             find_checkpoint(arguments.model)
         if arguments.batch_file is not None and not Path(arguments.batch_file).exists():
             raise ValueError(f"There is no file {arguments.batch_file!r} of prompts.")
-        from .program import run
+        with without_garbage_collection():
+            from .program import run
 
         run(arguments)
 

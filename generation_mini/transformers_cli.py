@@ -10,34 +10,73 @@ import sys
 from pathlib import Path
 from urllib.parse import urljoin
 
-import httpx2
-import modeling_mini
-import transformers
-from entry_points_mini import one_sentence_errors
-from files_mini import BOX
-from huggingface_hub.constants import HF_HUB_CACHE
-from modeling_mini.loading.checkpoints import find_checkpoint
-from transformers.utils.import_utils import is_serve_available
+from entry_points_mini import one_sentence_errors, without_garbage_collection
+from files_mini import BOX, find_checkpoint
+from shape_mini import nearest_name
 
+PROGRAM = "mini-transformers"
 DEFAULT_SERVER = "http://localhost:8000"  # of transformers' commands
+# The stock command loads torch before it prints this list, which takes seconds.
+COMMANDS = {
+    "serve": "A server of OpenAI's protocol for one or more checkpoints.",
+    "chat": "A conversation with a server.",
+    "download": "Download a model and its tokenizer from the Hub.",
+    "env": "What is installed here, for a report of a bug.",
+    "version": "The version of transformers.",
+    "add-new-model-like": "The files of a new model, for developers of transformers.",
+}
 
 
 def main() -> None:
     with one_sentence_errors():
-        check(sys.argv[1:])
-        try:
-            # Before the class is put there: importing the command fills the module anew.
+        run(sys.argv[1:])
+
+
+def run(argv: list[str]) -> None:
+    """
+    Does one command.
+
+    Raises:
+        ValueError: for wrong input that can be seen before torch is loaded, or if a package is missing.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = (f"  {name:20} {description}" for name, description in COMMANDS.items())
+        print(f"usage: {PROGRAM} COMMAND ...\n", *lines, f"\n{PROGRAM} COMMAND --help lists the flags.", sep="\n")
+        return
+    if argv[0] not in COMMANDS and not argv[0].startswith("-"):
+        hint = nearest_name(argv[0], list(COMMANDS)) or "."
+        raise ValueError(f"There is no command {argv[0]!r}; the commands are {', '.join(COMMANDS)}{hint}")
+    check(argv)
+    try:
+        with without_garbage_collection():
+            needs_model = "--help" not in argv
+            if needs_model:
+                import modeling_mini  # noqa: F401  (before the command, which keeps the module `transformers` it finds)
             from transformers.cli.transformers import main as transformers_main
 
-            transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
-            if is_serve_available():
-                from . import serving
+            if needs_model:
+                add_mini()
+        transformers_main()
+    except ImportError as error:  # a package that only this command needs; the sentence says which
+        raise ValueError(str(error)) from error
 
-                serving.install()
-            Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it, the server's list of models is an error
-            transformers_main()
-        except ImportError as error:  # a package that only this command needs; the sentence says which
-            raise ValueError(str(error)) from error
+
+def add_mini() -> None:
+    """
+    Puts Mini where the server of transformers looks for it. Not before its command is imported, which fills the module
+    `transformers` anew.
+    """
+    import modeling_mini
+    import transformers
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from transformers.utils.import_utils import is_serve_available
+
+    transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
+    if is_serve_available():
+        from . import serving
+
+        serving.install()
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it, the server's list of models is an error
 
 
 def check(argv: list[str]) -> None:
@@ -49,6 +88,8 @@ def check(argv: list[str]) -> None:
     if command == "serve" and (name in BOX or Path(name).is_dir()):
         find_checkpoint(name)
     if command == "chat" and name and "--help" not in argv:
+        import httpx2
+
         server = others[0] if others and others[0].startswith("http") else DEFAULT_SERVER
         try:
             httpx2.get(urljoin(server, "/health"))

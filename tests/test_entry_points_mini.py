@@ -1,5 +1,6 @@
 """What all programs share: settings from a file, and how a program ends."""
 
+import gc
 import importlib
 import os
 import subprocess
@@ -10,7 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from entry_points_mini import OTHER_NAMES, ArgumentParser, Settings, command_of, one_sentence_errors, option
+from entry_points_mini import (
+    OTHER_NAMES,
+    ArgumentParser,
+    Settings,
+    command_of,
+    one_sentence_errors,
+    option,
+    without_garbage_collection,
+)
 from modeling_mini.export import FORMATS
 from training_mini.arguments import parse_arguments as parse_training
 
@@ -79,6 +88,34 @@ def test_the_traceback_is_there_for_who_wants_it(monkeypatch: pytest.MonkeyPatch
 def test_faults_of_the_program_are_no_sentences() -> None:
     with pytest.raises(TypeError), one_sentence_errors():
         raise TypeError("a fault of ours")
+
+
+def test_programs_load_libraries_without_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    before = gc.get_freeze_count()
+    try:
+        with pytest.raises(ValueError, match="damaged"), without_garbage_collection():
+            assert not gc.isenabled()
+            raise ValueError("a damaged library")
+        assert gc.isenabled() and gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+
+
+def test_a_process_that_has_the_libraries_keeps_its_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = gc.get_freeze_count()
+    monkeypatch.setitem(sys.modules, "torch", sys)
+    with without_garbage_collection():
+        assert gc.isenabled()
+    monkeypatch.delitem(sys.modules, "torch")
+    gc.disable()
+    try:
+        with without_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == before
 
 
 def groups() -> Iterator[type[Settings]]:
@@ -215,6 +252,8 @@ LIGHT = [
     ("training_mini.check_launch", "--help", 0), ("training_mini.check_launch", "missing.yaml", 2),
     ("push_to_hub.py", "--help", 0), ("push_to_hub.py", "missing user/name", 2), ("push_to_hub.py", "a b --dry", 2),
     ("generation_mini", "--help", 0), ("generation_mini", "--model missing", 2),
+    ("generation_mini.transformers_cli", "--help", 0), ("generation_mini.transformers_cli", "", 0),
+    ("generation_mini.transformers_cli", "srve box", 2), ("generation_mini.transformers_cli", "serve empty", 2),
     ("generation_mini.demo", "--help", 0), ("generation_mini.demo", "--model missing", 2),
     ("modeling_mini.demo", "--help", 0), ("modeling_mini.demo", "--prot 1", 2),
     ("modeling_mini.analysis", "--help", 0), ("modeling_mini.analysis", "attention --help", 0),
@@ -235,6 +274,7 @@ HEAVY = {"torch", "transformers", "datasets", "matplotlib", "accelerate", "peft"
 def test_help_and_mistakes_load_nothing_heavy(program: str, arguments: str, code: int, tmp_path: Path) -> None:
     """Help took 4.7 seconds of processor time when every program loaded torch before it read its flags."""
     root = Path(__file__).parent.parent
+    (tmp_path / "empty").mkdir()
     command = [str(root / program)] if program.endswith(".py") else ["-m", program]
     result = subprocess.run(
         [sys.executable, "-X", "importtime", *command, *arguments.split()],

@@ -16,7 +16,7 @@ import errno
 import socket
 import sys
 
-from entry_points_mini import ArgumentParser, one_sentence_errors
+from entry_points_mini import ArgumentParser, one_sentence_errors, without_garbage_collection
 from files_mini import find_checkpoint
 
 from .arguments import DemoArguments
@@ -54,6 +54,7 @@ def main() -> None:
             import uvicorn  # noqa: F401
         except ImportError as error:
             raise ValueError(f"The page needs {error.name}: pip install starlette uvicorn.") from None
-        from .server import serve
+        with without_garbage_collection():
+            from .server import serve
 
         serve(arguments, held)

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from entry_points_mini import ArgumentParser, one_sentence_errors, quiet_libraries
+from entry_points_mini import ArgumentParser, one_sentence_errors, quiet_libraries, without_garbage_collection
 from files_mini import find_checkpoint
 from shape_mini import nearest_name
 
@@ -41,8 +41,10 @@ def run(argv: list[str]) -> None:
     (arguments,) = ArgumentParser(dataclass_type, prog=f"{PROGRAM} {argv[0]}", description=description).parse(argv[1:])
     if isinstance(arguments, TextSettings) or not arguments.names_a_shape:
         find_checkpoint(arguments.model)  # what is missing shows before torch is loaded, which takes seconds
-    quiet_libraries()
-    getattr(importlib.import_module(f"{__package__}.reports"), command)(arguments)
+    with without_garbage_collection():
+        quiet_libraries()
+        reports = importlib.import_module(f"{__package__}.reports")
+    getattr(reports, command)(arguments)
 
 
 if __name__ == "__main__":

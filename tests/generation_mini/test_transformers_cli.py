@@ -22,6 +22,7 @@ from generation_mini import transformers_cli
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from modeling_mini.loading.checkpoints import load_model
+from transformers.cli import transformers as stock_command
 
 COMMAND = ["-m", "generation_mini.transformers_cli"]  # of Python
 NAME = "model"  # as it is typed at the start of the server
@@ -312,3 +313,17 @@ def test_a_package_that_only_a_server_needs(
         transformers_cli.main()
     assert ended.value.code == 2
     assert re.fullmatch(r"error: .*pip install .*\n", capsys.readouterr().err)
+
+
+def test_the_list_of_commands_is_that_of_transformers() -> None:
+    assert set(transformers_cli.COMMANDS) == set(stock_command.app.commands)
+
+
+def test_help_of_a_command_is_that_of_transformers_and_loads_no_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(transformers_cli, "add_mini", lambda: pytest.fail("help needs no model"))
+    monkeypatch.setattr("sys.argv", ["mini-transformers", "serve", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        transformers_cli.main()
+    assert stop.value.code == 0 and "--port" in capsys.readouterr().out
