@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from files_mini import read_text
+from files_mini import display_name, read_text
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -575,7 +575,10 @@ python train_accelerate.py --config config.yaml
 
 def public_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run as anybody may read them: of a path the last part, and nothing of one machine alone."""
-    return {name: without_folders(value) for name, value in settings.items() if name not in NOT_OF_THE_MODEL}
+    public = {name: without_folders(value) for name, value in settings.items() if name not in NOT_OF_THE_MODEL}
+    if (model := settings.get("model")) and Path(model).exists():
+        public["model"] = display_name(model)  # of a run its name: each has a folder that is called best
+    return public
 
 
 def without_folders(value: Any) -> Any:
