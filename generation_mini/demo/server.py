@@ -32,9 +32,14 @@ WRITER = Path(__file__).with_name("writer.js")
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
 
 
-def make_app(author: Author, name: str) -> Starlette:
-    """The pages of the server: `/` and its files, `/write` and `/look`."""
-    page = render_page(describe(author.model, author.tokenizer, name, most_tokens=MOST_TOKENS))
+def make_app(author: Author, name: str, checkpoint: str | None = None) -> Starlette:
+    """
+    The pages of the server: `/` and its files, `/write` and `/look`.
+
+    Args:
+        checkpoint: the folder or Hub name whose card describes the model (default: that of the model).
+    """
+    page = render_page(describe(author.model, author.tokenizer, name, checkpoint, most_tokens=MOST_TOKENS))
 
     def show_page(request: Request) -> Response:
         return HTMLResponse(page)
@@ -162,7 +167,7 @@ def serve(arguments: DemoArguments, held: socket.socket) -> None:
         arguments.model, adapter=arguments.adapter, trust_remote_code=arguments.trust_remote_code
     )
     checkpoint = find_checkpoint(arguments.adapter or arguments.model)
-    app = make_app(Author(model, tokenizer), display_name(checkpoint))
+    app = make_app(Author(model, tokenizer), display_name(checkpoint), checkpoint)
     # Texts that are still being written when Ctrl-C comes would keep it alive.
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host

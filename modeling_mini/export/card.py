@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cards_mini import CARD, TITLE, Facts, read_card, render, section_of
+from cards_mini import CARD, TITLE, Card, Facts, read_card, render, section_of
 from files_mini import display_name
 
 if TYPE_CHECKING:
@@ -38,8 +38,13 @@ class ExportCard:
     config: "MiniConfig | None" = None
 
 
-def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format: str) -> None:
-    """Writes `README.md`. What the model's own card says of data, training and evaluation goes along."""
+def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format: str, checkpoint: str) -> None:
+    """
+    Writes `README.md`. What the model's own card says of data, training and evaluation goes along.
+
+    Args:
+        checkpoint: whose card that is: of a model that an adapter was merged into, the adapter.
+    """
     texts = {"Exactness": section_of("Exactness", card.exactness)}
     if card.usage:
         texts["How to use"] = section_of("How to use", card.usage)
@@ -47,7 +52,7 @@ def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format:
         texts |= {TITLE: f"# {card.title}", "Limits": ""}
         text = render(Facts(kind=format), {"tags": ["mini", *card.tags]}, {}, texts=texts)
     else:
-        source = read_card(Path(model.name_or_path) / CARD)
+        source = card_of_weights(checkpoint, model)
         # The same weights, so licence, data and figures are the same; another library reads them.
         metadata = source.metadata | {"library_name": card.library_name, "pipeline_tag": "text-generation"}
         metadata["tags"] = ["mini", *card.tags]
@@ -59,6 +64,16 @@ def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format:
         config = (card.config or model.config).to_dict()
         text = render(facts, metadata, config, source, texts, trust_remote_code=card.config is not None)
     (folder / CARD).write_text(text, encoding="utf-8")
+
+
+def card_of_weights(checkpoint: str, model: "PreTrainedModel") -> Card:
+    """The card of a model, or of one that an adapter was merged into: its data and figures are those of the adapter."""
+    card = read_card(Path(checkpoint) / CARD)
+    if card.facts.kind == "adapter":
+        card.facts = dataclasses.replace(card.facts, kind="model", is_merged=True, parameters=model.num_parameters())
+        card.metadata = {name: value for name, value in card.metadata.items() if name != "base_model"}
+        card.metadata |= {"library_name": "transformers", "tags": ["mini"]}
+    return card
 
 
 def name_for_files(model: "PreTrainedModel") -> str:

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cards_mini import CARD, read_card, render
+from cards_mini import CARD, render
 from entry_points_mini import (
     ArgumentParser,
     Settings,
@@ -16,6 +16,8 @@ from entry_points_mini import (
     quiet_libraries,
 )
 from files_mini import destination, find_checkpoint, new_folder, writing
+
+from .card import card_of_weights
 
 PROGRAM = "python -m modeling_mini.export.quantized CHECKPOINT OUT"
 WEIGHTS = "model*.safetensors"
@@ -76,7 +78,7 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
         raise ValueError("Give load_in_8bit or load_in_4bit.")
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"The adapter {arguments.adapter or checkpoint!r} cannot be merged into {source!r}.")
-    card = read_card(Path(source) / CARD)
+    card = card_of_weights(find_checkpoint(arguments.adapter or checkpoint), model)
     with new_folder(target) as partial:
         if arguments.kind is not None:
             exact = partial / "exact"  # with the adapter in it, which no folder holds yet

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cards_mini import Facts, render
 from generation_mini import demo
 from generation_mini.demo import server
 from generation_mini.demo.server import MOST_TOKENS, make_app, public_link
@@ -28,6 +29,13 @@ def test_the_page_and_its_files(author: Author) -> None:
     for name, kind in (("page.css", "text/css"), ("page.js", "javascript"), ("details.js", "javascript")):
         assert kind in client.get(f"/{name}").headers["content-type"]
     assert client.get("/writer.js").status_code == 200 and client.get("/server.py").status_code == 404
+
+
+def test_the_page_of_an_adapter_says_what_the_adapter_learned(author: Author, tmp_path: Path) -> None:
+    facts = Facts(kind="adapter", dataset="questions", base="prose", prompts=["Who wrote"])
+    (tmp_path / "README.md").write_text(render(facts, {}, {}))
+    page = TestClient(make_app(author, "name", str(tmp_path))).get("/").text
+    assert "fine-tuned from prose on questions" in page and '"prompts": ["Who wrote"]' in page
 
 
 def test_it_writes_and_looks(author: Author) -> None:

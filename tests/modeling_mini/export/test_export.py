@@ -11,11 +11,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from cards_mini import PLACEHOLDER, read_card
+from cards_mini import CARD, PLACEHOLDER, Facts, read_card, render
 from entry_points_mini import Settings, option
-from helpers.exports import random_model, same_parameters
+from helpers.exports import random_model, same_parameters, write_adapter
 from huggingface_hub import ModelCard
-from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of
+from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of, quantized
 from modeling_mini.export.formats import Format
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
@@ -142,6 +142,25 @@ def test_words_of_a_person_go_along(checkpoint: Path, tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "native")
         shutil.rmtree(checkpoint)
         out.rename(checkpoint)
+
+
+@pytest.mark.parametrize("way", ["native", "quantized"])
+def test_the_card_of_a_merged_adapter_has_the_figures_of_the_adapter(
+    way: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(checkpoint, tmp_path / "adapter")
+    facts = Facts(kind="adapter", dataset="questions", base="m", prompts=["Who"], compressors={"xz": 2.0})
+    (adapter / CARD).write_text(render(facts, {"library_name": "peft", "tags": ["lora"], "base_model": "a/m"}, {}))
+    if way == "native":
+        export("native", adapter, tmp_path / "out")
+    else:
+        quantized.run([str(adapter), str(tmp_path / "out"), "--load_in_8bit"])
+    card = read_card(tmp_path / "out" / CARD)
+    assert card.facts.dataset == "questions" and card.facts.prompts == ["Who"] and card.facts.is_merged
+    assert (
+        card.facts.kind != "adapter" and card.facts.parameters > 0 and card.metadata["library_name"] == "transformers"
+    )
+    assert "base_model" not in card.metadata and "lora" not in card.metadata["tags"]
 
 
 def test_an_adapter_is_merged(checkpoint: Path, tmp_path: Path) -> None:
