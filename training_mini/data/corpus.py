@@ -8,7 +8,6 @@ depend on the size of the corpus.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import shutil
 from abc import ABC, abstractmethod
@@ -209,9 +208,7 @@ class ExampleCorpus(Corpus):
     def make_prompts(self, held_out: HeldOutExamples, given: list[str]) -> list[tuple[str, list[int]]]:
         tokenizer = self.tokenizer
         if not given:
-            count = min(HELD_OUT_PROMPTS, len(self.validation))
-            prompts = [held_out.collator.prompt(number) for number in range(count)]
-            return [(tokenizer.decode(ids, skip_special_tokens=True), ids.tolist()) for ids in prompts]
+            return list(self._different_prompts(held_out, HELD_OUT_PROMPTS).items())
         if not self.is_chat:
             return [(prompt, tokenizer(prompt).input_ids) for prompt in given]
         conversations = [[{"role": "user", "content": prompt}] for prompt in given]
@@ -219,10 +216,25 @@ class ExampleCorpus(Corpus):
         return list(zip(given, ids, strict=True))
 
     def beginnings(self, held_out: HeldOutExamples) -> list[str]:
-        prompts = (held_out.collator.prompt(number) for number in range(len(self.validation)))
-        texts = (self.tokenizer.decode(ids, skip_special_tokens=True) for ids in prompts)
-        short = (text for text in texts if text.strip() and len(text) <= LONGEST_QUESTION)
-        return list(dict.fromkeys(itertools.islice(short, BEGINNINGS)))
+        return list(self._different_prompts(held_out, BEGINNINGS, is_short_question))
+
+    def _different_prompts(
+        self, held_out: HeldOutExamples, count: int, fits: Callable[[str], bool] = lambda text: True
+    ) -> dict[str, list[int]]:
+        """The first held-out prompts that fit, by their text: a question that is asked often is there once."""
+        found: dict[str, list[int]] = {}
+        for number in range(len(self.validation)):
+            ids = held_out.collator.prompt(number)
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            if fits(text):
+                found.setdefault(text, ids.tolist())
+            if len(found) == count:
+                break
+        return found
+
+
+def is_short_question(text: str) -> bool:
+    return bool(text.strip()) and len(text) <= LONGEST_QUESTION
 
 
 def python_prompt(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -405,3 +405,15 @@ def test_beginnings_are_of_the_held_out_text(load, tmp_path: Path) -> None:
     chats = load(tmp_path / "chats.jsonl")
     held_out = HeldOutExamples(ExampleCollator(chats.validation, 64, 0, True), chats.bytes_per_token, 0)
     assert chats.beginnings(held_out) == ["Hi <|end|>?"]
+
+
+def test_a_question_that_is_asked_often_gives_one_sample(load, tmp_path: Path) -> None:
+    records = [{"prompt": f"Wo liegt {town}?", "completion": " Hier."} for town in ["Rom"] * 30 + ["Bonn"] * 30]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    pairs = load(tmp_path / "pairs.jsonl")
+    held_out = HeldOutExamples(ExampleCollator(pairs.validation, 64, 0, True), pairs.bytes_per_token, 0)
+    prompts = pairs.make_prompts(held_out, [])
+    assert (
+        sorted(text for text, _ in prompts) == sorted(pairs.beginnings(held_out)) == ["Wo liegt Bonn?", "Wo liegt Rom?"]
+    )
+    assert all(pairs.tokenizer.decode(ids, skip_special_tokens=True) == text for text, ids in prompts)
