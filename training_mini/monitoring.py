@@ -222,6 +222,18 @@ class Monitor:
         if self._status is not None:
             self._status.step, self._status.seconds_left = step, self.seconds_left(step)
 
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """Says in the live line what the run does between two steps: it may take minutes, and the step stands still."""
+        if self._status is None:
+            yield
+            return
+        before, self._status.details = self._status.details, [what, *self._status.details]
+        try:
+            yield
+        finally:
+            self._status.details = before
+
     def seconds_left(self, step: int) -> float:
         """As long as the steps so far took, with all that happened between them, the rest will take."""
         return (time.monotonic() - self._started) / max(1, step - self.start_step) * (self.max_steps - step)

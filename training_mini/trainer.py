@@ -275,7 +275,7 @@ class Trainer:
         """Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop."""
         run, state, accelerator = self.run, self.state, self.accelerator
         batch_size = self.arguments.optimization.train_batch_size // self.micro_batches
-        with run.ema_weights(), run.uncompiled():
+        with self.monitor.busy("evaluating"), run.ema_weights(), run.uncompiled():
             tensor_size = self.parallel.tensor_size
             evaluation = evaluate(run.model, run.held_out, batch_size, accelerator, self.stop.agreed, tensor_size)
         if evaluation is None or state.evaluated_step == state.step:
@@ -322,7 +322,8 @@ class Trainer:
 
     def sample(self) -> list[str]:
         """The samples for the prompts. They are also added to `samples.jsonl`."""
-        samples = samples_of_run(self.run)
+        with self.monitor.busy("writing samples"):
+            samples = samples_of_run(self.run)
         self.monitor.record_samples(self.state.step, samples)
         texts = [sample["text"] for sample in samples]
         self.callbacks.call("on_sample", samples=texts)

@@ -1,5 +1,7 @@
 """What is recorded and shown."""
 
+import contextlib
+import io
 import itertools
 import re
 import subprocess
@@ -62,6 +64,18 @@ def test_plain_lines_without_a_terminal(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("step 1/3  bits/byte 2.885  loss 2.000  1,234 tokens/s  lr 1.0e-03  0:00")
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"], "the first, and the last; not one for every step"
+
+
+def test_the_live_line_says_what_takes_long_between_two_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitoring, "console", Console(file=io.StringIO(), force_terminal=True, width=60))
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(0, 3)
+    shown = monitor._status
+    with contextlib.closing(monitor):
+        monitor.training_step(1, METRICS)
+        with monitor.busy("evaluating"):
+            assert shown.details[:2] == ["evaluating", "bits/byte 2.885"]
+        assert shown.details[0] == "bits/byte 2.885"
 
 
 def status_line(width: int, step: int = 120, total: int = 1200, seconds_left: float = 3725) -> str:
