@@ -110,15 +110,16 @@ class Run:
         """Within the context, the model has the moving average as its weights, if there is one."""
         return self.ema.in_place() if self.ema is not None else contextlib.nullcontext()
 
-    @contextlib.contextmanager
-    def kernels(self) -> Iterator[None]:
-        """Within the context, a training step computes with what was chosen for a CPU."""
-        with contextlib.ExitStack() as stack:
-            if self.state.is_bfloat16:
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-            if self.state.has_blocks:
-                stack.enter_context(attention_in_blocks(self.unwrapped_model))
-            yield
+    def autocast(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, a forward pass computes in bfloat16, if that was chosen for a CPU."""
+        return torch.autocast("cpu", torch.bfloat16) if self.state.is_bfloat16 else contextlib.nullcontext()
+
+    def attention(self) -> contextlib.AbstractContextManager[None]:
+        """
+        Within the context, attention is computed in blocks, if that was chosen for a CPU. It is for the backward pass
+        too, which computes parts of the forward pass again with `gradient_checkpointing`.
+        """
+        return attention_in_blocks(self.unwrapped_model) if self.state.has_blocks else contextlib.nullcontext()
 
     def uncompiled(self) -> contextlib.AbstractContextManager[None]:
         """

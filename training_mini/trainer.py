@@ -217,8 +217,8 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):  # inputs and targets: (sequences, length)
             # Gradients are reduced over the processes with the last micro-batch only.
             is_last = number == self.micro_batches
-            with contextlib.nullcontext() if is_last else self.parallel.no_sync(run.model):
-                with run.kernels():
+            with contextlib.nullcontext() if is_last else self.parallel.no_sync(run.model), run.attention():
+                with run.autocast():
                     loss, part = self.loss(batch.to(accelerator.device), learned_tokens)
                 # DeepSpeed divides by the number of micro-batches, and the loss is divided already.
                 accelerator.backward(loss * self.micro_batches if self.parallel.is_deepspeed else loss)

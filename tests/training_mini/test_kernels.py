@@ -193,6 +193,16 @@ def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypa
         assert torch.equal(weights(parts)[name], tensor), name
 
 
+def test_gradient_checkpointing_computes_attention_again_in_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen(monkeypatch, is_bfloat16=True, has_blocks=True)
+    for name, flags in {"kept": [], "again": ["--gradient_checkpointing"]}.items():
+        trainer, _ = train_here(tmp_path / name, "--max_steps", 3, *flags)
+        assert trainer.run.state.has_blocks
+    assert losses(tmp_path / "again") == losses(tmp_path / "kept")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs a C++ compiler")
 def test_blocks_are_compiled_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
