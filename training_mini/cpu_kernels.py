@@ -84,9 +84,16 @@ def linear_forward(module: nn.Linear, by_onednn: tuple[str, ...], inputs: torch.
 
 
 def use_products(model: nn.Module, choice: Choice) -> None:
-    """Makes the linear layers of a model multiply as `choice` says. Weights and checkpoints do not change."""
+    """
+    Makes the linear layers of a model multiply as `choice` says, and no longer as an earlier one said. Weights and
+    checkpoints do not change.
+    """
     for module in linear_layers(model):
-        if by_onednn := choice.get(shape_of(module)):
+        forward = vars(module).get("forward")
+        if isinstance(forward, functools.partial) and forward.func is linear_forward:
+            del module.forward
+        by_onednn = choice.get(shape_of(module))
+        if by_onednn and "forward" not in vars(module):  # else another library has its own there
             module.forward = functools.partial(linear_forward, module, tuple(by_onednn))
 
 

@@ -3,10 +3,11 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from installation_mini import processor_name
+from torch import nn
 
 from .build import Run
 from .cpu_attention import blocks_are_faster
@@ -107,6 +108,8 @@ def compile_model(run: Run, try_step: Callable[[], object]) -> None:
     Args:
         try_step: computes both passes on a batch.
     """
+    if run.arguments.run.torch_compile or run.state.is_compiled:
+        torch.compiler.reset()  # torch compiles a function for 8 shapes in a process, and says little of the others
     if run.arguments.run.compile_regions or run.state.is_compiled:
         for block in run.blocks:
             block.compile()
@@ -119,7 +122,29 @@ def compile_model(run: Run, try_step: Callable[[], object]) -> None:
             reason = str(error).strip().partition("\n")[0]
             run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
             run.state.is_compiled = False
-            for block in run.blocks:
-                block._compiled_call_impl = None  # what `compile` has set; there is no other way back
+            uncompile(run.blocks)
         for optimizer in run.optimizers:
             optimizer.zero_grad()
+
+
+def uncompile(modules: Iterable[nn.Module]) -> None:
+    """Takes back `compile`; torch has no other way."""
+    for module in modules:
+        module._compiled_call_impl = None
+
+
+def restore_model(run: Run) -> None:
+    """
+    Takes off the model what only training needs: how products are computed, autocast and what was compiled. The model
+    may be an object of the caller, who goes on with it, and may train it again with other settings.
+    """
+    model = run.unwrapped_model
+    use_products(model, {})
+    if run.arguments.run.torch_compile or run.state.is_compiled:
+        uncompile([run.model, *run.blocks])
+    # Not `unwrap_model` of accelerate, which takes off the decorators of the class as well.
+    forward = vars(model).pop("_original_forward", None)
+    if forward is not None and not run.parallel.is_deepspeed:
+        del model.forward
+        if forward != model.forward:  # there was one before
+            model.forward = forward

@@ -16,7 +16,7 @@ from .checkpoints import advice_of_sound_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
-from .kernels import choose_kernels, compile_model
+from .kernels import choose_kernels, compile_model, restore_model
 from .metrics import inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
@@ -81,6 +81,7 @@ class Trainer:
                 result = self.finish(evaluation) if evaluation is not None else self.leave()
         finally:
             self.saving.writer.close()
+            restore_model(self.run)
             self.run.run_folder.release()
         self.callbacks.call("on_train_end")
         self.accelerator.wait_for_everyone()

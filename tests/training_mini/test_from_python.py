@@ -1,5 +1,6 @@
 """Training from Python, as a person types it."""
 
+import copy
 import importlib.util
 import os
 import re
@@ -13,8 +14,11 @@ import pandas
 import pytest
 import torch
 from helpers.runs import losses
+from modeling_mini import MiniConfig, MiniForCausalLM
 from rich.console import Console
-from training_mini import TrainingResult, TrainingSettings, from_python, monitoring, train
+from training_mini import TrainingResult, TrainingSettings, from_python, kernels, monitoring, train
+from training_mini.arguments import SHAPE
+from training_mini.cpu_kernels import PRODUCTS, linear_layers, shape_of
 from transformers import TrainerCallback
 
 SMALL: dict[str, Any] = {
@@ -90,6 +94,25 @@ def test_a_second_run_in_the_process_is_one_of_its_own(result: TrainingResult, t
     train(settings(tmp_path / "other", bf16=True, seed=1, max_steps=3))
     again = train(settings(tmp_path / "again"))
     assert losses(again.folder) == losses(result.folder)
+
+
+def test_an_object_of_ones_own_is_plain_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2, max_position_embeddings=64))
+    small = {name: value for name, value in SMALL.items() if name not in SHAPE}
+    products = {shape_of(layer): list(PRODUCTS) for layer in linear_layers(model)}
+
+    def learn(name: str, model: MiniForCausalLM, choice: tuple[Any, ...], **changes: Any) -> list[float]:
+        monkeypatch.setattr(kernels, "measured_choice", lambda run, sequences: choice)
+        train(TrainingSettings(**small, output_dir=str(tmp_path / name), **changes), model=model)
+        return losses(tmp_path / name)
+
+    plain = {}, False, False, False
+    learn("onednn", model, (products, False, False, False))
+    learn("by accelerate", model, plain, bf16=True)  # oneDNN's operator would refuse bfloat16
+    learn("chosen", model, ({}, True, True, False))
+    assert not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules())
+    assert learn("copy", copy.deepcopy(model), plain) == learn("again", model, plain)
 
 
 def test_an_interrupted_run_goes_on(result: TrainingResult, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a CPU computes with is chosen once in a run."""
 
+import functools
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,7 +216,18 @@ def test_blocks_are_compiled_for_training_alone(tmp_path: Path, monkeypatch: pyt
     trainer, _ = train_here(tmp_path / "compiled", *flags)
     assert trainer.run.state.is_compiled and trainer.run.problems == []
     assert counters["stats"]["unique_graphs"] == 1, "one block for all, and nothing else"
+    assert not any(block._compiled_call_impl for block in trainer.run.blocks), "who goes on with it has it plain"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_each_run_of_a_process_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen(monkeypatch, is_compiled=True)
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # in place of 8 runs
+    for length in (16, 32):
+        torch._dynamo.utils.counters.clear()
+        train_here(tmp_path / str(length), "--max_steps", 3, "--max_position_embeddings", length)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, length
 
 
 def test_a_compiler_that_fails_costs_the_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
