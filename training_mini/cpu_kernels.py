@@ -119,8 +119,7 @@ def bfloat16_is_faster(model: nn.Module, tokens: int, choice: Choice) -> bool:
     Whether the products of a model are so much faster in bfloat16 than in float32, as `choice` has them, that autocast
     pays. Only a processor with instructions for bfloat16 is asked: others need minutes for the measurement.
     """
-    capabilities = torch.cpu.get_capabilities()
-    if not capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16"):
+    if not has_bfloat16():
         return False
     if flops_of_step(model, tokens) < SMALLEST_STEP:
         return False
@@ -135,6 +134,12 @@ def bfloat16_is_faster(model: nn.Module, tokens: int, choice: Choice) -> bool:
         seconds = [total + count * part for total, part in zip(seconds, of_shape, strict=True)]
     in_float32, in_bfloat16 = seconds
     return in_float32 > BFLOAT16_MARGIN * in_bfloat16
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16."""
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def measured_once(what: str, measure: Callable[[], Any]) -> Any:

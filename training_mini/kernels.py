@@ -11,7 +11,7 @@ from torch import nn
 
 from .build import Run
 from .cpu_attention import blocks_are_faster
-from .cpu_kernels import SMALLEST_STEP, bfloat16_is_faster, flops_of_step, measure_products, use_products
+from .cpu_kernels import SMALLEST_STEP, bfloat16_is_faster, flops_of_step, has_bfloat16, measure_products, use_products
 from .data.corpus import ExampleCorpus
 from .muon import Muon
 
@@ -42,6 +42,12 @@ def choose_kernels(run: Run) -> None:
             f"This run began on another processor ({state.processor}): from here on, its losses are equal up to "
             "rounding, not bit by bit."
         )
+    if run.parallel.anyone(state.is_bfloat16 and state.processor != here and not has_bfloat16()):
+        run.problems.append(
+            "This run computes in float32 from here on: bfloat16 is many times as slow on a processor without "
+            "instructions for it."
+        )
+        state.is_bfloat16 = False
     state.is_bfloat16 = state.is_bfloat16 and may_be_bfloat16(run)
     state.is_compiled = state.is_compiled and may_be_compiled(run)
     if accelerator.mixed_precision == "no":

@@ -36,7 +36,12 @@ def run_with(state: TrainerState) -> Any:
         has_own_code=False,
         optimizers=[Muon(model.model.layers[0].mlp.parameters())],
         parallel=SimpleNamespace(
-            from_main=lambda value: value, tensor_size=1, data_processes=2, is_sharded=False, is_deepspeed=False
+            from_main=lambda value: value,
+            anyone=bool,
+            tensor_size=1,
+            data_processes=2,
+            is_sharded=False,
+            is_deepspeed=False,
         ),
         problems=[],
         state=state,
@@ -170,6 +175,20 @@ def test_a_resumed_run_leaves_what_no_longer_fits(
     assert sorted(name for name in choice if getattr(run.state, name)) == left
     # oneDNN's operator takes float32 alone, and a shared or moved model has products of its own.
     assert is_by_onednn(run) == (change.keys() & {"tensor_size", "device", "mixed_precision"} == set())
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": True}], ids=str)
+def test_a_run_leaves_bfloat16_where_no_instructions_are(
+    capabilities: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    run = run_with(TrainerState(corpus={}, architecture={}, is_bfloat16=True, processor="another"))
+    choose_kernels(run)
+    assert run.state.is_bfloat16 == bool(capabilities)
+    assert [problem.split(":")[0] for problem in run.problems[1:]] == (
+        [] if capabilities else ["It goes on in float32"]
+    )
+    assert run.optimizers[0].dtype == (torch.bfloat16 if capabilities else None)
 
 
 def chosen(monkeypatch: pytest.MonkeyPatch, **state: bool) -> None:
