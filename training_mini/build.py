@@ -346,6 +346,9 @@ def make_model(
 
     Returns:
         The model, and what will give it its numbers if it has none yet.
+
+    Raises:
+        ValueError: if the model cannot be loaded, cannot read the corpus, or has a context of one token.
     """
     start: ShardedStart | None = None
     if hooks.has_model:
@@ -355,6 +358,8 @@ def make_model(
         model = trained_model(arguments, start)
     else:
         model, start = new_model(arguments, corpus, config_class, is_sharded)
+    if model.config.max_position_embeddings < 2:
+        raise ValueError("max_position_embeddings must be at least 2: with 1, a model cannot continue what it reads.")
     corpus.tokenizer.model_max_length = model.config.max_position_embeddings
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known] if known is not None else []

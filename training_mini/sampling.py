@@ -93,6 +93,8 @@ def share_of_valid_functions(
     """
     ids = torch.tensor([tokenizer(python_prompt(tokenizer)).input_ids] * count, device=model.device)  # (count, prompt)
     room = model.config.max_position_embeddings - ids.shape[1]
+    if room < 1:
+        return 0.0  # the context has no place for more than the beginning
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []

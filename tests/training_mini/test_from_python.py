@@ -129,6 +129,8 @@ def test_wrong_input_is_an_error(tmp_path: Path) -> None:
         train(settings(tmp_path / "run", dataset=str(tmp_path / "missing.txt")))
     with pytest.raises(ValueError, match=r"^train takes TrainingSettings, got dict"):
         train({"max_steps": 3})
+    with pytest.raises(ValueError, match="max_position_embeddings must be at least 2"):
+        train(settings(tmp_path / "run", max_position_embeddings=1))
     assert not (tmp_path / "run").exists()
 
 

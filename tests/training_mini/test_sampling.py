@@ -113,3 +113,9 @@ def test_a_run_on_python_says_how_many_functions_are_valid(tmp_path: Path) -> No
     _, again = train_here(tmp_path / "run", *flags, "--resume")
     assert again.valid_functions == result.valid_functions
     assert sum("eval_valid_functions" in line for line in metrics(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("length", [1, 4, 5])
+def test_a_context_that_is_full_with_the_beginning_has_no_function(length: int) -> None:
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1, max_position_embeddings=length))
+    assert share_of_valid_functions(model, ByteTokenizer(), count=2) == 0.0
