@@ -37,7 +37,7 @@ class Callbacks:
             self.control = TrainerControl()
 
     def call(self, event: str, **about: Any) -> None:
-        """Calls the method of that name of every callback that has one."""
+        """Calls the method of that name of every callback that has one. The model is not compiled for them."""
         if not self.callbacks:
             return
         run, state = self.run, self.run.state
@@ -50,10 +50,11 @@ class Callbacks:
                 self.state.log_history.append({**metrics, "step": state.step})
         for callback in self.callbacks:
             if (method := getattr(callback, event, None)) is not None:
-                answer = method(
-                    self.settings, self.state, self.control, model=run.unwrapped_model,
-                    processing_class=run.corpus.tokenizer, optimizer=run.optimizers[0], run=run, **about,
-                )  # fmt: skip
+                with run.uncompiled():
+                    answer = method(
+                        self.settings, self.state, self.control, model=run.unwrapped_model,
+                        processing_class=run.corpus.tokenizer, optimizer=run.optimizers[0], run=run, **about,
+                    )  # fmt: skip
                 self.control = answer or self.control
 
     def asked(self, what: str) -> bool:

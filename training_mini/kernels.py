@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 import torch
+from configuration_mini import MiniConfig
 from installation_mini import processor_name
 from torch import nn
 
@@ -121,16 +122,45 @@ def compile_model(run: Run, try_step: Callable[[], object]) -> None:
             block.compile()
     elif run.arguments.run.torch_compile:
         run.model.compile()
-    if run.state.is_compiled:  # nobody asked for it, so it must not be what ends a run
-        try:
-            try_step()
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
-            run.state.is_compiled = False
-            uncompile(run.blocks)
+    if run.state.is_compiled and (reason := failure_of(run, try_step)):
+        run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
+        run.state.is_compiled = False
+        uncompile(run.blocks)
+
+
+def check_choice(run: Run, try_step: Callable[[], object]) -> None:
+    """
+    Takes back bfloat16 and attention in blocks where a model of another class fails with them, such as one that adds
+    float32 to what autocast has made bfloat16. Every process calls it, before anything is compiled.
+
+    Args:
+        try_step: computes both passes on a batch.
+    """
+    state = run.state
+    is_to_try = (state.is_bfloat16 or state.has_blocks) and is_plain(run)
+    if not is_to_try or state.step > 0 or run.config.model_type == MiniConfig.model_type:
+        return
+    if reason := failure_of(run, try_step):
+        run.problems.append(f"The model trains in float32 and with its own attention, which is slower: {reason}")
+        state.is_bfloat16 = state.has_blocks = False
         for optimizer in run.optimizers:
-            optimizer.zero_grad()
+            if isinstance(optimizer, Muon) and run.arguments.optimization.muon_dtype is None:
+                optimizer.dtype = None
+
+
+def failure_of(run: Run, try_step: Callable[[], object]) -> str:
+    """
+    Why a step fails, in a line, or an empty string. It is asked where Mini chose something that nobody asked for, so
+    that this is not what ends a run.
+    """
+    reason = ""
+    try:
+        try_step()
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    for optimizer in run.optimizers:
+        optimizer.zero_grad()
+    return next(filter(None, run.parallel.gather(reason)), "")
 
 
 def uncompile(modules: Iterable[nn.Module]) -> None:

@@ -1,6 +1,7 @@
 """The training loop: one step after the other, and what happens between steps."""
 
 import contextlib
+import functools
 import math
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from .checkpoints import advice_of_sound_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
-from .kernels import choose_kernels, compile_model, restore_model
+from .kernels import check_choice, choose_kernels, compile_model, restore_model
 from .metrics import inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
@@ -98,9 +99,11 @@ class Trainer:
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
         run.model.train()
+        try_step = functools.partial(self.forward_and_backward, self.state.step)
+        check_choice(run, try_step)
         if run.state.is_compiled:
             self.monitor.say("Compiling the blocks of the model ...")
-        compile_model(run, lambda: self.forward_and_backward(self.state.step))
+        compile_model(run, try_step)
         if self.arguments.optimization.max_minutes is not None:
             self.monitor.say("Timing the first steps ...")
             self.arguments, line = fix_max_steps(run, self.forward_and_backward, self.micro_batches, self.started)

@@ -8,13 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.runs import losses, train_here, weights
+from helpers.runs import QUICK, losses, train_here, weights
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
 from training_mini import build, kernels
+from training_mini.arguments import parse_arguments
 from training_mini.checkpoints import TrainerState
+from training_mini.hooks import Hooks
 from training_mini.kernels import choose_kernels
 from training_mini.muon import Muon
+from training_mini.trainer import Trainer
+from transformers import TrainerCallback
 
 CHOICE = {"128 x 128": ["output"]}
 
@@ -235,6 +239,52 @@ def test_blocks_are_compiled_for_training_alone(tmp_path: Path, monkeypatch: pyt
     assert counters["stats"]["unique_graphs"] == 1, "one block for all, and nothing else"
     assert not any(block._compiled_call_impl for block in trainer.run.blocks), "who goes on with it has it plain"
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+class MixedConfig(MiniConfig):
+    model_type = "mixed_mini"
+
+
+class MixedForCausalLM(MiniForCausalLM):
+    """Adds what it computes to float32, which autocast does not allow."""
+
+    config_class = MixedConfig
+
+    def forward(self, input_ids: torch.Tensor, **inputs: Any) -> Any:
+        output = super().forward(input_ids, **inputs)
+        rows = self.model.layers[0].self_attn.q_proj(torch.ones(1, self.config.hidden_size))
+        output.logits = output.logits + 0 * torch.zeros_like(rows, dtype=torch.float32).index_add_(
+            0, torch.tensor([0]), rows
+        ).sum()  # fmt: skip
+        return output
+
+
+def test_a_model_that_fails_in_bfloat16_trains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = {}
+    for name, choice in {"plain": {}, "chosen": {"is_bfloat16": True, "has_blocks": True}}.items():
+        chosen(monkeypatch, **choice)
+        flags = [*QUICK, "--max_steps", "3", "--output_dir", str(tmp_path / name)]
+        runs[name] = Trainer(parse_arguments(flags), Hooks(model=MixedForCausalLM))
+        runs[name].train()
+    assert losses(tmp_path / "chosen") == losses(tmp_path / "plain")
+    state, run = runs["chosen"].state, runs["chosen"].run
+    assert not state.is_bfloat16 and not state.has_blocks and run.optimizers[0].dtype is None
+    assert sum(problem.startswith("The model trains in float32") for problem in run.problems) == 1
+
+
+def test_callbacks_see_no_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    chosen(monkeypatch, is_compiled=True)
+
+    class Computes(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **about: Any) -> None:
+            before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            model(torch.arange(8, 20 + state.global_step)[None])
+            compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+
+    train_here(tmp_path / "run", "--max_steps", 3, callbacks=(Computes(),))
+    assert compiled == [0, 0, 0]
 
 
 def test_each_run_of_a_process_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
