@@ -1,5 +1,6 @@
 """What the commands of `python -m modeling_mini.analysis` print and draw."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from configuration_mini import MiniConfig
 from files_mini import find_checkpoint
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
+from rich.measure import Measurement
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading.checkpoints import load_checkpoint
 from .activations import draw_activations, gradient_norms, record_activations
 from .arguments import ActivationArguments, AttentionArguments, CostArguments
-from .attention import draw_attention, summarize_attention
+from .attention import AttentionSummary, draw_attention, summarize_attention
 from .cost import DTYPES, ModelCost, measure_inference_memory, measure_training_memory
 from .inputs import prompt_ids, text_windows, token_labels
 
@@ -113,22 +115,35 @@ def show_attention(arguments: AttentionArguments) -> None:
     model, tokenizer, name = find_model(arguments.model)
     windows = find_windows(arguments, model.config, tokenizer)
     summary = summarize_attention(model, windows)
-    table = Table(
-        "layer",
-        title=f"Entropy of attention in nats; uniform attention has {summary.maximum_entropy:.2f}",
-        title_justify="left",
-    )
-    heads = summary.entropy.shape[1]
-    for head in range(heads):
-        table.add_column(f"head {head}", justify="right")
-    table.add_column("mean", justify="right")
-    for layer, (entropies, shares) in enumerate(zip(summary.entropy, summary.share, strict=True)):
-        cells = [f"{nats:.2f} {share:.0%}" for nats, share in zip(entropies, shares, strict=True)]
-        table.add_row(str(layer), *cells, f"{entropies.mean():.2f} {shares.mean():.0%}")
-    console.print(table)
+    console.print(fitting_table(summary))
     labels = token_labels(tokenizer, windows[0].tolist()) if arguments.prompt is not None else None
     draw_attention(summary, arguments.output, labels, f"Attention of {name} on {describe(arguments, windows)}")
     console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
+
+
+def fitting_table(summary: AttentionSummary) -> Table:
+    """The entropy of the heads, with as much as fits the terminal, so that no cell breaks in two."""
+    wide = console.options.update(max_width=sys.maxsize)
+    for with_nats, padding in ((True, 1), (False, 1), (False, 0)):
+        table = table_of_entropy(summary, with_nats, padding)
+        if Measurement.get(console, wide, table).maximum <= console.width:
+            break
+    return table
+
+
+def table_of_entropy(summary: AttentionSummary, with_nats: bool, padding: int) -> Table:
+    """A row for each layer, and a column for each head: the share of uniform attention, with the nats before it."""
+    uniform = f"{summary.maximum_entropy:.2f}"
+    title = f"Entropy of attention in nats; uniform attention has {uniform}"
+    if not with_nats:
+        title = f"Entropy of attention by head, as a share of that of uniform attention ({uniform} nats)"
+    table = Table("layer", title=title, title_justify="left", padding=(0, padding))
+    for name in (*("head " * with_nats + str(head) for head in range(summary.entropy.shape[1])), "mean"):
+        table.add_column(name, justify="right")
+    for layer, (entropies, shares) in enumerate(zip(summary.entropy, summary.share, strict=True)):
+        pairs = [*zip(entropies, shares, strict=True), (entropies.mean(), shares.mean())]
+        table.add_row(str(layer), *(f"{nats:.2f} " * with_nats + f"{share:.0%}" for nats, share in pairs))
+    return table
 
 
 def show_activations(arguments: ActivationArguments) -> None:

@@ -12,6 +12,7 @@ import torch
 from configuration_mini import MiniConfig
 from modeling_mini.analysis import __main__ as program
 from modeling_mini.analysis import reports
+from modeling_mini.analysis.attention import AttentionSummary
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 ROOT = Path(__file__).parents[3]
@@ -90,6 +91,19 @@ def test_attention_of_a_prompt_and_of_a_text(working_folder: Path, capsys: pytes
     assert output.endswith("Wrote a/prompt.png\n")
     program.run(["attention", "--text_file", "corpus.txt", "--windows", "2", "--length", "32", "--output", "text.png"])
     assert Path("a/prompt.png").is_file() and Path("text.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("width", "heads", "cell"), [(120, 5, " 0.50 50% "), (60, 5, " 50% "), (80, 8, " 50% "), (60, 12, "50%")]
+)
+def test_no_cell_of_the_heads_breaks_in_two(width: int, heads: int, cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    summary = AttentionSummary(torch.ones(2, heads, 3, 3) / 3, torch.full((2, heads), 0.5), 1.0)
+    monkeypatch.setattr(reports.console, "_width", width)
+    with reports.console.capture() as captured:
+        reports.console.print(reports.fitting_table(summary))
+    lines = captured.get().splitlines()
+    assert [line.count(cell) for line in lines if "%" in line] == [heads + 1] * 2 and "1.00" in "".join(lines[:2])
+    assert "…" not in captured.get()
 
 
 @pytest.mark.parametrize(
