@@ -109,8 +109,9 @@ def load_checkpoint(
     logger = logging.getLogger("transformers.modeling_utils")
     was_disabled, logger.disabled = logger.disabled, True  # it prints a table of what `check_complete` checks
     try:
+        # The configuration first: of a model with code of its own, transformers' tokenizers would print a riddle.
+        config = load_config(name_or_path, trust_remote_code)
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
-        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
         if quantization is not None:
             options["quantization_config"] = quantization_config(quantization, config, place)
         if quantization is not None or is_quantized(config):
@@ -144,6 +145,25 @@ def check_complete(name_or_path: str, config: PreTrainedConfig, found: dict[str,
                 f"The weights in {name_or_path!r} do not fit its {MODEL_CONFIG}: {len(names)} are {words}, first "
                 f"{first}."
             )
+
+
+def load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """
+    The configuration of a checkpoint.
+
+    Raises:
+        ValueError: if it cannot be read, or the checkpoint has code of its own that nobody said may run.
+        OSError: if there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name_or_path!r} has Python code of its own, which runs when it is loaded: if you trust that code, give "
+            f"trust_remote_code."
+        ) from None
 
 
 def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

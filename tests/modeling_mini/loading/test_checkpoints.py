@@ -1,5 +1,6 @@
 """What `--model` means, before anything is loaded."""
 
+import json
 import os
 from pathlib import Path
 
@@ -36,6 +37,23 @@ def test_without_a_name_it_is_the_newest_run(monkeypatch: pytest.MonkeyPatch, tm
     assert find_checkpoint(None) == "runs/new/best"
     make("adapter/best", "adapter_config.json", age=5)
     assert find_checkpoint(None) == "runs/adapter/best"
+
+
+def test_code_of_its_own_runs_only_if_somebody_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    LlamaForCausalLM(LlamaConfig(vocab_size=264, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                 num_attention_heads=1)).save_pretrained(tmp_path / "own")  # fmt: skip
+    ByteTokenizer().save_pretrained(tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    config |= {
+        "model_type": "own_kind",
+        "auto_map": {"AutoConfig": "code.Own", "AutoModelForCausalLM": "code.Model"},
+    }
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"^'own' has Python code of its own, .* give trust_remote_code\.$"):
+        load_checkpoint("own")
+    assert "own_kind" not in capsys.readouterr().err + caplog.text, "and transformers says nothing before it"
 
 
 def test_of_a_run_it_is_the_best_model_or_what_a_crash_left_of_it() -> None:
