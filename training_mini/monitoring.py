@@ -60,7 +60,7 @@ class StatusLine:
 
     def __init__(self, step: int, total: int) -> None:
         self.step, self.total, self.seconds_left = step, total, math.nan
-        self.details = ["first step"]
+        self.details = ["first step"] if step < total else []  # a run that is over already has no more steps
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # A terminal may break the line that fills its last column.

@@ -76,6 +76,7 @@ def test_the_live_line_says_what_takes_long_between_two_steps(tmp_path: Path, mo
         with monitor.busy("evaluating"):
             assert shown.details[:2] == ["evaluating", "bits/byte 2.885"]
         assert shown.details[0] == "bits/byte 2.885"
+    assert StatusLine(0, 3).details == ["first step"] and StatusLine(3, 3).details == [], "it is over already"
 
 
 def status_line(width: int, step: int = 120, total: int = 1200, seconds_left: float = 3725) -> str:
