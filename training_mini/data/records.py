@@ -18,6 +18,10 @@ Document = tuple[str, Iterator[bytes]]  # its name in errors, and its text as UT
 Record = tuple[str, dict[str, Any]]  # its name in errors, and its columns
 
 
+class NoTextColumn(ValueError):
+    """Records of which nobody said which column is the text. One such file stops a folder of good ones."""
+
+
 def file_documents(file: DataFile, arguments: DataArguments, first: int = 0) -> Iterator[Document]:
     """The documents of a file of records, beginning with record `first`."""
     column = arguments.text_column
@@ -44,7 +48,7 @@ def record_documents(
         if column is None:
             column = find_text_column(name, record, None)
         if column not in record:
-            raise ValueError(f"Record {number} of {no_column(name, column, record)}")
+            raise NoTextColumn(f"Record {number} of {no_column(name, column, record)}")
         text = record[column]
         if text is None or text == "":
             continue
@@ -76,10 +80,10 @@ def find_text_column(name: str, record: dict[str, Any], text_column: str | None)
     """
     if text_column is not None:
         if text_column not in record:
-            raise ValueError(no_column(name, text_column, record))
+            raise NoTextColumn(no_column(name, text_column, record))
         return text_column
     if kind_of_examples(record) is not None:
-        raise ValueError(
+        raise NoTextColumn(
             f"{name} has {' and '.join(record)}, which are learned only where all files are of records, and not "
             f"streamed: leave out the other files or --streaming, or name the column that is text by --text_column."
         )
@@ -93,7 +97,7 @@ def find_text_column(name: str, record: dict[str, Any], text_column: str | None)
     if not columns:  # a column with a usual name and no text gives an error when it is read
         columns = [column for column in TEXT_COLUMNS if column in record][:1]
     if len(columns) != 1:
-        raise ValueError(
+        raise NoTextColumn(
             f"{name} has the columns {', '.join(record)}; say with --text_column which holds the text, or call those "
             f"of examples messages, or prompt and completion."
         )

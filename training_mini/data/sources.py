@@ -5,10 +5,13 @@ A document is a name and an iterator over pieces of its bytes. The pieces have a
 than the memory.
 """
 
+import collections
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from shape_mini import nearest_name
 
@@ -17,7 +20,7 @@ from .files import FoundFiles, find_files, quick_look
 from .formats import DataFile
 from .packages import package_files, standard_library_files, without_copies
 from .questions import python_questions
-from .records import EXAMPLE_COLUMNS, Document, Record, file_documents, record_documents
+from .records import EXAMPLE_COLUMNS, Document, NoTextColumn, Record, file_documents, record_documents
 from .samples import chat_examples, instruction_examples, sample_documents
 
 BUILT_IN = ("python-stdlib", "python-packages", "python-questions", "sample", "chat-sample", "instruction-sample")
@@ -108,7 +111,10 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
             if file.record_format is None:
                 yield str(file), file.pieces()
             else:
-                yield from file_documents(file, arguments)
+                try:
+                    yield from file_documents(file, arguments)
+                except NoTextColumn as error:
+                    raise ValueError(str(error).removesuffix(".") + way_around(name, files)) from None
 
     def records() -> Iterator[Record]:
         for file in files:
@@ -128,6 +134,16 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
         read_as=json.dumps(read_as) if read_as else "",
         found=found,
     )
+
+
+def way_around(name: str, files: list[DataFile]) -> str:
+    """The end of a sentence about one file of records: how to read the other files without it."""
+    texts = collections.Counter(file.suffix for file in files if file.record_format is None)
+    if not texts:
+        return "."
+    folder = name if Path(name).is_dir() else os.path.dirname(name) or "."
+    glob_of_texts = os.path.join(folder, "**", f"*{texts.most_common(1)[0][0]}")
+    return f"; or leave that file out by a quoted glob, such as --dataset '{glob_of_texts}'."
 
 
 def hub_source(arguments: DataArguments) -> DocumentSource:

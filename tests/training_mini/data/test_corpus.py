@@ -142,6 +142,22 @@ def test_text_column_is_found_named_or_asked_for(load, tmp_path: Path) -> None:
         load(tmp_path / "two.jsonl", text_column="pome")
 
 
+def test_one_table_in_a_folder_of_prose_can_be_left_out(load, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("prose " * 50)
+    (tmp_path / "b.md").write_text("more prose " * 50)
+    (tmp_path / "c.md").write_text("and more prose " * 50)
+    (tmp_path / "people.csv").write_text("name,town\nAda,London\n")
+    pattern = f"{tmp_path}/**/*.md"
+    for column in (None, "poem"):  # no column of one table is a column of another
+        with pytest.raises(ValueError, match=r"people\.csv has .*; or leave that file out by a quoted glob") as error:
+            load(tmp_path, text_column=column)
+        assert f"--dataset '{pattern}'." in str(error.value)
+    assert b"and more prose" in all_text(load(pattern))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path / "people.csv")
+    assert "leave" not in str(error.value), "there is no other file"
+
+
 def test_broken_records_name_the_file(load, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": oops\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl could not be read as json"):
