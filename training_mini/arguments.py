@@ -495,9 +495,13 @@ class Arguments:
         write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
 
     def are_those_of(self, folder: Path) -> bool:
-        """Whether the run in a folder has these settings."""
+        """Whether the run in a folder has these settings. One that was given minutes has the steps that fitted."""
         settings = yaml.safe_load(read_text(folder / "config.yaml"))
-        return settings == yaml.safe_load(yaml.safe_dump(self.as_dict(), allow_unicode=True))
+        own = yaml.safe_load(yaml.safe_dump(self.as_dict(), allow_unicode=True))
+        if own.pop("max_minutes", None) is not None and isinstance(settings, dict):
+            for name in {"max_steps", "warmup_steps", "decay_ratio"} - own.keys():
+                settings.pop(name, None)
+        return settings == own
 
     def as_dict(self) -> dict[str, Any]:
         """The settings that were given or have a default, without what this one call was told to do."""

@@ -93,7 +93,9 @@ def plan(path: Path, seeds: list[int], folder: Path) -> list[PlannedRun]:
             given = {**common, **(own or {}), "seed": seed}
             try:
                 settings = TrainingSettings(**given, output_dir=str(folder / f"{name}-seed-{seed}"))
-                planned.append(PlannedRun(f"{name}, seed {seed}", given, settings.arguments()))
+                planned.append(PlannedRun(f"{name}, seed {seed}", given, arguments := settings.arguments()))
+                if arguments.run.num_processes > 1:
+                    raise ValueError("a sweep trains in one process: leave out num_processes.")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"The run {name!r} in {path}: {error}") from None
     return planned
@@ -132,8 +134,11 @@ def sweep(planned: list[PlannedRun], out: Path) -> bool:
         console.print(f"Run {number} of {len(planned)}: {run.label}{' (finished before)' if is_finished else ''}")
         if is_finished:
             continue
-        resume = {"resume": True} if (run.folder / SETTINGS).is_file() else {}
-        result = train(TrainingSettings(**run.given, **resume, output_dir=str(run.folder)))
+        given = {**run.given, "output_dir": str(run.folder)}
+        if (run.folder / SETTINGS).is_file():
+            given["resume"] = True
+            given.pop("max_minutes", None)  # the run knows how many steps that are
+        result = train(TrainingSettings(**given))
         if result.stopped_by is not None:
             console.print("Stopped. The same command goes on from here.")
             return False

@@ -1,12 +1,13 @@
 """Several runs in one process, and their comparison."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers.runs import QUICK
-from training_mini import from_python
+from training_mini import from_python, trainer
 from training_mini.monitoring import read_metrics
 from training_mini.sweep import main
 
@@ -64,6 +65,24 @@ def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 3, "the finished one was not trained again"
 
 
+def test_minutes_are_the_steps_that_fitted(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer, "fix_max_steps", lambda run, *about: (run.arguments.with_max_steps(6), ""))
+    common = {name: value for name, value in COMMON.items() if name not in ("max_steps", "warmup_steps")}
+    file.write_text(yaml.safe_dump({"common": common, "runs": {"timed": {"max_minutes": 1}}}))
+    main([str(file)])
+    main([str(file)])
+    assert "timed, seed 42 (finished before)" in capsys.readouterr().out
+    final = Path("runs/norms/timed-seed-42/final")
+    shutil.rmtree(final)
+    main([str(file)])
+    assert final.is_dir(), "it goes on where it stopped"
+    file.write_text(yaml.safe_dump({"common": common, "runs": {"timed": {"max_minutes": 1, "train_batch_size": 4}}}))
+    with pytest.raises(ValueError, match="whose settings are others"):
+        main([str(file)])
+
+
 def metrics_of(file: Path, folder: str) -> list[float]:
     main([str(file), "--folder", folder])
     names = ("with-seed-42", "without-seed-42")
@@ -80,6 +99,7 @@ def metrics_of(file: Path, folder: str) -> list[float]:
         ("runs: {a: 3}", "'a' in .* must hold settings and their values, got 3"),
         ("runs: {a: {output_dir: b}}", "output_dir in 'a' of .*: a sweep chooses that for each run"),
         ("runs: {a: {learning_rte: 1}}", "The run 'a' in .*: TrainingSettings has no setting 'learning_rte'"),
+        ("runs: {a: {}, b: {num_processes: 2}}", "The run 'b' in .*: a sweep trains in one process"),
         ("runs: {a: {max_steps: 0}}", "The run 'a' in .*: max_steps must be at least 1, got 0"),
     ],
 )
