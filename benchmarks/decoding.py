@@ -134,7 +134,7 @@ def make_model(contender: str, settings: Settings) -> PreTrainedModel:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     if contender == COMPILED:
-        model.compile_decoding(many=max(settings.batch_sizes) > 1)
+        model.compile_decoding()
         assert model.compiled_step is not None
     with mock.patch.object(fast_generation, "decode", wraps=fast_generation.decode) as fast_path:
         run_model(model, Case(contender, 1, 4, "greedy", True, 2), settings)

@@ -118,11 +118,6 @@ class GenerationArguments(Settings):
             raise ValueError("compile goes with neither --num_beams nor --assistant, which take other steps.")
         quantization_of(self)
 
-    @property
-    def texts_at_once(self) -> int:
-        """How many sequences a step of decoding has at most."""
-        return self.num_return_sequences * (1 if self.batch_file is None else self.batch_size)
-
     def loading(self) -> dict[str, Any]:
         """The arguments of `load_checkpoint` that come from flags."""
         import torch  # not above, for no help text needs it

@@ -28,7 +28,7 @@ def run(arguments: GenerationArguments) -> None:
     if arguments.compile:
         if not hasattr(model, "compile_decoding"):
             raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
-        model.compile_decoding(many=arguments.texts_at_once > 1)
+        model.compile_decoding()
     if arguments.seed is not None:
         set_seed(arguments.seed)
     assistant = None

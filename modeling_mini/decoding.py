@@ -434,8 +434,6 @@ class Decoder:
         filled: the first `length` tokens of `whole`, as views.
     """
 
-    fewest = 1  # `drop_finished` keeps at least so many sequences
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -488,7 +486,7 @@ class Decoder:
         if not self.for_many:
             return
         kept = unfinished.nonzero().squeeze(1)
-        if len(kept) > UNFINISHED_SHARE * len(self.filled[0]) or len(kept) < self.fewest:
+        if len(kept) > UNFINISHED_SHARE * len(self.filled[0]):
             return
         places = kept if self.kept is None else torch.searchsorted(self.kept, kept)  # among those kept so far
         self.kept = kept
@@ -619,7 +617,7 @@ def decode(
             max_new_tokens = max_length - length
             mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
             step = model.compiled_step
-            if step is not None and not exact and step.suits(model, batch, mask):
+            if step is not None and not exact and step.suits(model):
                 decoder = step.decoder(model, cache, mask, position_ids, max_new_tokens)
                 may_drop = may_drop and isinstance(decoder, Decoder)
             else:

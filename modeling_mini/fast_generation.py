@@ -20,7 +20,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .compiled_decoding import CompiledStep, CompiledStepForMany
+from .compiled_decoding import CompiledStep
 from .decoding import NORMS, decode, obstacle, obstacle_of_model
 from .graph_decoding import GraphStep
 from .quantized_decoding import dequantized, has_quantized_layers
@@ -40,21 +40,18 @@ class FastGenerationMixin:
     plain_modules: dict[type, Callable] = {}
     compiled_step: CompiledStep | GraphStep | None = None
 
-    def compile_decoding(self, many: bool = False) -> None:
+    def compile_decoding(self) -> None:
         """
-        Compiles the step with which `generate` writes. On a CPU that gives a native function for one sequence in
-        float32, several times as fast; compiling takes half a minute the first time on a machine, and a second from
-        then on. On a GPU it gives a CUDA graph, for any batch. All other requests are decoded as before. If there is no
-        compiler, or the model has layers other than the plain ones, a warning says so and nothing changes.
-
-        Args:
-            many: on a CPU, compiles a second function as well, for any number of sequences at once.
+        Compiles the step with which `generate` writes. On a CPU that gives a native function for models in float32,
+        several times as fast; compiling takes a few seconds the first time on a machine. On a GPU it gives a CUDA
+        graph. All other requests are decoded as before. If there is no compiler, or the model has layers other than the
+        plain ones, a warning says so and nothing changes.
         """
         model = dequantized(self) if has_quantized_layers(self) else self
         reason = obstacle_of_model(model, self.plain_modules)
         if reason is None:
             try:
-                self.compiled_step = compiled_step_class(self.device, many)(model)
+                self.compiled_step = compiled_step_class(self.device)(model)
                 return
             except (ValueError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
@@ -106,11 +103,9 @@ class FastGenerationMixin:
         )
 
 
-def compiled_step_class(device: torch.device, many: bool = False) -> type[CompiledStep] | type[GraphStep]:
+def compiled_step_class(device: torch.device) -> type[CompiledStep] | type[GraphStep]:
     """What `compile_decoding` makes for a model on this device."""
-    if device.type == "cuda":
-        return GraphStep
-    return CompiledStepForMany if many else CompiledStep
+    return GraphStep if device.type == "cuda" else CompiledStep
 
 
 def forwards_of(*blocks: type[nn.Module]) -> dict[type, Callable]:

@@ -19,10 +19,10 @@ import threading
 from typing import Any
 
 import torch
+from configuration_mini import MiniConfig
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from .compiled_decoding import constants_of
 from .decoding import FIRST_CAPACITY, RotaryTable, Weights, decoding_step
 
 # PyTorch asks for a few runs before a recording, in which libraries allocate their workspaces.
@@ -31,6 +31,24 @@ WARM_UP_RUNS = 3
 KEPT_RECORDINGS = 4
 # PyTorch can make one recording at a time in a process. The lock also guards the list of recordings.
 LOCK = threading.Lock()
+
+
+# A recording depends on the parameters, on these attributes of modules, and on all fields of the config but those that
+# have no effect on it.
+MODULE_FIELDS = ("eps", "scaling")
+FIELDS_WITHOUT_EFFECT = {
+    "embedding_dropout", "attention_dropout", "residual_dropout", "initializer_range", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id", "rope_parameters", "max_position_embeddings",
+}  # fmt: skip
+CONFIG_FIELDS = tuple(name for name in MiniConfig.own_fields() if name not in FIELDS_WITHOUT_EFFECT)
+
+
+def constants_of(model: PreTrainedModel) -> list[Any]:
+    """The numbers and names of a model that are fixed when its step is recorded."""
+    settings = [getattr(model.config, name) for name in CONFIG_FIELDS]
+    modules = list(model.modules())
+    kinds = [type(module).__qualname__ for module in modules]  # somebody may have replaced an activation
+    return settings + kinds + [vars(module).get(name) for name in MODULE_FIELDS for module in modules]
 
 
 class Recording:
@@ -129,8 +147,8 @@ class GraphStep:
         self.free: list[Recording] = []
         self.give_back(self.take(model, 1, FIRST_CAPACITY))
 
-    def suits(self, model: PreTrainedModel, batch: int, attention_mask: torch.Tensor | None) -> bool:
-        """Whether it can decode for this model: yes for any batch, if the model is still on this type of device."""
+    def suits(self, model: PreTrainedModel) -> bool:
+        """Whether it can decode for this model: yes, if the model is still on this type of device."""
         return model.model.embed_tokens.weight.device.type == self.device_type
 
     def decoder(

@@ -2,16 +2,14 @@
 
 import copy
 import random
-from collections.abc import Callable
-from typing import Any
 from unittest import mock
 
 import bitsandbytes
 import pytest
 import torch
 from helpers.random_models import make_model, random_request, random_settings
-from modeling_mini import MiniForCausalLM, compiled_decoding, decoding, fast_generation, quantized_decoding
-from modeling_mini.compiled_decoding import CompiledStep, StepWithWeights, weights_of
+from modeling_mini import MiniForCausalLM, decoding, fast_generation, quantized_decoding
+from modeling_mini.compiled_decoding import CompiledDecoder, NativeModel
 from torch import nn
 
 KINDS = ("8bit", "4bit")
@@ -125,72 +123,72 @@ def test_when_the_layers_themselves_are_called(switch: bool | str, monkeypatch: 
     assert not fast_path.called and product.called
 
 
-def test_the_compiled_step_is_that_of_the_model_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The function depends on shapes alone, so INT4 and float32 share its file, and INT8 has one of its own."""
-    model = make_model(hidden_size=64, intermediate_size=128, head_dim=64)
-    quantized, _ = quantize(model, "4bit")
-    integers, _ = quantize(model, "8bit")
-    paths = []
-    monkeypatch.setattr(compiled_decoding, "load_package", lambda path: paths.append(path) or (lambda inputs: None))
-    for each in (model, quantized, integers):
-        each.compile_decoding()
-        assert type(each.compiled_step) is CompiledStep
-    assert paths[0] == paths[1] != paths[2]
-    for each in (quantized, integers):
-        assert each.compiled_step.suits(quantized_decoding.dequantized(each), 1, None)
-    assert not integers.compiled_step.suits(quantized_decoding.dequantized(quantized), 1, None)
-
-
-def uncompiled(quantized: MiniForCausalLM) -> Callable[[list[torch.Tensor]], Any]:
-    """The function that is compiled for a model, as torch runs it."""
-    model = quantized_decoding.with_integers(quantized_decoding.dequantized(quantized))
-    step, names, layers = StepWithWeights(model), list(weights_of(model)), model.config.num_hidden_layers
-
-    def run(inputs: list[torch.Tensor]) -> Any:
-        token_id, cos, sin, *rest = inputs
-        assert sum(tensor.dtype == torch.int8 for tensor in rest) == 7 * layers
-        return step(token_id, cos, sin, rest[:layers], dict(zip(names, rest[layers:], strict=True)))
-
-    return run
-
-
 @pytest.mark.parametrize("group", range(5))
-def test_the_step_in_integers_writes_what_the_rounded_weights_write(
-    group: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_the_compiled_step_writes_what_the_rounded_weights_write(
+    kind: str, group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """50 models with a random request each, by the function before it is compiled."""
-    monkeypatch.setattr(compiled_decoding, "load_package", lambda path: lambda inputs: None)
+    """50 models of each kind with a random request each, of one sequence and of several; INT8 as integers."""
+    types: list[set[torch.dtype]] = []
+    init, step = NativeModel.__init__, CompiledDecoder.step
+
+    def noting(self: NativeModel, model: MiniForCausalLM, pack: bool) -> None:
+        init(self, model, pack)
+        types.append({tensor.dtype for tensor in self.tensors})
+
+    steps = mock.Mock(wraps=step)
+    monkeypatch.setattr(NativeModel, "__init__", noting)
+    monkeypatch.setattr(CompiledDecoder, "step", lambda *arguments: steps(*arguments))
     for number in range(10):
         draw = random.Random(f"integers {group} {number}")
         torch.manual_seed(draw.randrange(2**32))
         settings = random_settings(draw)
-        quantized, plain = quantize(make_model(**settings), "8bit")
+        quantized, plain = quantize(make_model(**settings), kind)
         quantized.compile_decoding()
-        quantized.compiled_step.run = mock.Mock(wraps=uncompiled(quantized))
+        assert quantized.compiled_step.suits(quantized_decoding.dequantized(quantized))
         request = random_request(draw, settings["vocab_size"])
-        request |= {"return_dict_in_generate": True, "output_logits": True, "num_return_sequences": 1}
-        request |= {"input_ids": request["input_ids"][:1], "attention_mask": torch.ones_like(request["input_ids"][:1])}
+        batch, length = draw.choice([1, 2, 9]), request["input_ids"].shape[1]
+        request |= {"input_ids": torch.randint(1, settings["vocab_size"], (batch, length))}
+        request |= {"attention_mask": torch.ones(batch, length, dtype=torch.long), "num_return_sequences": 1}
+        request |= {"return_dict_in_generate": True, "output_logits": True}
         outputs = []
         for model in (quantized, plain):
             torch.manual_seed(7)
+            steps.reset_mock()
             outputs.append(model.generate(**request))
+            assert steps.call_count == (0 if model is plain else len(outputs[0].logits) - 1)
         written, expected = outputs
-        assert quantized.compiled_step.run.call_count == len(written.logits) - 1
         assert torch.equal(written.sequences, expected.sequences), f"{settings}\n{request}"
         for a, b in zip(written.logits, expected.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
+    assert types and all((torch.int8 in each) == (kind == "8bit") for each in types)
 
 
-@pytest.mark.slow
+def test_layers_of_one_input_of_which_some_are_quantized() -> None:
+    torch.manual_seed(0)
+    quantized, _ = quantize(make_model(), "8bit")
+    attention = quantized.model.layers[0].self_attn
+    attention.k_proj = quantized_decoding.dequantized(quantized).model.layers[0].self_attn.k_proj
+    del attention.k_proj.integers
+    plain = quantized_decoding.dequantized(quantized)
+    quantized.compile_decoding()
+    for batch in (1, 3):
+        request = {"inputs": torch.randint(1, 97, (batch, 5)), "do_sample": False, "max_new_tokens": 20}
+        with mock.patch.object(CompiledDecoder, "step", autospec=True, side_effect=CompiledDecoder.step) as step:
+            written = quantized.generate(**request)
+        assert step.call_count == 19
+        assert torch.equal(written, plain.generate(**request))
+
+
 def test_the_compiled_step_in_integers_writes_the_same() -> None:
-    """Compiled in earnest, before and after the first call of the layers, which moves their scales."""
+    """Before and after the first call of the layers, which moves their scales."""
     torch.manual_seed(0)
     quantized, plain = quantize(make_model(), "8bit")
     quantized.compile_decoding()
     assert quantized.compiled_step is not None
     for length in (3, 40):
         request = {"input_ids": torch.randint(1, 97, (1, length)), "do_sample": False, "max_new_tokens": 30}
-        with mock.patch.object(quantized.compiled_step, "run", wraps=quantized.compiled_step.run) as run:
+        with mock.patch.object(CompiledDecoder, "step", autospec=True, side_effect=CompiledDecoder.step) as step:
             written = quantized.generate(**request)
-        assert run.call_count == 29 and torch.equal(written, plain.generate(**request))
+        assert step.call_count == 29 and torch.equal(written, plain.generate(**request))
         quantized(request["input_ids"])

@@ -1,0 +1,418 @@
+"""The source, in C++, of the function that `model.compile_decoding()` compiles on a CPU: see compiled_decoding.py."""
+
+# It is a text in a module, so that it travels with the code of a checkpoint.
+SOURCE = r"""
+// One decoding step in float32 on a CPU: what `decoding_step` of decoding.py computes, as one function. It takes models
+// of any shape and any number of sequences. compiled_decoding.py compiles it, and has the counterparts of its
+// structures.
+//
+// With a few rows, a product of matrices takes as long as reading the weights. A library reads them at a third of the
+// speed of the caches, because its kernels are made for many rows. Here each weight is read in the order in which it
+// lies in memory, for up to eight rows at a time. Keys and values stay in the first cache while all query heads of
+// their group read them. Threads share the outputs of a product, and the sequences and heads of attention.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <omp.h>
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16, ROWS = 8; // 8 rows of two vectors are 16 of 32 registers
+#else
+constexpr int WIDTH = 8, ROWS = 3; // 3 rows of four vectors are 12 of 16 registers
+#endif
+constexpr int COLUMNS = 32; // of a block of packed weights
+constexpr int PARTS = 3;    // projections of one input: at most query, key and value
+
+// `aligned`: they may begin at any float. The compiler splits a vector that is wider than its registers.
+typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef float Half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
+typedef float Quarter __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
+
+// Projections of one input, of which each gives some of the outputs. In INT8, a weight is an integer times the scale of
+// its output.
+struct Linear {
+    // As a model stores them: (outputs of the part, inputs). Packed, there is one part, (outputs / COLUMNS, inputs,
+    // COLUMNS), and the outputs are filled up to a whole block.
+    const void *weights[PARTS];
+    const float *scales[PARTS]; // null in float32
+    const float *biases[PARTS]; // null: no bias
+    int64_t ends[PARTS];        // the outputs up to the end of each part
+    int64_t inputs, outputs, is_packed, is_integer;
+};
+
+struct Norm {
+    const float *weight, *bias; // (size,); no bias: null
+    int64_t size, kind;         // of kind: see below
+    double eps;
+};
+
+enum Kind : int64_t { IDENTITY, LAYERNORM, RMSNORM };
+enum Activation : int64_t { SILU, GELU, GELU_TANH, RELU, RELU2 };
+
+struct Layer {
+    Norm input_layernorm, q_norm, k_norm, post_attention_layernorm;
+    Linear query_key_value, o_proj, gate_up, down_proj;
+    double scaling;
+    int64_t activation;
+};
+
+struct Model {
+    const Layer *layers;
+    const float *embedding; // (vocabulary, hidden_size)
+    Norm norm;
+    Linear head;
+    int64_t num_layers, hidden_size, heads, kv_heads, head_dim, rotary_dim, intermediate_size;
+};
+
+struct Step {
+    int64_t batch, length, capacity, threads; // length: of the earlier tokens
+    const int64_t *token_ids;                 // (batch,)
+    const float *cos, *sin;                   // (rotary_dim,) of each sequence; the first half of sin is negated
+    int64_t rotary_stride;                    // from one sequence to the next; 0 if all have the same
+    const float *mask;                        // (batch, capacity), added to scores; null if there is no padding
+    float *cache;   // (layers, 2 * kv_heads, batch, capacity, head_dim), keys before values; the token's own are added
+    float *logits;  // (batch, outputs of the head)
+    float *scratch; // as many floats as `scratch_size` says
+};
+
+static int64_t padded(int64_t size) { return (size + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+static Vector load(const float *from) { return *(const Vector *)from; }
+static Vector load(const int8_t *from) { return __builtin_convertvector(*(const Bytes *)from, Vector); }
+static void store(float *to, Vector value) { *(Vector *)to = value; }
+
+static float sum_of(Vector value) {
+    const Half *halves = (const Half *)&value;
+    Half half = halves[0] + halves[1];
+    const Quarter *quarters = (const Quarter *)&half;
+    Quarter quarter = quarters[0] + quarters[1];
+    float sum = 0;
+    for (int i = 0; i < WIDTH / 4; i++) sum += quarter[i];
+    return sum;
+}
+
+// exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2, where a polynomial of degree 7 is exact in float32.
+static Vector exp_of(Vector x) {
+    x = x < -87.0f ? Vector{} - 87.0f : x;
+    x = x > 88.0f ? Vector{} + 88.0f : x;
+    const Vector shifted = x * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds
+    const Vector n = shifted - 12582912.0f;
+    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f; // ln(2) in two parts
+    Vector power = r / 5040.0f + 1 / 720.0f;
+    power = power * r + 1 / 120.0f;
+    power = power * r + 1 / 24.0f;
+    power = power * r + 1 / 6.0f;
+    power = power * r + 0.5f;
+    power = power * r + 1.0f;
+    power = power * r + 1.0f;
+    const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
+    return power * (Vector)exponent;
+}
+
+static Vector activated(Vector x, int64_t activation) {
+    const Vector zero{};
+    switch (activation) {
+    case SILU:
+        return x / (exp_of(-x) + 1.0f);
+    case GELU:
+        for (int i = 0; i < WIDTH; i++) x[i] = 0.5f * x[i] * (1.0f + std::erf(x[i] * 0.70710678f));
+        return x;
+    case GELU_TANH: {
+        const Vector inner = 0.79788456f * (x + 0.044715f * x * x * x);
+        return x - x / (exp_of(2.0f * inner) + 1.0f); // 0.5 * (1 + tanh(y)) = 1 - 1 / (exp(2y) + 1)
+    }
+    case RELU:
+        return x > 0.0f ? x : zero;
+    default:
+        x = x > 0.0f ? x : zero;
+        return x * x;
+    }
+}
+
+// A norm of one vector. `to` may be `from`.
+static void normalize(const Norm &norm, const float *from, float *to) {
+    const int64_t size = norm.size;
+    if (norm.kind == IDENTITY) {
+        if (to != from) std::memcpy(to, from, size * sizeof(float));
+        return;
+    }
+    float mean = 0, squares = 0;
+    if (norm.kind == LAYERNORM) {
+#pragma omp simd reduction(+ : mean)
+        for (int64_t i = 0; i < size; i++) mean += from[i];
+        mean /= size;
+    }
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < size; i++) squares += (from[i] - mean) * (from[i] - mean);
+    const float scale = 1 / std::sqrt(squares / size + (float)norm.eps);
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) {
+        const float shift = norm.bias == nullptr ? 0 : norm.bias[i];
+        to[i] = (from[i] - mean) * scale * norm.weight[i] + shift;
+    }
+}
+
+// Where the outputs of a product go.
+struct Place {
+    float *to;
+    int64_t stride; // from one row to the next
+    bool adds;      // to what stands there
+};
+
+// R rows of a product, for one block of columns of packed weights.
+template <typename Weight, int R>
+static void block_of_product(const Linear &linear, int64_t column, const float *from, int64_t stride, Place place) {
+    constexpr int VECTORS = COLUMNS / WIDTH;
+    const Weight *weight = (const Weight *)linear.weights[0] + column * linear.inputs;
+    Vector sums[R][VECTORS]{};
+    for (int64_t k = 0; k < linear.inputs; k++)
+        for (int i = 0; i < VECTORS; i++) {
+            const Vector part = load(weight + k * COLUMNS + i * WIDTH);
+            for (int row = 0; row < R; row++) sums[row][i] += from[row * stride + k] * part;
+        }
+    for (int i = 0; i < VECTORS; i++) {
+        const int64_t output = column + i * WIDTH;
+        const Vector scale = linear.scales[0] == nullptr ? Vector{} + 1.0f : load(linear.scales[0] + output);
+        const Vector bias = linear.biases[0] == nullptr ? Vector{} : load(linear.biases[0] + output);
+        for (int row = 0; row < R; row++) {
+            float *to = place.to + row * place.stride + output;
+            const Vector sum = sums[row][i] * scale + bias;
+            store(to, place.adds ? load(to) + sum : sum);
+        }
+    }
+}
+
+// R rows of a product, for one output of weights as a model stores them.
+template <typename Weight, int R>
+static void output_of_product(const Linear &linear, int64_t output, const float *from, int64_t stride, Place place) {
+    int part = 0;
+    while (output >= linear.ends[part]) part++;
+    const int64_t number = output - (part == 0 ? 0 : linear.ends[part - 1]), inputs = linear.inputs;
+    const Weight *weight = (const Weight *)linear.weights[part] + number * inputs;
+    Vector sums[R]{};
+    int64_t k = 0;
+    for (; k + WIDTH <= inputs; k += WIDTH) {
+        const Vector weights = load(weight + k);
+        for (int row = 0; row < R; row++) sums[row] += load(from + row * stride + k) * weights;
+    }
+    const float scale = linear.scales[part] == nullptr ? 1 : linear.scales[part][number];
+    const float bias = linear.biases[part] == nullptr ? 0 : linear.biases[part][number];
+    for (int row = 0; row < R; row++) {
+        float sum = sum_of(sums[row]);
+        for (int64_t i = k; i < inputs; i++) sum += from[row * stride + i] * weight[i];
+        float *to = place.to + row * place.stride + output;
+        *to = sum * scale + bias + (place.adds ? *to : 0);
+    }
+}
+
+template <typename Weight>
+static void product_of(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place) {
+    const int64_t step = linear.is_packed ? COLUMNS : 1;
+#pragma omp for schedule(static)
+    for (int64_t output = 0; output < linear.outputs; output += step)
+        for (int64_t row = 0; row < rows;) {
+            const int64_t left = rows - row;
+            const float *first = from + row * stride;
+            const Place there{place.to + row * place.stride, place.stride, place.adds};
+            const auto compute = [&](auto count) {
+                constexpr int R = decltype(count)::value;
+                if (linear.is_packed)
+                    block_of_product<Weight, R>(linear, output, first, stride, there);
+                else
+                    output_of_product<Weight, R>(linear, output, first, stride, there);
+                row += R;
+            };
+            if (left >= ROWS)
+                compute(std::integral_constant<int, ROWS>());
+            else if (ROWS > 4 && left >= 4)
+                compute(std::integral_constant<int, 4>());
+            else if (left >= 2)
+                compute(std::integral_constant<int, 2>());
+            else
+                compute(std::integral_constant<int, 1>());
+        }
+}
+
+// Rows (rows, inputs) times the weights. All threads call it.
+static void product(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place) {
+    if (linear.is_integer)
+        product_of<int8_t>(linear, from, stride, rows, place);
+    else
+        product_of<float>(linear, from, stride, rows, place);
+}
+
+// The rotary embedding of one head.
+static void rotate(float *states, const float *cos, const float *sin, int64_t rotary_dim) {
+    const int64_t half = rotary_dim / 2;
+    for (int64_t i = 0; i < half; i++) {
+        const float first = states[i], second = states[half + i];
+        states[i] = first * cos[i] + second * sin[i];
+        states[half + i] = second * cos[half + i] + first * sin[half + i];
+    }
+}
+
+// The product of a query with each key. N: how many vectors a head is; 0 if it is no whole number of them.
+template <int N>
+static void scores_of(const float *query, const float *keys, float *scores, int64_t length, int64_t dim) {
+    if constexpr (N == 0) {
+        for (int64_t token = 0; token < length; token++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < dim; i++) sum += query[i] * keys[token * dim + i];
+            scores[token] = sum;
+        }
+    } else {
+        Vector parts[N];
+        for (int i = 0; i < N; i++) parts[i] = load(query + i * WIDTH);
+        for (int64_t token = 0; token < length; token++) {
+            Vector sum = parts[0] * load(keys + token * dim);
+            for (int i = 1; i < N; i++) sum += parts[i] * load(keys + token * dim + i * WIDTH);
+            scores[token] = sum_of(sum);
+        }
+    }
+}
+
+// The sum of the values, each with its weight, times `scale`.
+template <int N>
+static void weighted_sum(const float *weights, const float *values, float scale, float *to, int64_t length,
+                         int64_t dim) {
+    if constexpr (N == 0) {
+        for (int64_t i = 0; i < dim; i++) to[i] = 0;
+        for (int64_t token = 0; token < length; token++)
+#pragma omp simd
+            for (int64_t i = 0; i < dim; i++) to[i] += scale * weights[token] * values[token * dim + i];
+    } else {
+        Vector even[N]{}, odd[N]{}; // two sums, because an addition has to wait for the one before it
+        int64_t token = 0;
+        for (; token + 1 < length; token += 2)
+            for (int i = 0; i < N; i++) {
+                even[i] += weights[token] * load(values + token * dim + i * WIDTH);
+                odd[i] += weights[token + 1] * load(values + (token + 1) * dim + i * WIDTH);
+            }
+        if (token < length)
+            for (int i = 0; i < N; i++) even[i] += weights[token] * load(values + token * dim + i * WIDTH);
+        for (int i = 0; i < N; i++) store(to + i * WIDTH, scale * (even[i] + odd[i]));
+    }
+}
+
+// Scores to weights that are not yet divided by their sum, which it returns. It writes up to WIDTH - 1 floats more.
+static float softmax(float *scores, int64_t length) {
+    float highest = scores[0];
+#pragma omp simd reduction(max : highest)
+    for (int64_t i = 0; i < length; i++) highest = scores[i] > highest ? scores[i] : highest;
+    for (int64_t i = 0; i < length; i += WIDTH) store(scores + i, exp_of(load(scores + i) - highest));
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < length; i++) sum += scores[i];
+    return sum;
+}
+
+// Attention of all query heads of one key/value head of one sequence. The token's own key and value go into the cache.
+template <int N>
+static void attention_of_group(const Model &model, const Layer &layer, const Step &step, float *cache, int64_t head,
+                               int64_t sequence, float *states, float *to, float *scores) {
+    const int64_t dim = model.head_dim, group = model.heads / model.kv_heads, length = step.length + 1;
+    const float *cos = step.cos + sequence * step.rotary_stride, *sin = step.sin + sequence * step.rotary_stride;
+    float *query = states + head * group * dim, *key = states + (model.heads + head) * dim;
+    const float *value = key + model.kv_heads * dim;
+    float *keys = cache + (head * step.batch + sequence) * step.capacity * dim;
+    float *values = keys + model.kv_heads * step.batch * step.capacity * dim;
+
+    normalize(layer.k_norm, key, key);
+    rotate(key, cos, sin, model.rotary_dim);
+    std::memcpy(keys + step.length * dim, key, dim * sizeof(float));
+    std::memcpy(values + step.length * dim, value, dim * sizeof(float));
+    for (int64_t i = 0; i < group; i++, query += dim) {
+        normalize(layer.q_norm, query, query);
+        rotate(query, cos, sin, model.rotary_dim);
+        for (int64_t j = 0; j < dim; j++) query[j] *= (float)layer.scaling;
+        scores_of<N>(query, keys, scores, length, dim);
+        if (step.mask != nullptr) {
+            const float *mask = step.mask + sequence * step.capacity;
+            for (int64_t j = 0; j < step.length; j++) scores[j] += mask[j];
+        }
+        const float sum = softmax(scores, length);
+        weighted_sum<N>(scores, values, 1 / sum, to + (head * group + i) * dim, length, dim);
+    }
+}
+
+struct Sizes { // of a row of each intermediate result
+    int64_t hidden, states, attention, gate_up, activated, scores;
+    explicit Sizes(const Model &model, const Step &step) {
+        hidden = padded(model.hidden_size);
+        states = padded((model.heads + 2 * model.kv_heads) * model.head_dim);
+        attention = padded(model.heads * model.head_dim);
+        gate_up = padded(2 * model.intermediate_size);
+        activated = padded(model.intermediate_size);
+        scores = padded(step.capacity + 1);
+    }
+};
+
+extern "C" void structure_sizes(int64_t *sizes) {
+    const int64_t all[] = {sizeof(Linear), sizeof(Norm), sizeof(Layer), sizeof(Model), sizeof(Step)};
+    std::memcpy(sizes, all, sizeof(all));
+}
+
+extern "C" int64_t scratch_size(const Model &model, const Step &step) {
+    const Sizes sizes(model, step);
+    const int64_t of_sequence = 2 * sizes.hidden + sizes.states + sizes.attention + sizes.gate_up + sizes.activated;
+    return step.batch * of_sequence + step.threads * sizes.scores + COLUMNS; // vectors may read beyond the end
+}
+
+extern "C" void decoding_step(const Model &model, const Step &step) {
+    const Sizes sizes(model, step);
+    const int64_t batch = step.batch, dim = model.head_dim, intermediate = model.intermediate_size;
+    float *hidden = step.scratch, *normed = hidden + batch * sizes.hidden, *states = normed + batch * sizes.hidden;
+    float *attention = states + batch * sizes.states, *gate_up = attention + batch * sizes.attention;
+    float *activations = gate_up + batch * sizes.gate_up, *scores = activations + batch * sizes.activated;
+    const int64_t layer_of_cache = 2 * model.kv_heads * batch * step.capacity * dim;
+    const int64_t vectors = dim % WIDTH == 0 ? dim / WIDTH : 0;
+    const auto attend = vectors == 1   ? attention_of_group<1>
+                        : vectors == 2 ? attention_of_group<2>
+                        : vectors == 4 ? attention_of_group<4>
+                        : vectors == 8 ? attention_of_group<8>
+                                       : attention_of_group<0>;
+
+    // Every loop with `omp for` is shared by the threads, and ends when all of them are done.
+#pragma omp parallel num_threads((int)step.threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < batch; row++)
+            std::memcpy(hidden + row * sizes.hidden, model.embedding + step.token_ids[row] * model.hidden_size,
+                        model.hidden_size * sizeof(float));
+        const auto normalize_all = [&](const Norm &norm) {
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < batch; row++)
+                normalize(norm, hidden + row * sizes.hidden, normed + row * sizes.hidden);
+        };
+        for (int64_t number = 0; number < model.num_layers; number++) {
+            const Layer &layer = model.layers[number];
+            normalize_all(layer.input_layernorm);
+            product(layer.query_key_value, normed, sizes.hidden, batch, {states, sizes.states, false});
+#pragma omp for schedule(static) collapse(2)
+            for (int64_t head = 0; head < model.kv_heads; head++)
+                for (int64_t row = 0; row < batch; row++)
+                    attend(model, layer, step, step.cache + number * layer_of_cache, head, row,
+                           states + row * sizes.states, attention + row * sizes.attention,
+                           scores + omp_get_thread_num() * sizes.scores);
+            product(layer.o_proj, attention, sizes.attention, batch, {hidden, sizes.hidden, true});
+            normalize_all(layer.post_attention_layernorm);
+            product(layer.gate_up, normed, sizes.hidden, batch, {gate_up, sizes.gate_up, false});
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < batch; row++) {
+                const float *gate = gate_up + row * sizes.gate_up, *up = gate + intermediate;
+                for (int64_t i = 0; i < intermediate; i += WIDTH)
+                    store(activations + row * sizes.activated + i,
+                          activated(load(gate + i), layer.activation) * load(up + i));
+            }
+            product(layer.down_proj, activations, sizes.activated, batch, {hidden, sizes.hidden, true});
+        }
+        normalize_all(model.norm);
+        product(model.head, normed, sizes.hidden, batch, {step.logits, model.head.outputs, false});
+    }
+}
+"""
