@@ -25,7 +25,7 @@ from entry_points_mini import option
 from files_mini import write_text
 from rich.console import Console
 
-from measuring import PlaceSettings, in_child, machine, run_benchmark  # isort: skip
+from measuring import PlaceSettings, in_child, machine, run_benchmark, settings_of  # isort: skip
 
 ROOT = Path(__file__).parent.parent
 TESTS = (
@@ -46,12 +46,12 @@ class Settings(PlaceSettings):
     seconds: int = option(60, "how long one test may take", at_least=1)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in self.tests:
             if not (ROOT / name.split("::")[0]).is_file():
                 raise ValueError(f"There is no file of tests {name.split('::')[0]!r} in {ROOT}.")
         if importlib.util.find_spec("pytest") is None:
             raise ValueError("The tests need pytest, which is not installed: pip install pytest")
+        super().__post_init__()
 
 
 class Recorder:
@@ -145,4 +145,4 @@ def last_line(reason: str) -> str:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(settings_of(Settings, __doc__), measure, show)

@@ -22,15 +22,10 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-from configuration_mini import MiniConfig
 from entry_points_mini import option
-from modeling_mini import fast_generation
-from modeling_mini.analysis import ModelCost
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from measuring import (  # isort: skip
     PlaceSettings,
@@ -40,6 +35,7 @@ from measuring import (  # isort: skip
     machine,
     peak_resident_memory,
     run_benchmark,
+    settings_of,
 )
 from runtimes import RUNTIMES, installed_runtimes, make_runtime  # isort: skip
 
@@ -70,12 +66,12 @@ class Settings(PlaceSettings):
     runtimes: list[str] = option(list(RUNTIMES), "others that take part where they are installed")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in ("batch_sizes", "prompts"):
             if min(getattr(self, name), default=0) < 1:
                 raise ValueError(f"{name} must be at least 1 each, got {getattr(self, name)}.")
         if unknown := set(self.runtimes) - set(RUNTIMES):
             raise ValueError(f"runtimes are {', '.join(RUNTIMES)}, not {', '.join(sorted(unknown))}.")
+        super().__post_init__()
         on_cpu_in_float32 = self.device == "cpu" and not self.bf16
         self.compile = self.compile and (on_cpu_in_float32 or self.device == "cuda")
         if not on_cpu_in_float32:  # the same weights, on the same processor
@@ -109,9 +105,19 @@ class Settings(PlaceSettings):
         return [*compiled, *CONTENDERS, *static]
 
     @property
-    def mini_config(self) -> MiniConfig:
+    def mini_config(self) -> "MiniConfig":
         layers = {} if self.layers is None else {"num_hidden_layers": self.layers}
         return MiniConfig.preset(self.size, max_position_embeddings=max(self.prompts) + self.tokens, **layers)
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import torch
+from configuration_mini import MiniConfig
+from modeling_mini import fast_generation
+from modeling_mini.analysis import ModelCost
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 
 class Case(NamedTuple):
@@ -288,4 +294,4 @@ def show(results: dict[str, Any], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

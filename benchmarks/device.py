@@ -18,14 +18,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 from entry_points_mini import option
 from rich.console import Console
-from training_mini.metrics import peak_flops
 
-from measuring import PlaceSettings, in_turns, machine, run_benchmark  # isort: skip
-from training import SQUARE_SIDE, MatrixProducts, synchronize  # isort: skip
-from training import Settings as TrainingSettings  # isort: skip
+from measuring import PlaceSettings, in_turns, machine, run_benchmark, settings_of  # isort: skip
 
 # What is copied: more than any cache holds.
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
@@ -37,6 +33,16 @@ class Settings(PlaceSettings):
     """What is measured, and how often."""
 
     rounds: int = option(7, "how often each is measured; the median counts", at_least=1)
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import torch
+from training_mini.metrics import peak_flops
+
+from training import SQUARE_SIDE, MatrixProducts, synchronize  # isort: skip
+from training import Settings as TrainingSettings  # isort: skip
 
 
 class Copy:
@@ -121,4 +127,4 @@ def show(results: dict[str, Any], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

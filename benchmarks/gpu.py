@@ -25,7 +25,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 from entry_points_mini import EXIT_STOPPED, ArgumentParser, Settings, one_sentence_errors, option
 from files_mini import find_checkpoint, read_json_lines, write_text
 from rich import box
@@ -61,14 +60,17 @@ class GpuSettings(Settings):
         for name in self.only:
             if name not in names:
                 raise ValueError(f"only takes {', '.join(names)}, got {name!r}.")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("PyTorch finds no GPU here; --device cpu tries the command without one.")
         if self.shakespeare is not None and not Path(self.shakespeare).is_file():
             raise ValueError(f"There is no file {self.shakespeare!r}; shakespeare is the text of Tiny Shakespeare.")
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").is_file():
             raise ValueError(f"There is no model.py in {self.nanogpt!r}; nanogpt is the folder of a nanoGPT checkout.")
         if Path(self.output).exists() and not Path(self.output).is_dir():
             raise ValueError(f"output must be a folder, and {self.output!r} is a file.")
+        if self.device == "cuda":
+            import torch  # not above, for help and other mistakes need no torch, which takes seconds to load
+
+            if not torch.cuda.is_available():
+                raise ValueError("PyTorch finds no GPU here; --device cpu tries the command without one.")
 
     @property
     def folder(self) -> Path:

@@ -29,17 +29,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
-import torch
 from entry_points_mini import option
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional
-from training_mini.monitoring import read_metrics
 
-from measuring import OutputSettings, machine, run_benchmark  # isort: skip
-from training import import_nanogpt  # isort: skip
+from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("a", "b", "c")
@@ -87,6 +82,17 @@ class Settings(OutputSettings):
         if not self.seeds:
             raise ValueError("seeds must name at least one seed.")
         self.only = [part for part in PARTS if part in self.only]
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import numpy as np
+import torch
+from torch.nn import functional
+from training_mini.monitoring import read_metrics
+
+from training import import_nanogpt  # isort: skip
 
 
 @dataclass
@@ -266,4 +272,4 @@ def show(results: dict[str, Any], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

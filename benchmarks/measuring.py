@@ -8,16 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
-from configuration_mini import MiniConfig
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option
 from files_mini import write_text
-from installation_mini import processor_name
-from modeling_mini.export.native import SHARED_FIELDS
-from transformers import LlamaConfig
+
+# What loads torch stands where it is needed, for the help of a benchmark needs none of it.
+if TYPE_CHECKING:
+    from configuration_mini import MiniConfig
+    from transformers import LlamaConfig
 
 
 @dataclass
@@ -40,23 +39,30 @@ class PlaceSettings(OutputSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.device == "cpu":
+            return
+        import torch
+
         if self.device is None:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif self.device == "cuda" and not torch.cuda.is_available():
+        elif not torch.cuda.is_available():
             raise ValueError("The device 'cuda' was asked for, but PyTorch finds no GPU here.")
 
 
+def settings_of(settings_class: type[OutputSettings], description: str) -> Any:
+    """The settings from the command line; its help, or what is wrong with them, ends the program."""
+    with one_sentence_errors():
+        parser = ArgumentParser(settings_class, description=description.strip().split("\n\n")[0])
+        return parser.parse(sys.argv[1:])[0]
+
+
 def run_benchmark(
-    settings_class: type[OutputSettings],
-    description: str,
+    settings: OutputSettings,
     measure: Callable[[Any], dict[str, Any]],
     show: Callable[[dict[str, Any], Any], None],
 ) -> None:
-    """Settings from the command line, figures, a table for people, and a last line of JSON."""
+    """Figures, a table for people, and a last line of JSON."""
     with one_sentence_errors():
-        (settings,) = ArgumentParser(settings_class, description=description.strip().split("\n\n")[0]).parse(
-            sys.argv[1:]
-        )
         results = measure(settings)
         show(results, settings)
         line = json.dumps(results)
@@ -78,8 +84,11 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def llama_config_of(config: MiniConfig) -> LlamaConfig:
+def llama_config_of(config: "MiniConfig") -> "LlamaConfig":
     """Llama in the shape of Mini; what is left to differ is Llama's: RMSNorm, and its own code."""
+    from modeling_mini.export.native import SHARED_FIELDS
+    from transformers import LlamaConfig
+
     return LlamaConfig(**{name: getattr(config, name) for name in (*SHARED_FIELDS, "head_dim")})
 
 
@@ -111,6 +120,10 @@ def peak_resident_memory(reset: bool = False) -> int | None:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on, for the JSON."""
+    import torch
+    import transformers
+    from installation_mini import processor_name
+
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
         "threads": torch.get_num_threads(),

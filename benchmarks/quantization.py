@@ -20,29 +20,15 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import psutil
-import torch
-from configuration_mini import PRESETS, MiniConfig
 from entry_points_mini import option, quiet_libraries
-from modeling_mini import fast_generation
-from modeling_mini.loading.checkpoints import find_checkpoint, load_checkpoint
+from files_mini import find_checkpoint
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from tokenization import ByteTokenizer
-from torch.nn import functional as F
-from training_mini.arguments import DataArguments
-from training_mini.data.corpus import Corpus, load_corpus
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from shape_mini import PRESETS
 
-from measuring import PlaceSettings, in_turns, machine, run_benchmark  # isort: skip
+from measuring import PlaceSettings, in_turns, machine, run_benchmark, settings_of  # isort: skip
 
-KINDS: dict[str, dict[str, Any]] = {
-    "float32": {"dtype": torch.float32},
-    "bfloat16": {"dtype": torch.bfloat16},
-    "int8": {"dtype": torch.float32, "quantization": "8bit"},
-    "nf4": {"dtype": torch.float32, "quantization": "4bit"},
-}
 COMPILED_KINDS = ("float32", "int8")  # those with a compiled step of their own
 PROMPT, WINDOWS_AT_ONCE = 16, 16
 
@@ -61,10 +47,32 @@ class Settings(PlaceSettings):
     rounds: int = option(3, "how often each has its turn at writing; the median counts", at_least=1)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in self.models:
             if name not in PRESETS:
                 find_checkpoint(name)
+        super().__post_init__()
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import psutil
+import torch
+from configuration_mini import MiniConfig
+from modeling_mini import fast_generation
+from modeling_mini.loading.checkpoints import load_checkpoint
+from tokenization import ByteTokenizer
+from torch.nn import functional as F
+from training_mini.arguments import DataArguments
+from training_mini.data.corpus import Corpus, load_corpus
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+KINDS: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": torch.float32},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "int8": {"dtype": torch.float32, "quantization": "8bit"},
+    "nf4": {"dtype": torch.float32, "quantization": "4bit"},
+}
 
 
 def bytes_of_weights(model: PreTrainedModel) -> int:
@@ -191,4 +199,4 @@ def show(results: dict[str, Any], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

@@ -3,11 +3,10 @@
 import importlib.util
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-from modeling_mini.export import export
-from tokenization import ByteTokenizer
-from transformers import PreTrainedModel
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LlamaCpp:
@@ -17,6 +16,7 @@ class LlamaCpp:
 
     def __init__(self, checkpoint: Path, folder: Path, context: int, threads: int) -> None:
         import llama_cpp
+        from modeling_mini.export import export
 
         written = export("gguf", checkpoint, folder / "gguf", types=["F32"])
         (file,) = written.glob("*.gguf")
@@ -39,6 +39,7 @@ class OnnxRuntime:
 
     def __init__(self, checkpoint: Path, folder: Path, context: int, threads: int) -> None:
         import onnxruntime
+        from modeling_mini.export import export
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -49,6 +50,7 @@ class OnnxRuntime:
 
     def seconds(self, ids: list[int], tokens: int) -> float:
         """The time for a text of `tokens` after a prompt."""
+        import numpy as np
         from modeling_mini.export.onnx import empty_cache
 
         start = time.perf_counter()
@@ -73,8 +75,12 @@ def installed_runtimes() -> list[str]:
     return [name for name, runtime in RUNTIMES.items() if importlib.util.find_spec(runtime.package) is not None]
 
 
-def make_runtime(name: str, model: PreTrainedModel, folder: Path, context: int, threads: int) -> LlamaCpp | OnnxRuntime:
+def make_runtime(
+    name: str, model: "PreTrainedModel", folder: Path, context: int, threads: int
+) -> LlamaCpp | OnnxRuntime:
     """A runtime with the weights of a model; its files are written to `folder`."""
+    from tokenization import ByteTokenizer
+
     checkpoint = folder / "checkpoint"
     if not checkpoint.exists():
         model.save_pretrained(checkpoint)

@@ -21,20 +21,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 from entry_points_mini import option
-from measuring import OutputSettings, machine, run_benchmark
 from rich.console import Console
 from rich.table import Table
-from tokenization import ByteTokenizer
-from training_mini.arguments import DataArguments, parse_arguments
-from training_mini.checkpoints import damage_of, states_of
-from training_mini.data.batches import Collator, TrainingBatches
-from training_mini.data.corpus import load_corpus
-from training_mini.data.sources import standard_library_files
-from training_mini.data.streaming import StreamBatches
-from training_mini.evaluation import compressor_bits_per_byte
-from training_mini.trainer import Trainer
+
+from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
 
 WINDOWS, CONTEXT = 512, 1024
 BPE_ENTRIES = 8000
@@ -49,6 +40,21 @@ class ScalingSettings(OutputSettings):
     size: str = option("gpt2", "the model whose checkpoint is written")
     steps: int = option(8, "training steps beside which a checkpoint is written", at_least=1)
     rounds: int = option(3, "measure so many times and take the best", at_least=1)
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(ScalingSettings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+from tokenization import ByteTokenizer
+from training_mini.arguments import DataArguments, parse_arguments
+from training_mini.checkpoints import damage_of, states_of
+from training_mini.data.batches import Collator, TrainingBatches
+from training_mini.data.corpus import load_corpus
+from training_mini.data.sources import standard_library_files
+from training_mini.data.streaming import StreamBatches
+from training_mini.evaluation import compressor_bits_per_byte
+from training_mini.trainer import Trainer
 
 
 def best_seconds(rounds: int, action: Callable[[Path], object]) -> float:
@@ -181,4 +187,4 @@ def show(results: dict[str, Any], settings: ScalingSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(ScalingSettings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

@@ -19,20 +19,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-import psutil
-import torch
-import torch.distributed as dist
-from configuration_mini import MiniConfig
 from entry_points_mini import option
-from measuring import OutputSettings, machine, run_benchmark
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from training_mini.distributed import blocks_of
-from training_mini.sharded_start import ShardedStart
-from transformers import AutoModelForCausalLM
+
+from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
 
 MAXIMUM_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
@@ -50,6 +41,21 @@ class StartSettings(OutputSettings):
         super().__post_init__()
         if self.hidden_size % 64:
             raise ValueError(f"hidden_size must be a multiple of 64, got {self.hidden_size}.")
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(StartSettings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+import psutil
+import torch
+import torch.distributed as dist
+from configuration_mini import MiniConfig
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from training_mini.distributed import blocks_of
+from training_mini.sharded_start import ShardedStart
+from transformers import AutoModelForCausalLM
 
 
 def start_on(rank: int, settings: StartSettings, folder: str) -> None:
@@ -107,4 +113,4 @@ def show(results: dict[str, Any], settings: StartSettings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(StartSettings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

@@ -20,14 +20,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 from entry_points_mini import option
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from training_mini import TrainingSettings, train
 
-from measuring import OutputSettings, machine, run_benchmark  # isort: skip
+from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
 
 # `gpt2` is `large` with a vocabulary that a run takes from its tokenizer.
 SIZES = ("tiny", "small", "medium", "large")
@@ -45,6 +43,13 @@ class Settings(OutputSettings):
     processor_time: bool = option(
         False, "one thread, and seconds of the processor: for a machine that has other things to do as well"
     )
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import torch
+from training_mini import TrainingSettings, train
 
 
 class Clock:
@@ -124,4 +129,4 @@ def show(results: dict[str, Any], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

@@ -18,11 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from entry_points_mini import one_sentence_errors
+from training_mini.arguments import parse_arguments
+
+if __name__ == "__main__":
+    with one_sentence_errors():
+        parse_arguments(sys.argv[1:])  # help and mistakes come before torch, which takes seconds to load
+
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
 import torch
-from entry_points_mini import one_sentence_errors
 from torch import nn
-from training_mini.arguments import parse_arguments
 from training_mini.data.batches import Batch
 from training_mini.trainer import Trainer
 

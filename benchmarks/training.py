@@ -26,27 +26,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-import psutil
-import torch
-from configuration_mini import MiniConfig
 from entry_points_mini import option
-from modeling_mini.analysis import ModelCost
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from training_mini.arguments import OptimizationArguments
-from training_mini.cpu_attention import attention_in_blocks, blocks_are_faster
-from training_mini.cpu_kernels import (
-    faster_products,
-    linear_product,
-    measure_products,
-    onednn_is_available,
-    use_products,
-)
-from training_mini.optimizers import make_adamw
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from measuring import (  # isort: skip
     PlaceSettings,
@@ -56,6 +39,7 @@ from measuring import (  # isort: skip
     machine,
     peak_resident_memory,
     run_benchmark,
+    settings_of,
 )
 
 MODES = ("eager", "compiled")
@@ -90,9 +74,9 @@ class Settings(PlaceSettings):
     attn_implementation: str = option("sdpa", "attention of Mini and Llama, by its name in transformers")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.nanogpt is not None and not (Path(self.nanogpt) / "model.py").is_file():
             raise ValueError(f"There is no model.py in {self.nanogpt!r}; nanogpt is the folder of a nanoGPT checkout.")
+        super().__post_init__()
         self.modes = [mode for mode in MODES if mode in self.modes]
         self.models = [name for name in PEERS if name in self.models]
 
@@ -105,13 +89,35 @@ class Settings(PlaceSettings):
         return self.batch_size * self.context
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> "torch.dtype":
         return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
-    def mini_config(self) -> MiniConfig:
+    def mini_config(self) -> "MiniConfig":
         layers = {} if self.layers is None else {"num_hidden_layers": self.layers}
         return MiniConfig.preset(self.size, max_position_embeddings=self.context, **layers)
+
+
+if __name__ == "__main__":
+    SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
+
+import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
+import psutil
+import torch
+from configuration_mini import MiniConfig
+from modeling_mini.analysis import ModelCost
+from torch import nn
+from training_mini.arguments import OptimizationArguments
+from training_mini.cpu_attention import attention_in_blocks, blocks_are_faster
+from training_mini.cpu_kernels import (
+    faster_products,
+    linear_product,
+    measure_products,
+    onednn_is_available,
+    use_products,
+)
+from training_mini.optimizers import make_adamw
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
 def import_nanogpt(folder: str) -> ModuleType:
@@ -544,4 +550,4 @@ def show(results: dict[str, Any], settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run_benchmark(Settings, __doc__, measure, show)
+    run_benchmark(SETTINGS, measure, show)

@@ -239,6 +239,11 @@ def test_a_flag_may_be_written_with_dashes_and_a_boolean_with_its_value() -> Non
     assert parse_training(["--max-steps", "30"]).optimization.max_steps == 30
 
 
+BENCHMARKS = [
+    f"benchmarks/{path.name}"
+    for path in sorted(Path(__file__).parent.parent.glob("benchmarks/*.py"))
+    if path.name not in ("measuring.py", "runtimes.py")  # which the others share
+]
 # Every command with its help and with the mistakes that can be seen without a model.
 LIGHT = [
     ("train_accelerate.py", "--help", 0), ("train_accelerate.py", "--help all", 0),
@@ -266,6 +271,9 @@ LIGHT = [
     ("modeling_mini.export.quantized", "--help", 0), ("modeling_mini.export.quantized", "missing b", 2),
     ("modeling_mini.quantize", "--help", 0), ("modeling_mini.quantize", "a b --load_in_8bits", 2),
     ("box_mini", "--help", 0), ("box_mini", "", 2), ("box_mini", "--chat missing", 2),
+    *((program, "--help", 0) for program in BENCHMARKS), *((program, "--rouns 3", 2) for program in BENCHMARKS),
+    ("benchmarks/training.py", "--nanogpt missing", 2), ("benchmarks/quantization.py", "--models missing", 2),
+    ("benchmarks/correctness.py", "--tests missing", 2), ("benchmarks/gpu.py", "--shakespeare missing", 2),
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "accelerate", "peft", "numpy"}
 
