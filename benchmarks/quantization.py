@@ -29,7 +29,7 @@ from shape_mini import PRESETS
 
 from measuring import PlaceSettings, in_turns, machine, run_benchmark, settings_of  # isort: skip
 
-COMPILED_KINDS = ("float32", "int8")  # those with a compiled step of their own
+COMPILED_KINDS = ("float32", "int8", "nf4")
 PROMPT, WINDOWS_AT_ONCE = 16, 16
 
 

@@ -15,6 +15,9 @@ SOURCE = r"""
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <omp.h>
 
 #if defined(__AVX512F__)
@@ -30,7 +33,6 @@ typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alia
 typedef float Half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
 typedef float Quarter __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(WIDTH), aligned(1), may_alias));
 
 // Projections of one input, of which each gives some of the outputs. In INT8, a weight is an integer times the scale of
 // its output.
@@ -82,7 +84,18 @@ struct Step {
 static int64_t padded(int64_t size) { return (size + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 static Vector load(const float *from) { return *(const Vector *)from; }
-static Vector load(const int8_t *from) { return __builtin_convertvector(*(const Bytes *)from, Vector); }
+static Vector load(const int8_t *from) {
+    // The generic vectors of a compiler would convert them one by one.
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+#else
+    Vector numbers;
+    for (int i = 0; i < WIDTH; i++) numbers[i] = from[i];
+    return numbers;
+#endif
+}
 static void store(float *to, Vector value) { *(Vector *)to = value; }
 
 static float sum_of(Vector value) {

@@ -257,6 +257,31 @@ def test_a_model_that_has_changed_since(
     assert is_same == (change is with_weights_in_another_order)
 
 
+@pytest.mark.parametrize("branches", [["__AVX512F__"], ["__AVX512F__", "__AVX2__"]], ids=["avx2", "neither"])
+def test_what_other_processors_compile(branches: list[str], sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    source = compiled_decoding.SOURCE
+    for name in branches:
+        assert f"if defined({name})" in source
+        source = source.replace(f"if defined({name})", "if 0")
+    monkeypatch.setattr(compiled_decoding, "SOURCE", source)
+    monkeypatch.setattr(compiled_decoding, "native_library", native_library.__wrapped__)
+    for number in range(10):
+        draw = random.Random(f"other processors {number}")
+        torch.manual_seed(number)
+        model = make_model(**random_settings(draw))
+        if number == 0:
+            model.compile_decoding()
+            step = model.compiled_step
+        model.compiled_step = step
+        request = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        for batch in (1, 2, 7):
+            ids = torch.randint(1, model.config.vocab_size, (batch, 6))
+            assert_close(
+                copy.deepcopy(model).generate(ids, **request), model.generate(ids, **request, fast_decoding=False)
+            )
+    assert len(sizes) == 10 * 3 * 9
+
+
 def test_structures_have_the_sizes_of_the_compiler() -> None:
     """A field that only one side knows would shift all that follow it."""
     library = native_library()
