@@ -5,7 +5,7 @@ and long prompts, greedy and sampling, with and without a cache.
     python benchmarks/decoding.py [--size small] [--batch_sizes 1 8 64] [--prompts 16 1000] [--tokens 200]
 
 "Mini" is `generate` as it comes, on its fast path; "Mini, loop" the same model on transformers' loop; "Mini, compiled"
-after `compile_decoding(many=True)`: on a CPU native functions, on a GPU a CUDA graph. "Llama, static" has
+after `compile_decoding()`: on a CPU a native function, on a GPU a CUDA graph. "Llama, static" has
 transformers' static cache, for which `generate` compiles the model on a GPU. llama.cpp and onnxruntime take part with
 one sequence, greedy, where they are installed. Medians over the rounds; the last line is JSON. On two quiet cores all
 of it should take about five minutes, and a minute more the first time, for compiling.

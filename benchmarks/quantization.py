@@ -4,8 +4,8 @@ What INT8 and INT4 are worth: memory, decoding speed, and bits per byte on held-
     python benchmarks/quantization.py [--models box small runs/NAME] [--dataset python-stdlib] [--compiled small]
 
 A model is a trained run or checkpoint folder, `box` (the trained model that comes with Mini), or the name of a preset,
-whose weights are random and predict nothing: that shows memory and speed. Of the models named by --compiled, float32
-and INT8 also write after `compile_decoding()`. Medians over the rounds, in turns; the last line is JSON.
+whose weights are random and predict nothing: that shows memory and speed. Of the models named by --compiled, float32,
+INT8 and INT4 also write after `compile_decoding()`. Medians over the rounds, in turns; the last line is JSON.
 """
 
 import math

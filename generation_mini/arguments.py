@@ -67,8 +67,7 @@ class GenerationArguments(Settings):
     stats: bool = option(False, "say how fast it was")
     compile: bool = option(
         False,
-        "compile the step of decoding, on a CPU in float32: half a minute once for one text at a time, another one for "
-        "several, and then several times as fast",
+        "compile the step of decoding, on a CPU in float32: a few seconds once, and then several times as fast",
     )
     assistant: str | None = option(None, "smaller model of the same tokenizer that drafts (assisted decoding)")
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")

@@ -14,8 +14,14 @@ It adds the same numbers as the modules, in another order. So logits differ by r
 Therefore it is used in float32 only: in bfloat16 the difference would sometimes choose another token.
 """
 
+import contextlib
 import ctypes
 import functools
+import hashlib
+import os
+import platform
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -185,17 +191,51 @@ class NativeModel:
 @functools.cache
 def native_library() -> ctypes.CDLL:
     """
-    The compiled native_step.py. inductor compiles it, and keeps it beside its own files.
+    The compiled native_step.py: from the file of an earlier process, or compiled now.
 
     Raises:
         RuntimeError: if there is no compiler, or it fails.
-        OSError: if the file cannot be written or loaded.
+        OSError: if what was compiled cannot be loaded.
     """
+    library = kept_library() or compile_library()
+    library.scratch_size.restype = ctypes.c_int64
+    return library
+
+
+def kept_library() -> ctypes.CDLL | None:
+    """The function in a file of an earlier process; `None` if there is none, or it is damaged."""
+    for path in library_path("*").parent.glob(library_path("*").name):
+        with contextlib.suppress(OSError):
+            if path == library_path(checksum(path.read_bytes())):
+                return ctypes.CDLL(str(path))
+    return None
+
+
+def compile_library() -> ctypes.CDLL:
+    """Compiles the function, and keeps it in a file if there may be one. Raises as `native_library`."""
     from torch._inductor.codecache import CppCodeCache  # takes seconds to import
 
     library = CppCodeCache.load(SOURCE, extra_flags=FLAGS, needs_vec_isa=True)
-    library.scratch_size.restype = ctypes.c_int64
+    content = Path(library._name).read_bytes()
+    path = library_path(checksum(content))
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            written = Path(folder, path.name)
+            written.write_bytes(content)
+            os.replace(written, path)
     return library
+
+
+def library_path(content: str) -> Path:
+    """The file of the function. Its name has what the function depends on, and the checksum of the file."""
+    parts = [SOURCE, FLAGS, torch.__version__, platform.machine(), sorted(torch.cpu.get_capabilities().items())]
+    folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"
+    return Path(folder, "decoding", f"{checksum(repr(parts).encode())}-{content}.so")
+
+
+def checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 class CompiledStep:

@@ -6,8 +6,8 @@ as a product in float32. Here the weights are read once, into a copy of the mode
 then reads the prompt, and the fast path and the compiled step decode with it. So `generate` writes exactly what a model
 with these rounded weights would write. When the call ends, the copy is gone.
 
-The compiled step of one sequence reads INT8 weights as they are: reading them takes most of its time. It computes with
-the same numbers, because an integer and its scale give the dequantized weight.
+The compiled step reads INT8 weights as they are: reading them takes most of its time. It computes with the same
+numbers, because an integer and its scale give the dequantized weight.
 """
 
 import copy

@@ -5,7 +5,9 @@ import ctypes
 import pickle
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -257,14 +259,39 @@ def test_a_model_that_has_changed_since(
     assert is_same == (change is with_weights_in_another_order)
 
 
+def test_the_file_is_used_again_unless_it_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, compile_anew = native_library.__wrapped__, compiled_decoding.compile_library
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path / "cache"))
+    compiled = mock.Mock(side_effect=compile_anew)
+    monkeypatch.setattr(compiled_decoding, "compile_library", compiled)
+    names = [load()._name for _ in range(2)]
+    (path,) = (tmp_path / "cache" / "decoding").iterdir()
+    assert names[1] == str(path) and compiled.call_count == 1
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    for damaged in (whole[:half], whole[:half] + bytes([whole[half] ^ 255]) + whole[half + 1 :], b""):
+        path.unlink()  # it is mapped into this process
+        path.write_bytes(damaged)
+        load()
+        assert path.read_bytes() == whole
+    assert compiled.call_count == 4
+    monkeypatch.setattr(compiled_decoding, "SOURCE", compiled_decoding.SOURCE + "// changed")
+    assert compiled_decoding.kept_library() is None
+    monkeypatch.setenv("MINI_CACHE", str(path))  # a file, in which there can be no folder
+    assert load().scratch_size.restype is ctypes.c_int64
+
+
 @pytest.mark.parametrize("branches", [["__AVX512F__"], ["__AVX512F__", "__AVX2__"]], ids=["avx2", "neither"])
-def test_what_other_processors_compile(branches: list[str], sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_other_processors_compile(
+    branches: list[str], sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = compiled_decoding.SOURCE
     for name in branches:
         assert f"if defined({name})" in source
         source = source.replace(f"if defined({name})", "if 0")
     monkeypatch.setattr(compiled_decoding, "SOURCE", source)
     monkeypatch.setattr(compiled_decoding, "native_library", native_library.__wrapped__)
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     for number in range(10):
         draw = random.Random(f"other processors {number}")
         torch.manual_seed(number)
@@ -291,11 +318,14 @@ def test_structures_have_the_sizes_of_the_compiler() -> None:
     assert list(written) == [ctypes.sizeof(getattr(compiled_decoding, name)) for name in names]
 
 
-def test_without_a_compiler_one_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_compiler_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     from torch._inductor import config
     from transformers.utils import logging
 
-    native_library.cache_clear()
+    monkeypatch.setattr(compiled_decoding, "native_library", native_library.__wrapped__)
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     model = make_model(num_hidden_layers=1)
     with caplog.at_level("WARNING"), config.patch({"cpp.cxx": ("no-such-compiler",)}):
