@@ -64,6 +64,7 @@ class Settings(OutputSettings):
     seeds: list[int] = option([1, 2, 3], "seeds of Mini; nanoGPT has one, and runs once for each all the same")
     shakespeare: str | None = option(None, "the text file of Tiny Shakespeare, for part a")
     nanogpt: str | None = option(None, "folder of a nanoGPT checkout, which then takes part in a")
+    former: bool = option(True, "in part b, also run the recipe that it had before Muon")
     bpe_steps: int = option(1400, "steps of part c")
     max_steps: int | None = option(None, "for a trial: so many steps for all")
 
@@ -120,7 +121,8 @@ def contenders(settings: Settings) -> dict[tuple[str, str], Callable[[int, Path]
         config = str(ROOT / "configs" / "shakespeare_char.yaml")
         known["a", "Mini"] = mini("eval_loss", "--config", config, "--dataset", os.path.abspath(settings.shakespeare))
     if "b" in settings.only:
-        known["b", "Mini before Muon"] = mini("eval_bits_per_byte", *FORMER_RECIPE)
+        if settings.former:
+            known["b", "Mini before Muon"] = mini("eval_bits_per_byte", *FORMER_RECIPE)
         known["b", "Mini"] = mini("eval_bits_per_byte")
     if "c" in settings.only:
         known["c", "Mini, BPE"] = mini("eval_bits_per_byte", *BPE, "--max_steps", str(settings.bpe_steps))
