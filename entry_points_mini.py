@@ -164,7 +164,10 @@ class HelpFormatter(argparse.HelpFormatter):
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)  # a name stays in one piece
 
     def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
-        return f"{action.metavar} ..." if action.nargs == "+" else super()._format_args(action, default_metavar)
+        if action.nargs != "+":
+            return super()._format_args(action, default_metavar)
+        choices = "{" + ",".join(map(str, action.choices)) + "}" if action.choices else None
+        return f"{action.metavar or choices} ..."
 
 
 class HelpAction(argparse.Action):

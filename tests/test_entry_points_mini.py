@@ -209,6 +209,18 @@ def test_help(
         assert "--help all shows" in text
 
 
+@dataclass
+class Listed(Settings):
+    manners: list[str] = option(["a"], "how", choices=("a", "b"))
+
+
+def test_help_names_the_choices_of_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ArgumentParser(Listed, prog="p").parse(["--help"])
+    text = capsys.readouterr().out
+    assert "--manners {a,b} ..." in text and "None" not in text
+
+
 def test_commands_to_go_on_with_work_where_they_are_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a b").mkdir()
     for name in ("train_accelerate.py", "generate.py"):
