@@ -1,5 +1,6 @@
 """Continuing text: streaming that is exact, windows beyond the context, and settings."""
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from generation_mini.text_generation import (
     write_on,
 )
 from modeling_mini import MiniConfig, MiniForCausalLM
+from modeling_mini.compiled_decoding import CompiledDecoder
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import GenerationConfig
 
@@ -208,25 +210,27 @@ def test_what_torch_cannot_draw_from_is_a_sentence(model, tokenizer, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("argv", "many"),
+    ("argv", "texts"),
     [
-        (["--prompt", "a"], False),
-        (["--batch_file", "a", "--output", "b", "--batch_size", "1"], False),
-        (["--prompt", "a", "--num_return_sequences", "2"], True),
-        (["--batch_file", "a", "--output", "b"], True),
-        (["--batch_file", "a", "--output", "b", "--batch_size", "1", "--num_return_sequences", "3"], True),
+        (["--prompt", "a"], 1),
+        (["--batch_file", "a", "--output", "b", "--batch_size", "1"], 1),
+        (["--prompt", "a", "--num_return_sequences", "2"], 2),
+        (["--batch_file", "a", "--output", "b"], 3),
+        (["--batch_file", "a", "--output", "b", "--batch_size", "1", "--num_return_sequences", "3"], 3),
     ],
 )
 def test_compile_is_for_as_many_texts_as_are_written_at_once(
-    argv: list[str], many: bool, model, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    argv: list[str], texts: int, model, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("a").write_text("abc\n")
-    asked_for = []
-    monkeypatch.setattr(program, "load_model", lambda *args, **kwargs: (model, tokenizer))
-    monkeypatch.setattr(type(model), "compile_decoding", lambda self, many: asked_for.append(many))
-    program.run(parse_arguments(["--compile", "--max_tokens", "2", *argv]))
-    assert asked_for == [many]
+    Path("a").write_text("abc\nde\nf\n")
+    step, sizes = CompiledDecoder.step, set()
+    monkeypatch.setattr(program, "load_model", lambda *args, **kwargs: (copy.deepcopy(model), tokenizer))
+    monkeypatch.setattr(
+        CompiledDecoder, "step", lambda self, ids, *rotary: (sizes.add(len(ids)), step(self, ids, *rotary))[1]
+    )
+    program.run(parse_arguments(["--compile", "--max_tokens", "3", *argv]))
+    assert max(sizes) == texts
 
 
 def test_beams(model, tokenizer) -> None:
