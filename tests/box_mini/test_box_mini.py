@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from sharing_mini.staging import find_source, stage
 from training_mini.arguments import parse_arguments
 from training_mini.data.sources import BUILT_IN
+from training_mini.sampling import share_of_valid_functions
 from transformers import PreTrainedTokenizerBase
 
 import box_mini
-from box_mini.__main__ import LARGEST_BOX, main
+from box_mini.__main__ import LARGEST_BOX, TEMPERATURE, main
 
 QUESTION = "What does os.path.join do?"
 
@@ -46,6 +47,13 @@ def test_a_space_at_the_end_of_a_prompt_is_better_left_out(tmp_path: Path) -> No
         said[prompt] = "The prompt ends in a space" in result.stderr
     assert said == {"def ": True, "def": False}
     assert read_card(BOX["box"] / "README.md").facts.prompts[0] == "def"
+
+
+def test_most_of_its_functions_are_valid_python() -> None:
+    model, tokenizer = load_model("box", device="cpu")
+    assert model.generation_config.temperature == TEMPERATURE
+    model.compile_decoding()
+    assert share_of_valid_functions(model, tokenizer, max_seconds=300) > 0.5  # 0.6 with this seed
 
 
 def source(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
