@@ -8,7 +8,7 @@ from accelerate.utils import set_seed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .build import Run
-from .data.corpus import Corpus, python_prompt
+from .data.corpus import Corpus, ids_of_function
 
 # A sample is written so often until so large a share of it is not blank; deeply indented source has half.
 MOST_TRIES, LEAST_VISIBLE = 4, 0.3
@@ -59,6 +59,8 @@ def write_samples(
                 written = corpus.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
                 # In a conversation, special tokens show who speaks.
                 text = corpus.tokenizer.decode(output[0], skip_special_tokens=not corpus.is_chat)
+                if not prompt.startswith("\n"):
+                    text = text.lstrip("\n")  # see `ids_of_function`
                 tries.append((visible_share(written), text))
             samples.append({"prompt": prompt, "text": max(tries)[1]})
     model.train(was_training)
@@ -80,7 +82,7 @@ def share_of_valid_functions(
 ) -> float:
     """
     How well a model knows the grammar of Python, in a number that everybody understands: it writes `count` functions,
-    each begun with the `python_prompt` of its tokenizer, and this is the share of them, from 0 to 1, that `ast.parse`
+    each begun with `def `, as `ids_of_function` has it, and this is the share of them, from 0 to 1, that `ast.parse`
     accepts.
 
     The functions are written in one batch, as `generate` samples with the model's own settings; the first call on a
@@ -91,7 +93,7 @@ def share_of_valid_functions(
         max_seconds: after so much time the functions stay as long as they are, so that a large model on a slow machine
             does not keep anybody waiting.
     """
-    ids = torch.tensor([tokenizer(python_prompt(tokenizer)).input_ids] * count, device=model.device)  # (count, prompt)
+    ids = torch.tensor([ids_of_function(tokenizer)] * count, device=model.device)  # (count, prompt)
     room = model.config.max_position_embeddings - ids.shape[1]
     if room < 1:
         return 0.0  # the context has no place for more than the beginning
@@ -111,7 +113,7 @@ def share_of_valid_functions(
             )
     finally:
         model.train(was_training)
-    texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+    texts = [text.lstrip("\n") for text in tokenizer.batch_decode(output, skip_special_tokens=True)]
     ends = model.generation_config.eos_token_id  # one, several or none
     ends = torch.tensor([] if ends is None else ends, device=output.device)
     has_ended = torch.isin(output[:, ids.shape[1] :], ends).any(dim=1).tolist()

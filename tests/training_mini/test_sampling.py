@@ -8,8 +8,9 @@ import pytest
 import torch
 from helpers.runs import metrics, train_here
 from modeling_mini import MiniConfig, MiniForCausalLM
-from tokenization import ByteTokenizer
+from tokenization import BpeTokenizer, ByteTokenizer
 from training_mini import sampling
+from training_mini.data.corpus import ids_of_function
 from training_mini.sampling import first_function, is_valid_python, share_of_valid_functions, write_samples
 
 
@@ -85,6 +86,26 @@ def test_the_share_is_that_of_what_the_model_wrote() -> None:
     )  # fmt: skip
     assert share_of_valid_functions(model, tokenizer, count=4) == 0.75
     assert asked["do_sample"] and asked["max_new_tokens"] == 64 - len(tokenizer("def ").input_ids)
+
+
+def test_functions_of_bpe_begin_a_line_and_have_no_space_alone() -> None:
+    tokenizer = BpeTokenizer.train(["def a(x):\n    return a\n\n\n" * 50], 275)
+    assert tokenizer.decode(ids_of_function(tokenizer), skip_special_tokens=True) == "\n\n\ndef"
+    assert ids_of_function(ByteTokenizer()) == ByteTokenizer()("def ").input_ids
+    asked, written = [], tokenizer(" a(x):\n    return a\n\nx", add_special_tokens=False).input_ids
+
+    def generate(ids: torch.Tensor, **settings: Any) -> torch.Tensor:
+        asked.append(ids[0].tolist())
+        return torch.cat([ids, torch.tensor([written] * len(ids))], dim=1)
+
+    model = SimpleNamespace(
+        device=torch.device("cpu"), training=False, eval=lambda: None, train=lambda mode: None, generate=generate,
+        config=SimpleNamespace(max_position_embeddings=64), generation_config=SimpleNamespace(eos_token_id=None),
+    )  # fmt: skip
+    assert share_of_valid_functions(model, tokenizer, count=2) == 1.0 and asked == [ids_of_function(tokenizer)]
+    corpus = SimpleNamespace(tokenizer=tokenizer, is_chat=False, min_new_tokens=lambda capacity: None)
+    (sample,) = write_samples(model, corpus, [("def", ids_of_function(tokenizer))], 64, 7)
+    assert sample == {"prompt": "def", "text": "def a(x):\n    return a\n\nx"}
 
 
 def test_counting_functions_changes_nothing_and_gives_the_same_again() -> None:

@@ -138,8 +138,9 @@ class TextCorpus(Corpus):
         return TrainingBatches(self.train, collator, batch_size, seed)
 
     def make_prompts(self, held_out: HeldOut, given: list[str]) -> list[tuple[str, list[int]]]:
-        if not given:
-            given = [python_prompt(self.tokenizer)] if self.is_python else self.beginnings(held_out)[:1] or ["\n"]
+        if not given and self.is_python:
+            return [(python_prompt(self.tokenizer), ids_of_function(self.tokenizer))]
+        given = given or self.beginnings(held_out)[:1] or ["\n"]
         return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
@@ -240,6 +241,15 @@ def is_short_question(text: str) -> bool:
 def python_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
     """How a function of Python begins, for a model with this tokenizer."""
     return PYTHON_PROMPT.rstrip() if joins_last_space(tokenizer, PYTHON_PROMPT) else PYTHON_PROMPT
+
+
+def ids_of_function(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    The ids of `python_prompt`. Where it has no space, blank lines stand before it, as before most functions: at the
+    very beginning, a model takes `def` for a part of `default`.
+    """
+    prompt = python_prompt(tokenizer)
+    return tokenizer(prompt if prompt == PYTHON_PROMPT else f"\n\n\n{prompt}").input_ids
 
 
 def beginning_of(line: str) -> str:
