@@ -86,7 +86,8 @@ class ModelStruct(ctypes.Structure):
         *fields(ctypes.c_void_p, "embedding"),
         *fields(NormStruct, "norm"),
         *fields(LinearStruct, "head"),
-        *fields(ctypes.c_int64, "num_layers hidden_size heads kv_heads head_dim rotary_dim intermediate_size"),
+        *fields(ctypes.c_int64, "num_layers vocab_size hidden_size heads kv_heads"),
+        *fields(ctypes.c_int64, "head_dim rotary_dim intermediate_size"),
     ]
 
 
@@ -119,6 +120,7 @@ class NativeModel:
             norm=self.norm(body.norm),
             head=self.linear(model.lm_head),
             num_layers=len(modules),
+            vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
@@ -126,7 +128,6 @@ class NativeModel:
             rotary_dim=2 * len(body.rotary_emb.inv_freq),
             intermediate_size=config.intermediate_size,
         )
-        self.vocab_size = len(model.lm_head.weight)
 
     def layer(self, layer: nn.Module) -> LayerStruct:
         """One block."""
@@ -199,6 +200,7 @@ def native_library() -> ctypes.CDLL:
     """
     library = kept_library() or compile_library()
     library.scratch_size.restype = ctypes.c_int64
+    library.decoding_step.restype = ctypes.c_bool
     return library
 
 
@@ -215,7 +217,7 @@ def compile_library() -> ctypes.CDLL:
     """Compiles the function, and keeps it in a file if there may be one. Raises as `native_library`."""
     from torch._inductor.codecache import CppCodeCache  # takes seconds to import
 
-    library = CppCodeCache.load(SOURCE, extra_flags=FLAGS, needs_vec_isa=True)
+    library = CppCodeCache.load(SOURCE, extra_flags=FLAGS)
     content = Path(library._name).read_bytes()
     path = library_path(checksum(content))
     with contextlib.suppress(OSError):
@@ -338,10 +340,17 @@ class CompiledDecoder(Decoder):
         self.arguments.scratch = self.scratch.data_ptr()
 
     def step(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """The native step. It also puts the keys and values of the tokens into the cache."""
+        """
+        The native step. It also puts the keys and values of the tokens into the cache.
+
+        Raises:
+            IndexError: for a token that is not in the vocabulary, such as a wrong pad token, as an embedding does.
+        """
         arguments = self.arguments
         arguments.length = self.length - 1
         arguments.token_ids, arguments.cos, arguments.sin = (tensor.data_ptr() for tensor in (token_ids, cos, sin))
         arguments.rotary_stride = cos.stride(0) if len(cos) > 1 else 0
-        self.library.decoding_step(ctypes.byref(self.native_model.struct), ctypes.byref(arguments))
-        return self.padded_logits[:, : self.native_model.vocab_size]
+        model = self.native_model.struct
+        if not self.library.decoding_step(ctypes.byref(model), ctypes.byref(arguments)):
+            raise IndexError("index out of range in self")
+        return self.padded_logits[:, : model.vocab_size]

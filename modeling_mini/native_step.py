@@ -64,10 +64,10 @@ struct Layer {
 
 struct Model {
     const Layer *layers;
-    const float *embedding; // (vocabulary, hidden_size)
+    const float *embedding; // (vocab_size, hidden_size)
     Norm norm;
     Linear head;
-    int64_t num_layers, hidden_size, heads, kv_heads, head_dim, rotary_dim, intermediate_size;
+    int64_t num_layers, vocab_size, hidden_size, heads, kv_heads, head_dim, rotary_dim, intermediate_size;
 };
 
 struct Step {
@@ -376,7 +376,10 @@ extern "C" int64_t scratch_size(const Model &model, const Step &step) {
     return step.batch * of_sequence + step.threads * sizes.scores + COLUMNS; // vectors may read beyond the end
 }
 
-extern "C" void decoding_step(const Model &model, const Step &step) {
+// Whether each token is in the vocabulary; if not, nothing is read or written.
+extern "C" bool decoding_step(const Model &model, const Step &step) {
+    for (int64_t row = 0; row < step.batch; row++)
+        if (step.token_ids[row] < 0 || step.token_ids[row] >= model.vocab_size) return false;
     const Sizes sizes(model, step);
     const int64_t batch = step.batch, dim = model.head_dim, intermediate = model.intermediate_size;
     float *hidden = step.scratch, *normed = hidden + batch * sizes.hidden, *states = normed + batch * sizes.hidden;
@@ -427,5 +430,6 @@ extern "C" void decoding_step(const Model &model, const Step &step) {
         normalize_all(model.norm);
         product(model.head, normed, sizes.hidden, batch, {step.logits, model.head.outputs, false});
     }
+    return true;
 }
 """

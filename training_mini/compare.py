@@ -216,10 +216,10 @@ def as_text(value: Any) -> str:
 def table_of(groups: list[Group]) -> Table:
     """A row for each group. Terminals are narrow: settings stand below the name, and only those that are unusual."""
     table = Table(box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False, collapse_padding=True, caption_justify="left")
-    usual = usual_settings(groups)
+    usual, differing = usual_settings(groups), differing_settings(groups)
     names = []
     for group in groups:
-        settings = {name: as_text(group.settings.get(name)) for name in differing_settings(groups)}
+        settings = {name: as_text(group.settings.get(name)) for name in differing}
         own = [f"  {name} {value}" for name, value in settings.items() if value != usual.get(name)]
         names.append("\n".join([group.name, *own]))
     columns = {"run": names}

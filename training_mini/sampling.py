@@ -59,7 +59,7 @@ def write_samples(
                 written = corpus.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
                 # In a conversation, special tokens show who speaks.
                 text = corpus.tokenizer.decode(output[0], skip_special_tokens=not corpus.is_chat)
-                if not prompt.startswith("\n"):
+                if prompt and not prompt.startswith("\n"):
                     text = text.lstrip("\n")  # see `ids_of_function`
                 tries.append((visible_share(written), text))
             samples.append({"prompt": prompt, "text": max(tries)[1]})

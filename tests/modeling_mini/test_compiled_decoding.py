@@ -145,6 +145,20 @@ def test_large_weights_stay_where_they_are(batch: int, sizes: list[int], monkeyp
     assert {t.data_ptr() for t in NativeModel(model, pack=False).tensors} == pointers, "nothing is copied"
 
 
+@pytest.mark.parametrize("pad_token_id", [-1, 97, 10**12])
+def test_a_token_outside_of_the_vocabulary_is_no_address(pad_token_id: int, sizes: list[int]) -> None:
+    """Finished sequences read the pad token."""
+    torch.manual_seed(0)
+    model = make_model()
+    model.compile_decoding()
+    request = {"do_sample": True, "max_new_tokens": 30, "eos_token_id": list(range(20)), "pad_token_id": pad_token_id}
+    for fast in (False, True):
+        with pytest.raises(IndexError, match="index out of range in self"):
+            # Results that somebody can see keep the finished sequences.
+            model.generate(torch.randint(1, 97, (4, 5)), **request, fast_decoding=fast, return_dict_in_generate=True)
+    assert sizes
+
+
 def test_exact_is_decoded_without(sizes: list[int]) -> None:
     model = make_model()
     model.compile_decoding()
