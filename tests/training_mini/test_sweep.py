@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.programs import ROOT
 from helpers.runs import QUICK
 from training_mini import from_python, trainer
 from training_mini.monitoring import read_metrics
-from training_mini.sweep import main
+from training_mini.sweep import main, plan
 
 FLAGS = dict(zip((flag.removeprefix("--") for flag in QUICK[::2]), QUICK[1::2], strict=True))
 COMMON = {**FLAGS, "max_steps": 6, "warmup_steps": 1, "eval_steps": 3, "save_steps": 3}
@@ -21,6 +22,15 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     content = {"common": COMMON, "runs": {"with": None, "without": {"qk_norm": False}}}
     (tmp_path / "norms.yaml").write_text(yaml.safe_dump(content))
     return tmp_path / "norms.yaml"
+
+
+def test_the_sweep_of_the_recipe_that_comes_with_mini() -> None:
+    planned = plan(ROOT / "benchmarks" / "recipe.yaml", [1, 2], Path("runs"))
+    settings = [(run.label.partition(",")[0], run.arguments.optimization) for run in planned[: len(planned) // 2]]
+    assert len(planned) == 2 * len(settings) and settings[0][0] == "recipe"
+    tokens = {each.max_steps * each.train_batch_size for _, each in settings}
+    assert tokens == {400 * 16}, "as many tokens for each"
+    assert dict(settings)["adamw"].optimizer == "adamw" and dict(settings)["recipe"].optimizer == "muon"
 
 
 def test_runs_take_turns_and_are_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
