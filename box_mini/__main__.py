@@ -12,7 +12,6 @@ from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, opt
 from files_mini import ADAPTER_CONFIG, BOX, MODEL_CONFIG, find_checkpoint, new_folder, read_json, write_text
 from training_mini.data.packages import PACKAGES, licence_of
 
-TEMPERATURE = 0.6  # of 100 functions begun with `def`, 65 are valid Python; with 0.8, 53
 LARGEST_BOX = 8_000_000  # bytes of weights that people who install Mini download with it
 ORIGIN = "Where it comes from"
 COMMANDS = """\
@@ -58,7 +57,6 @@ def write_model(checkpoint: Path) -> None:
     from modeling_mini.loading.checkpoints import load_checkpoint
 
     model, tokenizer = load_checkpoint(str(checkpoint), dtype=torch.bfloat16, device="cpu")
-    model.generation_config.temperature = TEMPERATURE
     with new_folder(BOX["box"]) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

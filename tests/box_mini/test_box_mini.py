@@ -26,7 +26,7 @@ from training_mini.sampling import share_of_valid_functions
 from transformers import PreTrainedTokenizerBase
 
 import box_mini
-from box_mini.__main__ import LARGEST_BOX, TEMPERATURE, main
+from box_mini.__main__ import LARGEST_BOX, main
 
 QUESTION = "What does os.path.join do?"
 
@@ -51,9 +51,8 @@ def test_a_space_at_the_end_of_a_prompt_is_better_left_out(tmp_path: Path) -> No
 
 def test_most_of_its_functions_are_valid_python() -> None:
     model, tokenizer = load_model("box", device="cpu")
-    assert model.generation_config.temperature == TEMPERATURE
     model.compile_decoding()
-    assert share_of_valid_functions(model, tokenizer, max_seconds=300) > 0.5  # 0.6 with this seed
+    assert share_of_valid_functions(model, tokenizer, max_seconds=300) > 0.5  # 0.67 with this seed
 
 
 def source(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
