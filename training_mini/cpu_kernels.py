@@ -11,11 +11,13 @@ the start of a run.
 import contextlib
 import functools
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 from files_mini import cache_folder, read_json, write_text
 from installation_mini import processor_name
@@ -27,6 +29,9 @@ ROUNDS = 9
 MARGIN = 1.1  # another way has to be faster by this factor, because a small gain may be chance
 # And bfloat16 by this, in the products alone: autocast has to convert between the types as well.
 BFLOAT16_MARGIN = 1.3
+# A measurement is kept if meanwhile other programs used no more of a core than this share, and no more seconds: threads
+# that have to wait for each other can look fifteen times as slow.
+SHARE_OF_OTHERS, SECONDS_OF_OTHERS = 0.25, 0.1
 # Products with more FLOPs are measured with fewer tokens. Beyond this, the speed no longer depends on the size.
 LARGEST_PRODUCT = 5e8
 # A step with fewer FLOPs takes a few hundredths of a second, and there is nothing to gain.
@@ -145,18 +150,27 @@ def has_bfloat16() -> bool:
 def measured_once(what: str, measure: Callable[[], Any]) -> Any:
     """
     What `measure` gives. It runs once on a machine: the result, which JSON can hold, is kept in the cache, so that
-    equal runs are equal bit by bit.
+    equal runs are equal bit by bit. Where other programs ran meanwhile, it is for this run alone.
     """
     key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {what}"
     cache, measured = cache_folder() / "products.json", {}
     with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
         measured = read_json(cache)
     if key not in measured:
+        began, others = time.monotonic(), seconds_of_others()
         measured[key] = measure()
-        with contextlib.suppress(OSError):  # a folder that cannot be written
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_text(cache, json.dumps(measured, indent=1))
+        share = SHARE_OF_OTHERS * (time.monotonic() - began)
+        if seconds_of_others() - others <= max(share, SECONDS_OF_OTHERS):
+            with contextlib.suppress(OSError):  # a folder that cannot be written
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                write_text(cache, json.dumps(measured, indent=1))
     return measured[key]
+
+
+def seconds_of_others() -> float:
+    """The seconds of the processor that all other programs have used so far."""
+    machine, own = psutil.cpu_times(), os.times()
+    return machine.user + machine.system + getattr(machine, "nice", 0.0) - own.user - own.system
 
 
 def shortest_seconds(ways: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> dict[str, float]:

@@ -2,8 +2,12 @@
 
 import copy
 import itertools
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -76,6 +80,7 @@ def test_model_and_what_is_saved_of_it_stay_the_same() -> None:
 @pytest.mark.parametrize("faster", [[], ["output"], ["input_gradient", "weight_gradient"], list(PRODUCTS)])
 def test_the_faster_product_is_taken(faster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: 0.0)
     clock = itertools.count()  # each reading is a second later
     monkeypatch.setattr(cpu_kernels.time, "perf_counter", lambda: next(clock))
 
@@ -93,6 +98,29 @@ def test_the_faster_product_is_taken(faster: list[str], tmp_path: Path, monkeypa
     (tmp_path / "cache" / "products.json").write_text("{")
     monkeypatch.setattr(cpu_kernels, "faster_products", lambda outputs, inputs, tokens: list(PRODUCTS))
     assert measure_products(model, 4096) == {"128 x 128": list(PRODUCTS), "264 x 128": list(PRODUCTS)}
+
+
+def test_what_a_busy_machine_measured_is_for_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    used, results = itertools.count(step=5), iter("abc")
+    monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: next(used))
+    assert [cpu_kernels.measured_once("this", lambda: next(results)) for _ in range(2)] == ["a", "b"]
+    monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: 0.0)
+    assert [cpu_kernels.measured_once("this", lambda: next(results)) for _ in range(2)] == ["c", "c"]
+
+
+def test_what_others_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that computes for half a second is seen, and this process is not."""
+    busy = "import time\nwhile time.process_time() < 0.5: pass"
+    before = cpu_kernels.seconds_of_others()
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    assert cpu_kernels.seconds_of_others() - before > 0.4
+    times = psutil.cpu_times()
+    monkeypatch.setattr(cpu_kernels.psutil, "cpu_times", lambda: times)
+    before, began = cpu_kernels.seconds_of_others(), time.process_time()
+    while time.process_time() < began + 0.3:
+        pass
+    assert cpu_kernels.seconds_of_others() - before < -0.2, "its own seconds are taken off"
 
 
 def test_a_small_step_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
