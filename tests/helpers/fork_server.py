@@ -10,7 +10,6 @@ those, it imports in its own process, as with plain `python`. Whoever tests the 
 """
 
 import contextlib
-import marshal
 import os
 import select
 import shutil
@@ -58,7 +57,8 @@ class Program:
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = marshal.loads(self._connection.recv(64))
+            self.returncode = forked_python.receive_number(self._connection)
+            assert self.returncode is not None, "the server that starts programs has ended"
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:

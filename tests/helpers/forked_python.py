@@ -15,6 +15,7 @@ import socket
 import sys
 
 FLAGS = {"-I": "I", "-P": "P", "-u": "u"}
+NUMBER = 4  # bytes, of what the server sends
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -41,10 +42,19 @@ def start(folder: str, request: dict, files: list[int]) -> tuple[socket.socket, 
         connection.connect(f"{folder}/{server}")
         socket.send_fds(connection, [len(data).to_bytes(4, "little")], files)
         connection.sendall(data)
-        if process := marshal.loads(connection.recv(64) or marshal.dumps(0)):
+        if process := receive_number(connection):
             return connection, process
         connection.close()
     return None
+
+
+def receive_number(connection: socket.socket) -> int | None:
+    """
+    The next number that the server sent, or `None` where it closed the connection. Of a process that ends at once, its
+    id and its exit code lie here together.
+    """
+    data = connection.recv(NUMBER)
+    return int.from_bytes(data, "little", signed=True) if data else None
 
 
 def open_files() -> set[int]:
@@ -71,8 +81,9 @@ def main() -> None:
     connection, process = started
     for number in FORWARDED:
         signal.signal(number, lambda number, frame: os.kill(process, number))
-    answer = connection.recv(64)
-    code = marshal.loads(answer) if answer else 1
+    code = receive_number(connection)
+    if code is None:
+        sys.exit("The server that starts programs has ended.")
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)

@@ -1,5 +1,7 @@
 """A program that the server starts is to its user what one is that plain `python` starts."""
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,16 @@ def test_what_a_program_imports_is_compiled_once_and_not_beside_the_source(tmp_p
         compiled.append((path, path.stat().st_mtime_ns))
     assert compiled[0] == compiled[1]
     assert {path.name for path in tmp_path.iterdir()} == {"module.py", "program.py"}
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+def test_a_program_that_ends_before_anyone_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class LateSocket(socket.socket):
+        def recv(self, *arguments: int) -> bytes:
+            time.sleep(0.5)
+            return super().recv(*arguments)
+
+    (tmp_path / "program.py").write_text("import sys; sys.exit(3)")
+    fork_server.server()
+    monkeypatch.setattr(socket, "socket", LateSocket)
+    assert run_program(str(tmp_path / "program.py"), cwd=tmp_path).returncode == 3

@@ -290,10 +290,10 @@ def test_callbacks_see_no_compiled_model(tmp_path: Path, monkeypatch: pytest.Mon
 def test_each_run_of_a_process_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen(monkeypatch, is_compiled=True)
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # in place of 8 runs
     for length in (16, 32):
         torch._dynamo.utils.counters.clear()
-        train_here(tmp_path / str(length), "--max_steps", 3, "--max_position_embeddings", length)
+        with torch._dynamo.config.patch(recompile_limit=1):  # in place of 8 runs
+            train_here(tmp_path / str(length), "--max_steps", 3, "--max_position_embeddings", length)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, length
 
 
