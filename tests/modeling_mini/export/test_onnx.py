@@ -18,12 +18,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from cards_mini import CARD, Facts, render
 from configuration_mini import MiniConfig
 from filelock import FileLock
 from generation_mini.arguments import GenerationArguments
 from generation_mini.text_generation import write_on
 from helpers import browser
-from helpers.exports import learned_merges
+from helpers.exports import learned_merges, write_adapter
 from modeling_mini import MiniForCausalLM
 from modeling_mini.export import export, onnx
 from modeling_mini.export.__main__ import run
@@ -219,6 +220,15 @@ def test_the_card_in_python(checkpoint: Path, exported: Path, capsys: pytest.Cap
     card = (exported / "README.md").read_text(encoding="utf-8")
     difference = float(re.search(r"differed from Mini's by (\S+) of", card)[1])
     assert 0 < difference < 1e-5 and "library_name: transformers.js" in card
+
+
+def test_the_page_of_a_merged_adapter_describes_the_adapter(checkpoint: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(checkpoint, tmp_path / "of-recipes")
+    facts = Facts(kind="adapter", dataset="recipes", base="Base", prompts=["Take two eggs"])
+    (adapter / CARD).write_text(render(facts, {"library_name": "peft"}, {}), encoding="utf-8")
+    page = (export("onnx", adapter, tmp_path / "out") / "index.html").read_text(encoding="utf-8")
+    assert "<title>Mini: of-recipes</title>" in page and "fine-tuned from Base on recipes" in page
+    assert '"Take two eggs"' in page
 
 
 def test_eight_bits(checkpoint: Path, exported: Path) -> None:
