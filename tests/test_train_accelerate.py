@@ -209,7 +209,8 @@ def test_accelerate_launch(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "runs" / "tiny-sample" / "final" / "model.safetensors").is_file()
     # The launcher sets OMP_NUM_THREADS to 1, and that is not what training runs with.
-    assert f"1 x cpu with {psutil.cpu_count(logical=False)} threads" in result.stdout
+    cores = psutil.cpu_count(logical=False)
+    assert f"1 x cpu with {cores} thread{'s' * (cores > 1)}, " in result.stdout
     assert "GOMP_SPINCOUNT = '10000'" in result.stderr  # as OpenMP itself says it
 
 
@@ -243,7 +244,7 @@ def test_ctrl_c_on_several_processes_shows_no_traceback(tmp_path: Path) -> None:
         # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as terminal:  # fmt: skip
-        terminal.expect(r"2\S* x cpu with \S*1\S* threads \S*DDP")  # between them: colours
+        terminal.expect(r"2\S* x cpu with \S*1\S* thread \S*DDP")  # between them: colours
         terminal.expect("bits/byte")
         terminal.send("\x03")
         terminal.expect(pexpect.EOF)

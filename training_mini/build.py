@@ -268,7 +268,8 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     beginning = f"Resuming at step {run.state.step}" if run.state.step else "Training"
     is_bfloat16 = accelerator.mixed_precision == "bf16" or run.state.is_bfloat16
     precision = "bf16" if is_bfloat16 else "float32"
-    threads = f" with {torch.get_num_threads()} threads" if accelerator.device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f" with {count} thread{'s' * (count > 1)}" if accelerator.device.type == "cpu" else ""
     parallel = f" ({run.parallel.name})" if run.parallel.name else ""
     split = f", each batch in {micro_batches} micro-batches" if micro_batches > 1 else ""
     peak = f", MFU of {peak_flops / 1e12:g} TFLOP/s each" if peak_flops else ""

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from .arguments import AdapterArguments, Arguments
 
 MIB = 2**20
+USEFUL_SHARE = 0.9  # an adapter that needs more than this share of the memory for training in full saves little
 
 
 def add_lora(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedModel:
@@ -154,7 +155,8 @@ def trainable_parameters(model: nn.Module) -> int:
 
 def describe(model: PreTrainedModel, sequences: int, length: int, bf16: bool, gradient_checkpointing: bool) -> str:
     """
-    A line for the user: what share of a model is trained, the memory for it, and for training all of the model.
+    A line for the user: what share of a model is trained, and the memory for it. For an adapter also the memory for
+    training all of the model, and a second line if the two hardly differ.
 
     The sum of the weights, in the size that they have in memory; gradients and the two moments of AdamW, for what is
     trained; activations by the formula of `ModelCost`, as for training in full, because a layer keeps its input for its
@@ -178,7 +180,17 @@ def describe(model: PreTrainedModel, sequences: int, length: int, bf16: bool, gr
     if gradient_checkpointing:
         kept /= model.config.num_hidden_layers  # kept for one block at a time
     needed = weights + 3 * trainable * torch.float32.itemsize + full.activations + kept + full.working
-    return f"{share}, about {in_mib(needed)} of memory for {sequences} x {length} tokens; in full, {in_mib(full.total)}"
+    line = f"{share}, about {in_mib(needed)} of memory for {sequences} x {length} tokens"
+    if not has_lora(model):
+        return line
+    line += f"; in full, {in_mib(full.total)}"
+    if needed < USEFUL_SHARE * full.total:
+        return line
+    of_adapter, of_model = (in_mib(number * torch.float32.itemsize) for number in (trainable, total - trainable))
+    return (
+        f"{line}.\nThe adapter saves little memory here, because activations take most of it. It saves disk: a "
+        f"checkpoint of {of_adapter} in place of {of_model}"
+    )
 
 
 def kept_by_adapters(model: nn.Module, tokens: int) -> float:

@@ -5,7 +5,7 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.analysis.cost import ModelCost
 from training_mini.arguments import AdapterArguments
-from training_mini.lora import add_lora, describe, kept_by_adapters
+from training_mini.lora import add_lora, describe, in_mib, kept_by_adapters
 
 ROWS, LENGTH = 4, 256
 
@@ -43,6 +43,22 @@ def test_memory_that_is_shown_is_kept(settings: dict[str, object]) -> None:
     learns = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     needed = model.get_memory_footprint() + 3 * learns + full.activations + full.working + by_adapters
     assert f"about {needed / 2**20:.1f} MiB of memory for {ROWS} x {LENGTH} tokens" in shown
+
+
+@pytest.mark.parametrize(("length", "saves_memory"), [(64, True), (1024, False)])
+def test_an_adapter_is_praised_for_what_it_saves(length: int, saves_memory: bool) -> None:
+    with torch.device("meta"):
+        model = MiniForCausalLM(MiniConfig.preset("tiny"))
+        weights = sum(weight.nbytes for weight in model.parameters())
+        in_full = describe(model, 8, length, bf16=False, gradient_checkpointing=False)
+        model = add_lora(model, AdapterArguments(lora_r=4))
+        shown = describe(model, 8, length, bf16=False, gradient_checkpointing=False)
+    assert "learn (100.0%), about " in in_full and "; in full" not in in_full
+    line, *hints = shown.split("\n")
+    assert "; in full, " in line and bool(hints) != saves_memory
+    if hints:
+        learns = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+        assert hints[0].endswith(f"a checkpoint of {in_mib(learns)} in place of {in_mib(weights)}")
 
 
 def test_all_linear_is_the_name_that_peft_has_for_the_default() -> None:
