@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cards_mini import CARD, PROMPT
 from entry_points_mini import quiet_libraries
+from files_mini import MODEL_CONFIG
 from modeling_mini.export import export
 from rich.console import Console
 
@@ -73,7 +74,8 @@ def push(
         found = exported(source, arguments.format, folder) if arguments.format else find_source(source)
         (folder / "model").mkdir()
         staged = stage(found, folder / "model", arguments.max_shard_size, arguments.token)
-        base = base_of(staged, arguments)
+        merged = merged_of(found)
+        base = base_of(staged, arguments, merged)
         hub = None
         if not arguments.dry_run:
             hub = Hub(repository, arguments.token, notify)
@@ -100,6 +102,8 @@ def push(
         )  # fmt: skip
         if card.is_own:
             result.notices.append("README.md is somebody's own: its text stays, and its metadata are completed.")
+        if merged is not None:
+            result.notices.append(f"This is the adapter alone. {str(merged)!r} is the whole model, and needs no base.")
         if license is None:
             result.notices.append("It has no licence, so nobody else may use it: --license apache-2.0, for instance.")
         space_folder = folder / "space"
@@ -120,9 +124,18 @@ def exported(source: str, format: str, folder: Path) -> Source:
     return Source(found.folder, original.run, found.kind)
 
 
-def base_of(staged: Staged, arguments: SharingArguments) -> str | None:
+def merged_of(source: Source) -> Path | None:
+    """The folder of the model that an adapter of a run was merged into, if the run has one."""
+    folder = source.run / "merged" if source.kind == "adapter" and source.run is not None else None
+    return folder if folder is not None and (folder / MODEL_CONFIG).is_file() else None
+
+
+def base_of(staged: Staged, arguments: SharingArguments, merged: Path | None = None) -> str | None:
     """
     Where the model of an adapter is to be loaded from; the staged adapter gets its name on the Hub.
+
+    Args:
+        merged: the folder of the model that the adapter was merged into.
 
     Raises:
         ValueError: if strangers could not find it.
@@ -134,9 +147,10 @@ def base_of(staged: Staged, arguments: SharingArguments) -> str | None:
     trained_on = staged.config.get("base_model_name_or_path") or ""
     is_local = Path(trained_on).is_dir()
     if arguments.base_model is None and (is_local or trained_on.count("/") != 1 or trained_on.startswith((".", "/"))):
+        instead = f" Or push the merged model instead, which needs no base: {str(merged)!r}." if merged else ""
         raise ValueError(
             f"The adapter was trained on {trained_on!r}, which is a folder here: push that first, and name it by "
-            f"--base_model user/name."
+            f"--base_model user/name.{instead}"
         )
     if arguments.base_model is not None:
         staged.config["base_model_name_or_path"] = arguments.base_model

@@ -15,8 +15,9 @@ def report(result: Result) -> None:
         table.add_column("bytes", justify="right")
         for name, size in result.sizes.items():
             table.add_row(name, f"{size:,}")
+        table.add_section()
+        table.add_row("together", f"{sum(result.sizes.values()):,}")
         console.print(table)
-        print(f"\nThe card:\n\n{result.card}")
     else:
         pushed = result.pushed
         done = "Everything was there already" if pushed.was_there else "Pushed"
@@ -30,4 +31,4 @@ def report(result: Result) -> None:
     for notice in result.notices:
         print(f"({notice})")
     if result.pushed is None:
-        print("(A dry run: nothing was sent.)")
+        print(f"(A dry run: nothing was sent.)\n\nThe card:\n\n{result.card}")  # last, because it is long

@@ -179,6 +179,10 @@ def test_dry_run_touches_nothing(
     assert re.search(rf"model\.safetensors +│ +{weights:,} ", output) and "space: app.py" in output
     assert "# none" in output and "model-index:" in output and "A dry run" in output
     assert "It has no licence" in output
+    sizes = [int(size.replace(",", "")) for size in re.findall(r"│ +([\d,]+) │", output)]
+    assert sizes[-1] == sum(sizes[:-1]) > weights
+    order = [output.index(words) for words in ("model.safetensors", "It has no licence", "A dry run", "# none")]
+    assert order == sorted(order), "what is decided stands before the card, which is long"
 
 
 def test_mistakes_are_one_sentence(server: HubServer, quick_run: Path, tmp_path: Path) -> None:

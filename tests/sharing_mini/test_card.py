@@ -9,6 +9,7 @@ import pytest
 import sharing_mini.card
 import yaml
 from cards_mini import read_card
+from helpers.exports import write_adapter
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from modeling_mini.export import quantized
@@ -50,6 +51,22 @@ def test_every_figure_is_that_of_the_run(quick_run: Path) -> None:
     settings = yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])
     config = yaml.safe_load((quick_run / "config.yaml").read_text())
     assert settings.items() <= config.items() and "max_steps" in settings and "cache_dir" not in settings
+
+
+def test_an_adapter_of_a_run_names_the_merged_model_beside_it(saved: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_adapter(saved, run / "best")
+    (run / "config.yaml").write_text("dataset: sample\n")
+    arguments = SharingArguments(dry_run=True, no_verify=True, license="mit")
+    with pytest.raises(ValueError, match=r"by --base_model user/name\.$"):
+        push(str(run), "user/name", arguments, lambda sentence: None)
+    shutil.copytree(saved, run / "merged")
+    with pytest.raises(ValueError, match=r"user/name\. Or push the merged model instead, .*: '.*run/merged'\.$"):
+        push(str(run), "user/name", arguments, lambda sentence: None)
+    arguments.base_model = "user/base"
+    (notice,) = push(str(run), "user/name", arguments, lambda sentence: None).notices
+    assert notice.startswith("This is the adapter alone.") and f"{str(run / 'merged')!r} is the whole model" in notice
+    assert push(str(run / "merged"), "user/name", SharingArguments(dry_run=True, no_verify=True, license="mit")).sizes
 
 
 def test_the_step_of_a_checkpoint_and_no_figure_finds_its_metrics(quick_run: Path, tmp_path: Path) -> None:
