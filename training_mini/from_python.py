@@ -1,8 +1,10 @@
 """Training from Python and from notebooks: `from training_mini import TrainingSettings, train`."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from modeling_mini import MiniForCausalLM
@@ -17,7 +19,32 @@ from .notebook import NotebookDisplay, is_notebook
 from .result import TrainingResult
 from .settings import TrainingSettings
 
+SETTINGS = {field.name: field.type for field in dataclasses.fields(TrainingSettings)}
 
+
+@contextlib.contextmanager
+def words_of_python() -> Iterator[None]:
+    """
+    In sentences about wrong input, a flag such as `--resume` becomes `resume=True`, as the caller writes it, and
+    `--lora_r 8` becomes `lora_r 8`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is ValueError and len(error.args) == 1:  # others have no sentence of their own
+            error.args = (re.sub(r"(?<![\w-])--(\w+)( true| false)?\b", as_keyword, str(error)),)
+        raise
+
+
+def as_keyword(flag: re.Match[str]) -> str:
+    """What `--NAME`, perhaps with the word true or false after it, is in Python; what is no setting stays as it is."""
+    name, value = flag[1], flag[2] or ""
+    if name not in SETTINGS:
+        return flag[0]
+    return f"{name}={value.strip().capitalize() or True}" if SETTINGS[name] == bool | None else f"{name}{value}"
+
+
+@words_of_python()
 def train(
     settings: TrainingSettings | None = None,
     *,

@@ -134,6 +134,15 @@ def test_wrong_input_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_errors_name_keywords_and_not_flags(result: TrainingResult, tmp_path: Path) -> None:
+    sentence = "go on with it by resume=True, replace it by overwrite=True, or choose another output_dir."
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        train(settings(result.folder))
+    sentence = r"^-1 --none, bf16=False and lora_r 8 true, a-- and save_steps\.$"
+    with pytest.raises(ValueError, match=sentence), from_python.words_of_python():
+        raise ValueError("-1 --none, --bf16 false and --lora_r 8 true, a-- and --save_steps.")
+
+
 def test_a_metric_of_ones_own_is_in_the_log_the_table_and_the_curves(tmp_path: Path) -> None:
     def largest_weight(model: torch.nn.Module, tokenizer: object) -> torch.Tensor:
         assert not model.training and not torch.is_grad_enabled()
