@@ -20,6 +20,7 @@ import functools
 import hashlib
 import os
 import platform
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ ACTIVATIONS = {
     type(ACT2FN[name]): number
     for name, number in {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3, "relu2": 4}.items()
 }
+SECONDS = 30  # a compiler that needs more for an empty file hangs
 # inductor turns these off, because it writes its own loops with vectors.
 FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 
@@ -217,6 +219,7 @@ def compile_library() -> ctypes.CDLL:
     """Compiles the function, and keeps it in a file if there may be one. Raises as `native_library`."""
     from torch._inductor.codecache import CppCodeCache  # takes seconds to import
 
+    check_compiler()
     library = CppCodeCache.load(SOURCE, extra_flags=FLAGS)
     content = Path(library._name).read_bytes()
     path = library_path(checksum(content))
@@ -227,6 +230,24 @@ def compile_library() -> ctypes.CDLL:
             written.write_bytes(content)
             os.replace(written, path)
     return library
+
+
+def check_compiler() -> None:
+    """
+    Raises RuntimeError if torch's C++ compiler does not answer: torch would wait for it for ever. Of one that is
+    missing or fails, torch says more.
+    """
+    from torch._inductor import config
+
+    compiler = config.cpp.cxx if isinstance(config.cpp.cxx, str) else config.cpp.cxx[-1]
+    command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
+    try:
+        # Without pipes, which processes of the compiler could hold open.
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"the C++ compiler {compiler!r} gave no answer in {SECONDS} seconds.") from None
+    except OSError:
+        pass
 
 
 def library_path(content: str) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from configuration_mini import MiniConfig
 from installation_mini import processor_name
+from modeling_mini.compiled_decoding import check_compiler
 from torch import nn
 
 from .build import Run
@@ -122,7 +123,7 @@ def compile_model(run: Run, try_step: Callable[[], object]) -> None:
             block.compile()
     elif run.arguments.run.torch_compile:
         run.model.compile()
-    if run.state.is_compiled and (reason := failure_of(run, try_step)):
+    if run.state.is_compiled and (reason := failure_of(run, lambda: (check_compiler(), try_step()))):
         run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
         run.state.is_compiled = False
         uncompile(run.blocks)

@@ -351,6 +351,24 @@ def test_without_a_compiler_one_warning(
     assert torch.equal(text, model.generate(PROMPT, max_new_tokens=9, do_sample=False, fast_decoding=False))
 
 
+def test_a_compiler_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexec sleep 100\n")
+    compiler.chmod(0o755)
+    warnings: list[str] = []
+    monkeypatch.setattr("modeling_mini.fast_generation.logger.warning", warnings.append)
+    monkeypatch.setattr(compiled_decoding, "native_library", native_library.__wrapped__)
+    monkeypatch.setattr(compiled_decoding, "SECONDS", 0.5)
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    model = make_model(num_hidden_layers=1)
+    with config.patch({"cpp.cxx": (None, str(compiler))}):
+        model.compile_decoding()
+    reason = f"the C++ compiler {str(compiler)!r} gave no answer in 0.5 seconds."
+    assert warnings == [f"Decoding is not compiled, and goes on without: {reason}"] and model.compiled_step is None
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

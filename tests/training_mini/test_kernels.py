@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import QUICK, losses, train_here, weights
-from modeling_mini import MiniConfig, MiniForCausalLM
+from modeling_mini import MiniConfig, MiniForCausalLM, compiled_decoding
 from torch import nn
 from training_mini import build, kernels
 from training_mini.arguments import parse_arguments
@@ -310,3 +310,16 @@ def test_a_compiler_that_fails_costs_the_run_nothing(tmp_path: Path, monkeypatch
     (problem,) = trainer.run.problems
     assert problem == "The blocks of the model are not compiled, so training is slower: no such header"
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+
+
+def test_a_compiler_that_hangs_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen(monkeypatch, is_compiled=True)
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\nexec sleep 100\n")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(compiled_decoding, "SECONDS", 0.5)
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
+        trainer, _ = train_here(tmp_path / "run", "--max_steps", 3)
+    assert not trainer.run.state.is_compiled
+    (problem,) = trainer.run.problems
+    assert problem.endswith(f"so training is slower: the C++ compiler {str(compiler)!r} gave no answer in 0.5 seconds.")
