@@ -8,7 +8,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)")
-FORMATS = ("native", "gguf", "onnx")  # of modeling_mini.export, those that hold a model for others
+# Of the formats of modeling_mini.export, those that hold a model for others. To import that package loads torch, for
+# which `--help` should not wait.
+FORMATS = ("native", "gguf", "onnx")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 # Of what git takes as the name of a branch or tag, that which an address can hold and that means nothing else.
 REFERENCE = re.compile(r"(?!refs/|[0-9a-f]{40}$)(?!.*(\.\.|//|\.lock$))[A-Za-z0-9_]([A-Za-z0-9_./-]*[A-Za-z0-9_-])?")

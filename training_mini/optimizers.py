@@ -72,7 +72,12 @@ def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list
 
 
 def make_muon(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks, AdamW for the rest: a row of the embedding or the head is one token."""
+    """
+    Muon for the matrices of the blocks, AdamW for the rest: a row of the embedding or the head is one token.
+
+    Raises:
+        ValueError: for a model with other weights, such as those of all experts of a layer in one tensor.
+    """
     import torch
 
     from .muon import Muon
@@ -82,6 +87,11 @@ def make_muon(groups: ParameterGroups, settings: OptimizationArguments) -> list[
     adamw = make_adamw(rest, settings)
     if matrices is None:
         return adamw
+    if shape := next((tuple(parameter.shape) for parameter in matrices["params"] if parameter.ndim != 2), None):
+        raise ValueError(
+            f"--optimizer muon takes matrices, and the model has weights of shape {shape}, which are several in one: "
+            f"give --optimizer adamw."
+        )
     dtype = getattr(torch, settings.muon_dtype) if settings.muon_dtype is not None else None
     muon = Muon([matrices], momentum=settings.muon_momentum, iterations=settings.muon_iterations, dtype=dtype)
     return [muon, *adamw]

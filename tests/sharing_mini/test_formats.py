@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from helpers.hub_server import HubServer
 from huggingface_hub import ModelCard, constants
-from modeling_mini.export import export
+from modeling_mini.export import FORMATS, export
+from sharing_mini import arguments
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import Result, push
 
@@ -63,6 +64,10 @@ def test_folder_that_was_exported_before(hub: HubServer, model: Path, tmp_path: 
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot be read"):
         share(folder)
+
+
+def test_the_formats_are_some_of_those_of_an_export() -> None:
+    assert set(arguments.FORMATS) < set(FORMATS) and set(FORMATS) - set(arguments.FORMATS) == {"mini", "lm_eval"}
 
 
 def test_format_that_there_is_not(model: Path) -> None:

@@ -13,7 +13,7 @@ from training_mini.model_folders import model_card
 from training_mini.muon import Muon
 from training_mini.optimization import make_optimizers, make_schedulers
 from training_mini.optimizers import LEARNING_RATES, OPTIMIZERS, Optimizer, ParameterGroups
-from transformers import get_scheduler
+from transformers import MixtralConfig, MixtralForCausalLM, get_scheduler
 
 ARGUMENTS = {"weight_decay": 0.3, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
 
@@ -46,6 +46,15 @@ def test_each_kind_of_parameter_has_its_rate_and_only_matrices_decay(name: str, 
     grouped = sum(len(group["params"]) for group in groups)
     assert grouped == len(list(model.parameters())), "each is there once"
     assert optimizers[-1].defaults["betas"] == (0.8, 0.9) and optimizers[-1].defaults["eps"] == 1e-6
+
+
+def test_a_model_with_other_weights_than_matrices_is_not_for_muon() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=264, num_hidden_layers=1, num_local_experts=2, **sizes))
+    sentence = r"^--optimizer muon takes matrices, and the model has weights of shape \(2, .* give --optimizer adamw\.$"
+    with pytest.raises(ValueError, match=sentence):
+        make_optimizers(model, OptimizationArguments(optimizer="muon"))
+    assert make_optimizers(model, OptimizationArguments(optimizer="adamw"))
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
