@@ -126,13 +126,21 @@ def json_lines(values: Iterable[dict[str, Any]]) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of a file of JSON lines, without one that a crash cut short; none where there is no file."""
+    """
+    The objects in a file of JSON lines, without a line that a crash cut short and one that holds something else; none
+    where there is no file.
+    """
     values = []
     # Not splitlines(): strings may hold other characters that it takes for the end of a line.
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError):
             values.append(json.loads(line))
-    return values
+    return [value for value in values if isinstance(value, dict)]
+
+
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines that name a step: `metrics.jsonl` and `samples.jsonl` of a run."""
+    return [line for line in read_json_lines(path) if isinstance(line.get("step"), int)]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from cards_mini import CARD, OLD_MARK_OF_EXPORTS, Card, parse_card, public_settings, read_card, render
-from files_mini import read_json_lines, read_text
+from files_mini import read_steps, read_text
 from modeling_mini.remote_code import ROOT_FILES, remote_code_files
 
 from .staging import CURVES, Source, Staged
@@ -32,7 +32,7 @@ def gather(source: Source, staged: Staged, on_the_hub: str | None = None) -> Car
     facts = card.facts
     if source.run is not None:
         settings = settings_of(source.run)
-        lines = metrics_of(source.run)
+        lines = read_steps(source.run / "metrics.jsonl")
         # A card from before cards held facts does not say the step.
         step = facts.step if facts.step is not None else evaluated_step(lines, source.folder.name)
         facts = dataclasses.replace(
@@ -71,12 +71,6 @@ def settings_of(run: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ValueError(f"{path} must hold lines of the form 'name: value'.")
     return public_settings(settings)
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` that name a step."""
-    lines = read_json_lines(run / "metrics.jsonl")
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 
 
 def progress_at(lines: list[dict[str, Any]], step: int | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from files_mini import (
     new_folder,
     read_json,
     read_json_lines,
+    read_steps,
     replace_folder,
     write_text,
     writing,
@@ -115,6 +116,9 @@ def test_json_lines(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(whole[: whole.index("é".encode()) + 1])
     assert read_json_lines(tmp_path / "a.jsonl") == values[:1]
     assert read_json_lines(tmp_path / "missing.jsonl") == []
+    (tmp_path / "a.jsonl").write_text('null\n3\n[{}]\n{"loss": 1.0}\n{"step": null}\n{"step": 2}\n')
+    assert read_json_lines(tmp_path / "a.jsonl") == [{"loss": 1.0}, {"step": None}, {"step": 2}]
+    assert read_steps(tmp_path / "a.jsonl") == [{"step": 2}]
 
 
 def test_destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

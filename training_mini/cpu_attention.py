@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cpu_kernels import MARGIN, measured_once, shortest_seconds
+from .cpu_kernels import MARGIN, are_two_times, measured_once, shortest_seconds
 
 NAME = "mini_blocks"
 BLOCK = 64  # queries; half as many make the products too small, twice as many compute more that is masked
@@ -231,7 +231,11 @@ def blocks_are_faster(config: PreTrainedConfig, sequences: int, dtype: torch.dty
         )
 
     shape = f"{sequences} x {heads} ({key_value_heads}) x {length} x {head_dim}"
-    seconds = measured_once(f"attention {shape} in {dtype}", measure)
+    seconds = measured_once(
+        f"attention {shape} in {dtype}",
+        measure,
+        lambda kept: isinstance(kept, dict) and are_two_times([kept.get("blocks"), kept.get("fused")]),
+    )
     return seconds["blocks"] * MARGIN < seconds["fused"]
 
 

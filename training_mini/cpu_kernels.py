@@ -113,6 +113,7 @@ def measure_products(model: nn.Module, tokens: int) -> Choice:
         shape_of(layer): measured_once(
             f"{tokens} x {shape_of(layer)}",
             lambda layer=layer: faster_products(layer.out_features, layer.in_features, tokens),
+            are_products,
         )
         for layer in linear_layers(model)
     }
@@ -135,6 +136,7 @@ def bfloat16_is_faster(model: nn.Module, tokens: int, choice: Choice) -> bool:
         of_shape = measured_once(
             f"{tokens} x {shape} in bfloat16 beside {'+'.join(by_onednn) or 'MKL'}",
             lambda way=(outputs, inputs, tokens, by_onednn): seconds_by_type(*way),
+            are_two_times,
         )
         seconds = [total + count * part for total, part in zip(seconds, of_shape, strict=True)]
     in_float32, in_bfloat16 = seconds
@@ -147,16 +149,19 @@ def has_bfloat16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def measured_once(what: str, measure: Callable[[], Any]) -> Any:
+def measured_once(what: str, measure: Callable[[], Any], is_right: Callable[[Any], bool] = lambda kept: True) -> Any:
     """
     What `measure` gives. It runs once on a machine: the result, which JSON can hold, is kept in the cache, so that
     equal runs are equal bit by bit. Where other programs ran meanwhile, it is for this run alone.
+
+    Args:
+        is_right: whether something in the cache can be such a result; what is damaged is measured again.
     """
     key = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {what}"
     cache, measured = cache_folder() / "products.json", {}
     with contextlib.suppress(OSError, ValueError):  # none yet, or damaged
         measured = read_json(cache)
-    if key not in measured:
+    if key not in measured or not is_right(measured[key]):
         began, others = time.monotonic(), seconds_of_others()
         measured[key] = measure()
         share = SHARE_OF_OTHERS * (time.monotonic() - began)
@@ -165,6 +170,16 @@ def measured_once(what: str, measure: Callable[[], Any]) -> Any:
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 write_text(cache, json.dumps(measured, indent=1))
     return measured[key]
+
+
+def are_products(kept: Any) -> bool:
+    """Whether it can be a result of `faster_products`."""
+    return isinstance(kept, list) and all(name in PRODUCTS for name in kept)
+
+
+def are_two_times(kept: Any) -> bool:
+    """Whether these are two times in seconds."""
+    return isinstance(kept, list) and len(kept) == 2 and all(isinstance(time, float) and time > 0 for time in kept)
 
 
 def seconds_of_others() -> float:

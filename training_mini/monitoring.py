@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files_mini import append_text, json_lines, read_json_lines, write_text
+from files_mini import append_text, json_lines, read_steps, write_text
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.control import Control
 from rich.live import Live
@@ -183,7 +183,7 @@ class Monitor:
         if not self.enabled:
             return
         path = self.folder / "samples.jsonl"
-        lines = [line for line in read_json_lines(path) if line["step"] < step]
+        lines = [line for line in read_steps(path) if line["step"] < step]
         lines += [{"step": step, **sample} for sample in samples]
         with self.warning_of_errors(f"the samples of step {step}"):
             write_text(path, json_lines(lines))
@@ -283,8 +283,9 @@ def format_seconds(seconds: float) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of `metrics.jsonl`, without one that a crash cut short."""
-    return read_json_lines(folder / "metrics.jsonl")
+    """The lines of `metrics.jsonl`, without one that a crash cut short, and without what is no number."""
+    lines = read_steps(folder / "metrics.jsonl")
+    return [{name: value for name, value in line.items() if isinstance(value, int | float)} for line in lines]
 
 
 def draw_curves(folder: Path, title: str, compressors: dict[str, float]) -> None:

@@ -2,17 +2,19 @@
 
 import copy
 import itertools
+import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
-from training_mini import cpu_kernels
+from training_mini import cpu_attention, cpu_kernels
 from training_mini.cpu_kernels import (
     PRODUCTS,
     bfloat16_is_faster,
@@ -107,6 +109,39 @@ def test_what_a_busy_machine_measured_is_for_one_run(tmp_path: Path, monkeypatch
     assert [cpu_kernels.measured_once("this", lambda: next(results)) for _ in range(2)] == ["a", "b"]
     monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: 0.0)
     assert [cpu_kernels.measured_once("this", lambda: next(results)) for _ in range(2)] == ["c", "c"]
+
+
+def test_what_is_damaged_in_the_cache_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: 0.0)
+    monkeypatch.setattr(cpu_kernels, "faster_products", lambda outputs, inputs, tokens: ["output"])
+    monkeypatch.setattr(cpu_kernels, "seconds_by_type", lambda *way: [1.0, 0.5])
+    monkeypatch.setattr(cpu_kernels, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_attention, "shortest_seconds", lambda ways: {"fused": 2.0, "blocks": 1.0})
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2))
+
+    def choices() -> tuple[Any, ...]:
+        products = measure_products(model, 4096)
+        in_blocks = cpu_attention.blocks_are_faster(model.config, 8, torch.float32)
+        return products, cpu_kernels.bfloat16_is_faster(model, 4096, products), in_blocks
+
+    expected = choices()
+    assert expected == ({"128 x 128": ["output"], "264 x 128": ["output"]}, True, True)
+    cache = tmp_path / "products.json"
+    kept = json.loads(cache.read_text())
+    for damage in (
+        None,
+        1,
+        "output",
+        ["outputs", None],
+        [None, 0.5],
+        [-1.0, float("nan")],
+        {"blocks": None},
+        [1.0],
+        {},
+    ):
+        cache.write_text(json.dumps(dict.fromkeys(kept, damage)))
+        assert choices() == expected and json.loads(cache.read_text()) == kept, damage
 
 
 def test_what_others_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,20 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_what_is_damaged_in_metrics_and_samples_is_left_out(tmp_path: Path) -> None:
+    damaged = 'null\n[1]\n{"step": null}\n{"loss": 2.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(damaged + '{"step": 1, "seconds": null, "bits_per_byte": "2", "loss": 3}\n')
+    (tmp_path / "samples.jsonl").write_text(damaged)
+    monitor = Monitor(tmp_path, main_process())
+    monitor.start(1, 10)
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 3}]
+    assert curves_of(tmp_path, "title", {}) is None
+    monitor.record(2, METRICS)
+    monitor.record_samples(2, [{"prompt": "a", "text": "b"}])
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 2, "prompt": "a", "text": "b"}\n'
+    assert curves_of(tmp_path, "title", {}) is not None
+
+
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     monitor = Monitor(tmp_path, SimpleNamespace(is_main_process=False))
     monitor.start(0, 10)
