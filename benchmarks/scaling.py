@@ -1,8 +1,8 @@
 """
 What docs/SCALING.md computes with: how fast one process encodes, reads and streams a corpus and writes a checkpoint.
 
-    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--size gpt2] [--steps 8] [--rounds 3]
-        [--output FILE]
+    python benchmarks/scaling.py [--megabytes 200] [--bpe_megabytes 20] [--bpe_entries 8000] [--size gpt2]
+        [--steps 8] [--rounds 3] [--output FILE]
 
 The text is Python's own standard library, repeated. Each figure is the best of the rounds, because the disk and its
 cache have moods; reading is from the page cache. The last line is JSON.
@@ -28,7 +28,6 @@ from rich.table import Table
 from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
 
 WINDOWS, CONTEXT = 512, 1024
-BPE_ENTRIES = 8000
 
 
 @dataclass
@@ -36,7 +35,8 @@ class ScalingSettings(OutputSettings):
     """How much to measure with."""
 
     megabytes: int = option(200, "text to encode as bytes, to read and to stream", at_least=1)
-    bpe_megabytes: int = option(20, f"text to encode as BPE with {BPE_ENTRIES:,} entries", at_least=1)
+    bpe_megabytes: int = option(20, "text to encode as BPE", at_least=1)
+    bpe_entries: int = option(8000, "entries of that BPE, which are learned first", at_least=264)
     size: str = option("gpt2", "the model whose checkpoint is written")
     steps: int = option(8, "training steps beside which a checkpoint is written", at_least=1)
     rounds: int = option(3, "measure so many times and take the best", at_least=1)
@@ -80,8 +80,8 @@ def write_text(path: Path, sources: list[str], megabytes: int, form: Callable[[s
                     break
 
 
-def save_bpe(folder: Path, sources: list[str]) -> None:
-    ByteTokenizer().train_new_from_iterator(sources, BPE_ENTRIES).save_pretrained(folder)
+def save_bpe(folder: Path, sources: list[str], entries: int) -> None:
+    ByteTokenizer().train_new_from_iterator(sources, entries).save_pretrained(folder)
 
 
 def corpus_of(dataset: Path, cache: Path, **settings: Any):
@@ -95,7 +95,7 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
     write_text(text, sources, settings.megabytes, str)
     write_text(some, sources, settings.bpe_megabytes, str)
     write_text(records, sources, settings.megabytes, lambda source: json.dumps({"text": source}) + "\n")
-    save_bpe(bpe, sources[: len(sources) // 4])
+    save_bpe(bpe, sources[: len(sources) // 4], settings.bpe_entries)
 
     as_bytes = best_seconds(rounds, lambda cache: corpus_of(text, cache))
     as_bpe = best_seconds(rounds, lambda cache: corpus_of(some, cache, tokenizer=str(bpe)))
@@ -126,7 +126,7 @@ def measure_data(settings: ScalingSettings, folder: Path) -> dict[str, float]:
 
 
 def measure_checkpoint(settings: ScalingSettings, folder: Path) -> dict[str, float]:
-    flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --max_steps 100000".split()
+    flags = f"--dataset sample --size {settings.size} --train_batch_size 1 --max_steps 1000".split()
     trainer = Trainer(parse_arguments([*flags, "--output_dir", str(folder / "run")]))
     with trainer.stop, contextlib.closing(trainer.monitor), contextlib.closing(trainer.saving.writer):
         trainer.begin()

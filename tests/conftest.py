@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -11,9 +13,12 @@ import psutil
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# And before torch is: threads that wait for others leave them the core, as in train_accelerate.py.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores already
-os.environ["MINI_CACHE"] = tempfile.mkdtemp(prefix="mini-test-cache-")
+else:  # and this folder, in which the decoding step is compiled once
+    os.environ["MINI_CACHE"] = tempfile.mkdtemp(prefix="mini-test-cache-")
 # Whatever Mini writes is flushed, and a disk takes milliseconds for that, some 50 times in the shortest run. Where
 # there is room, the folders of tests lie in memory; pytest removes those of tests that pass.
 if (
@@ -23,10 +28,13 @@ if (
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 import pytest
-import torch
 from helpers import fork_server
 from helpers.programs import run_program
-from helpers.runs import QUICK
+
+# torch is not imported here: the process that hands the tests out to workers needs none, and workers wait for it.
+
+if TYPE_CHECKING:
+    from helpers.browser import Opener
 
 LONG = (
     "test_gpu_benchmark.py", "test_training_benchmark.py", "test_decoding_benchmark.py", "test_reliability.py",
@@ -50,18 +58,36 @@ def pytest_collection_finish() -> None:
     fork_server.environment.update(os.environ)
 
 
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["MINI_CACHE"], ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     """Tests give the same result in any order."""
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, for tests that only read it."""
+    from helpers.runs import QUICK
+
     cwd = tmp_path_factory.mktemp("quick")
     result = run_program(
         "train_accelerate.py", *QUICK, "--max_steps", 40, "--eval_steps", 20, "--save_steps", 20, cwd=cwd
     )
     assert result.returncode == 0, result.stderr
     return cwd / "runs" / "tiny-sample"
+
+
+@pytest.fixture(scope="module")  # and not longer: while it is there, its thread has an event loop
+def opened() -> "Iterator[Opener]":
+    """Opens pages in a Chromium that the tests of a file share."""
+    from helpers.browser import chromium
+
+    with chromium() as opener:
+        yield opener

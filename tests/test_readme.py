@@ -110,10 +110,10 @@ def test_blocks(copy: Path, request: pytest.FixtureRequest) -> None:
     sample = trained.split("--- a sample ---\n")[1]
     assert re.search(r"\b(self|if|in|not|return|import|class)\b", sample.removeprefix("def "))
     assert (copy / ".venv" / "bin" / "accelerate").exists()
-    # The second command as it stands there, on one file of the tests.
+    # The second command as it stands there, on the quick tests of one file.
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     environment["PATH"] = path
-    environment["PYTEST_ADDOPTS"] = "-n 0 tests/test_files.py"
+    environment["PYTEST_ADDOPTS"] = "-n 0 -m 'not slow' tests/test_files.py"
     result = subprocess.run(
         ["bash", "-c", TEST_COMMAND], cwd=copy, env=environment, capture_output=True, text=True, check=False
     )

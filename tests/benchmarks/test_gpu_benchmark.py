@@ -15,7 +15,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-def run_for(minutes: int, flags: list[object], cwd: Path) -> str:
+def run_for(minutes: float, flags: list[object], cwd: Path) -> str:
     """What it printed; each part gets some seconds more to stop."""
     process = start_program(PROGRAM, *flags, "--minutes", minutes, cwd=cwd, OMP_NUM_THREADS="1", COLUMNS="120")
     try:
@@ -31,10 +31,11 @@ def test_every_part_works_on_a_cpu_and_is_run_once(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     flags = ["--device", "cpu", "--output", "out", "--shakespeare", text]
-    run_for(1, flags, tmp_path)
+    run_for(5, [*flags, "--only", "device"], tmp_path)
+    run_for(0.2, flags, tmp_path)  # 1.5 seconds for each part, which are too short for most of them
     first = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
-    assert list(first) == NAMES
-    for name, record in first.items():  # on a busy machine a minute is too short for some
+    assert list(first) == NAMES and first["device"]["status"] == "finished"
+    for name, record in first.items():
         assert record["status"] in ("finished", "timed out"), (name, record)
     output = run_for(20, flags, tmp_path)
     parts = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]

@@ -11,7 +11,8 @@ PROGRAM = "benchmarks/scaling.py"
 
 @pytest.mark.slow  # it learns merges
 def test_figures(tmp_path: Path) -> None:
-    arguments = "--megabytes 2 --bpe_megabytes 1 --size small --rounds 1 --output out.json".split()
+    sizes = "--megabytes 2 --bpe_megabytes 1 --bpe_entries 1000 --size small --steps 1 --rounds 1"
+    arguments = f"{sizes} --output out.json".split()
     result = run_program(PROGRAM, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     figures = json.loads(result.stdout.splitlines()[-1])

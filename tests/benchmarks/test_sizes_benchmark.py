@@ -13,6 +13,7 @@ PAGE = (ROOT / "docs" / "TRAINING.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `(\w+)` \| ([\d.]+)M \| ([\d,.]+) MB \| ([\d,]+) \| [\d,]+ \| [\w ]+ \|$", PAGE, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_size_has_its_figures(tmp_path: Path) -> None:
     arguments = "--sizes tiny --seconds 0.1 --processor_time true --output out.json".split()
     result = run_program(PROGRAM, *arguments, cwd=tmp_path)

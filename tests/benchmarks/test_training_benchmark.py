@@ -76,7 +76,7 @@ def check(results: dict, models: list[str], modes: list[str]) -> None:
 @pytest.mark.slow
 def test_every_contender_has_figures_also_in_the_file(nanogpt: Path, tmp_path: Path) -> None:
     flags = [*QUICK, "--modes", "eager", "--nanogpt", nanogpt, "--output", "figures.json"]
-    done = run_program(PROGRAM, *flags, cwd=tmp_path, fresh=True)
+    done = run_program(PROGRAM, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout.splitlines()[-1])
     assert results == json.loads((tmp_path / "figures.json").read_text())

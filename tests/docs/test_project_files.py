@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import fork_server
 from helpers.programs import ROOT
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
@@ -64,7 +65,7 @@ def test_the_commands_of_contributing() -> None:
     text, readme = PAGES[0].read_text(encoding="utf-8"), (ROOT / "README.md").read_text(encoding="utf-8")
     set_up, test = re.findall(r"^```bash\n(.*?)\n^```$", text, flags=re.MULTILINE | re.DOTALL)
     assert f"```\n{set_up.replace(chr(10), ' && ')} && python -m pytest\n```" in readme
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    path = f"{Path(fork_server.python()).parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, "PYTEST_ADDOPTS": "-n 0 -q --collect-only"}
     command = ["bash", "-euo", "pipefail", "-c", test]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)

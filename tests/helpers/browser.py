@@ -1,8 +1,10 @@
 """Pages in a real browser, as people use them."""
 
 import contextlib
+import functools
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,17 +29,28 @@ class Opened:
     elsewhere: list[str] = field(default_factory=list)
 
 
+Opener = Callable[..., AbstractContextManager[Opened]]
+
+
 @contextlib.contextmanager
-def opened(
-    url: str, width: int = 1280, height: int = 900, color_scheme: str = "light", script: str | None = None
-) -> Iterator[Opened]:
-    """A page in Chromium; `script` runs before those of the page."""
+def chromium() -> Iterator[Opener]:
+    """`open_page` in a Chromium that is started once; each page has a profile of its own."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        touch = {"has_touch": True, "is_mobile": True} if width < 500 else {}
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme, **touch)
+        yield functools.partial(open_page, browser)
+        browser.close()
+
+
+@contextlib.contextmanager
+def open_page(
+    browser: Any, url: str, width: int = 1280, height: int = 900, color_scheme: str = "light", script: str | None = None
+) -> Iterator[Opened]:
+    """A page; `script` runs before those of the page."""
+    touch = {"has_touch": True, "is_mobile": True} if width < 500 else {}
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=color_scheme, **touch)
+    with contextlib.closing(context):
         page = context.new_page()
         found = Opened(page)
         if script is not None:
@@ -50,7 +63,6 @@ def opened(
         page.on("pageerror", lambda error: found.wrong.append(str(error)))
         page.goto(url)
         yield found
-        browser.close()
 
 
 def write(page: Any, prompt: str, **settings: float) -> str:

@@ -38,7 +38,7 @@ class Program:
         stdin.write_text(input or "", encoding="utf-8")
         request = {"flags": set(), "kind": "script", "program": command[0], "arguments": command} | {
             "cwd": str(cwd), "environment": environment, "executable": str(server().executable),
-            "ignores_ctrl_c": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+            "ignores_ctrl_c": signal.getsignal(signal.SIGINT) == signal.SIG_IGN, "descriptors": [0, 1, 2],
         }  # fmt: skip
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(stdin, "rb"))]

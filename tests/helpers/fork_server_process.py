@@ -10,8 +10,10 @@ DESCRIPTOR. A request is a dictionary (`marshal`) behind its length, with the fi
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
+import inspect
 import io
 import marshal
 import os
@@ -22,6 +24,7 @@ import signal
 import socket
 import sys
 import threading
+from multiprocessing import spawn
 from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
@@ -40,6 +43,7 @@ TORCH = (
     "tokenizers",
     "torch",
     "torch._dynamo",
+    "torch._inductor.compile_fx",  # of bitsandbytes, and so of peft
     "torch.distributed.checkpoint",
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
@@ -49,6 +53,7 @@ TORCH = (
 LIBRARIES = (
     "accelerate.commands.accelerate_cli",
     "accelerate.commands.config.config_args",
+    "datasets",
     "transformers.generation.utils",
     "transformers.modeling_layers",
     "transformers.models.auto.modeling_auto",
@@ -62,6 +67,7 @@ READ_LATE = (
     "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK", "ROLE_", "SHLVL", "SLURM_", "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR",
     "TORCH_NCCL_", "TRACKIO_", "WORLD_SIZE", "_",
 )  # fmt: skip
+MOST_FILES = 32  # as in forked_python.py
 OF_HUGGING_FACE = ("HF_", "TRANSFORMERS_", "DATASETS_")
 
 
@@ -110,9 +116,7 @@ def serve(address: str, life: socket.socket, read_late: tuple[str, ...]) -> dict
                         connection.close()
                     for descriptor in processes:
                         os.close(descriptor)
-                    for target, source in enumerate(files):
-                        os.dup2(source, target)
-                        os.close(source)
+                    take_files(files, request["descriptors"])
                     return request
                 processes[os.pidfd_open(process)], clients[process] = process, client
             with contextlib.suppress(OSError):
@@ -123,13 +127,24 @@ def serve(address: str, life: socket.socket, read_late: tuple[str, ...]) -> dict
                 client.close()
 
 
+def take_files(files: list[int], descriptors: list[int]) -> None:
+    """Gives the files these numbers. First all of them get higher ones, or one would overwrite another."""
+    above = max(descriptors) + 1
+    higher = [fcntl.fcntl(file, fcntl.F_DUPFD, above) for file in files]
+    for file in files:
+        os.close(file)
+    for source, target in zip(higher, descriptors, strict=True):
+        os.dup2(source, target)
+        os.close(source)
+
+
 def number(value: int) -> bytes:
     """As `forked_python.receive_number` reads it: this file runs alone, and imports nothing from beside it."""
     return value.to_bytes(4, "little", signed=True)
 
 
 def receive(client: socket.socket) -> tuple[dict | None, list[int]]:
-    data, files, _, _ = socket.recv_fds(client, 65536, 3)
+    data, files, _, _ = socket.recv_fds(client, 65536, MOST_FILES)
     while data and len(data) < 4 + int.from_bytes(data[:4], "little"):
         more = client.recv(65536)
         if not more:
@@ -148,6 +163,7 @@ def become(request: dict) -> None:
     random.seed()
     signal.signal(signal.SIGINT, signal.SIG_IGN if request["ignores_ctrl_c"] else signal.default_int_handler)
     sys.executable = request["executable"]
+    spawn.set_executable(sys.executable)  # it remembers that of the server
     flags, kind, program, sys.argv = request["flags"], request["kind"], request["program"], request["arguments"]
     searched = [path for path in sys.path[1:] if path not in of_server]
     if "I" not in flags and environment.get("PYTHONPATH"):
@@ -212,9 +228,11 @@ def main(folder: str, descriptor: int) -> None:
     if os.fork() == 0:
         kind, read_late = "libraries", READ_LATE
         preload(LIBRARIES)
+    # torch asks which module a frame is of when Mini defines an operator: this looks up the files of all modules once.
+    inspect.getmodule(inspect.currentframe())
     # What programs import beyond this, most of it Mini, is compiled once, whatever the variables say, and nothing of it
-    # is left beside the sources.
-    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{folder}/bytecode"
+    # is left beside the sources. All workers share it.
+    sys.dont_write_bytecode, sys.pycache_prefix = False, f"{os.environ.get('MINI_CACHE', folder)}/bytecode"
     # The collector of a program leaves alone what it shares with the server, for the same reason as `end`.
     gc.collect()
     gc.freeze()

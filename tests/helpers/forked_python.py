@@ -4,7 +4,7 @@ A `python` that starts in milliseconds: it asks a server for a process, and stan
     python -I -S forked_python.py FOLDER_OF_SERVER EXECUTABLE PYTHON [ARGUMENT...]
 
 EXECUTABLE is the script that starts this one, PYTHON the interpreter, which runs the program itself where the server
-may not: when it was started with other variables, or when there are arguments or open files that only it knows.
+may not: when it was started with other variables, or when there are arguments that only it knows.
 """
 
 import contextlib
@@ -14,8 +14,9 @@ import signal
 import socket
 import sys
 
-FLAGS = {"-I": "I", "-P": "P", "-u": "u"}
+FLAGS = {"-B": "B", "-I": "I", "-P": "P", "-u": "u"}
 NUMBER = 4  # bytes, of what the server sends
+MOST_FILES = 32  # that the server takes
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -35,7 +36,10 @@ def parse(arguments: list[str]) -> dict | None:
 
 
 def start(folder: str, request: dict, files: list[int]) -> tuple[socket.socket, int] | None:
-    """A process of the server that may start it, and the connection over which its exit code comes."""
+    """
+    A process of the server that may start it, and the connection over which its exit code comes. It has the files under
+    the numbers that `descriptors` in the request gives.
+    """
     data = marshal.dumps(request)
     for server in ("libraries", "torch"):
         connection = socket.socket(socket.AF_UNIX)
@@ -57,28 +61,33 @@ def receive_number(connection: socket.socket) -> int | None:
     return int.from_bytes(data, "little", signed=True) if data else None
 
 
-def open_files() -> set[int]:
+def open_files() -> list[int]:
     """Those that the program would inherit."""
-    descriptors = set()
+    descriptors = []
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             if os.get_inheritable(int(name)):
-                descriptors.add(int(name))
-    return descriptors
+                descriptors.append(int(name))
+    return sorted(descriptors)
 
 
 def main() -> None:
     folder, executable, python, *arguments = sys.argv[1:]
     request = parse(arguments)
     started = None
-    if request is not None and open_files() == {0, 1, 2}:
+    files = open_files()
+    if request is not None and {0, 1, 2} <= set(files) and len(files) <= MOST_FILES:
         request |= {"cwd": os.getcwd(), "environment": dict(os.environ), "executable": executable}
         request["ignores_ctrl_c"] = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        request["descriptors"] = files
         with contextlib.suppress(OSError):
-            started = start(folder, request, [0, 1, 2])
+            started = start(folder, request, files)
     if started is None:
         os.execv(python, [python, *arguments])
     connection, process = started
+    for descriptor in files:  # whoever reads from the program waits until all ends are closed
+        if descriptor > 2:
+            os.close(descriptor)
     for number in FORWARDED:
         signal.signal(number, lambda number, frame: os.kill(process, number))
     code = receive_number(connection)

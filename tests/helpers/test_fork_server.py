@@ -1,6 +1,8 @@
 """A program that the server starts is to its user what one is that plain `python` starts."""
 
+import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -60,3 +62,41 @@ def test_a_program_that_ends_before_anyone_looks(tmp_path: Path, monkeypatch: py
     fork_server.server()
     monkeypatch.setattr(socket, "socket", LateSocket)
     assert run_program(str(tmp_path / "program.py"), cwd=tmp_path).returncode == 3
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+def test_processes_of_multiprocessing_are_forked_with_the_files_that_they_inherit(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("""
+import multiprocessing, sys
+
+def answer(connection):
+    connection.send("torch" in sys.modules)
+
+if __name__ == "__main__":
+    for method in ("spawn", "forkserver"):
+        context = multiprocessing.get_context(method)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=answer, args=(sender,))
+        process.start()
+        sender.close()
+        print(method, receiver.recv())
+        process.join()
+        print(process.exitcode)
+""")
+    result = run_program(str(tmp_path / "program.py"), cwd=tmp_path)
+    assert result.stdout == "spawn True\n0\nforkserver True\n0\n", result.stderr
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+def test_inherited_files_keep_their_numbers_and_end_with_the_program() -> None:
+    pipes = [os.pipe() for _ in range(2)]
+    readers, writers = zip(*pipes, strict=True)
+    program = f"import os; [os.write(number, str(number).encode()) for number in {writers}]"
+    process = subprocess.Popen([fork_server.python(), "-c", program], pass_fds=writers)
+    for number in writers:
+        os.close(number)
+    assert [os.read(number, 100) for number in readers] == [str(number).encode() for number in writers]
+    assert [os.read(number, 100) for number in readers] == [b"", b""], "nobody else holds their other end"
+    assert process.wait() == 0
+    for number in readers:
+        os.close(number)

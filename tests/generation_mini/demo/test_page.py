@@ -11,7 +11,7 @@ from generation_mini.demo import listen
 from generation_mini.demo.server import make_app
 from generation_mini.demo.writing import Author
 from helpers import browser
-from helpers.browser import CHROMIUM, SCREENS, opened, write
+from helpers.browser import CHROMIUM, SCREENS, Opener, write
 from helpers.programs import free_port
 from tokenization import CHAT_TEMPLATE
 
@@ -32,7 +32,7 @@ def served(author: Author) -> Iterator[str]:
         thread.join()
 
 
-def test_writing_colours_and_other_characters(author: Author, tmp_path: Path) -> None:
+def test_writing_colours_and_other_characters(author: Author, opened: Opener, tmp_path: Path) -> None:
     with served(author) as url, opened(url) as found:
         page = found.page
         assert page.title() == "Mini: a model" and page.inner_text("h1") == "a model"
@@ -53,7 +53,7 @@ def test_writing_colours_and_other_characters(author: Author, tmp_path: Path) ->
         assert found.wrong == [] and found.elsewhere == []
 
 
-def test_pointing_and_the_inside_of_the_model(author: Author) -> None:
+def test_pointing_and_the_inside_of_the_model(author: Author, opened: Opener) -> None:
     """Pointing shows what else was likely; choosing also where the model looked and what each layer would have said."""
     with served(author) as url, opened(url) as found:
         page = found.page
@@ -80,7 +80,7 @@ def test_pointing_and_the_inside_of_the_model(author: Author) -> None:
         assert found.wrong == []
 
 
-def test_by_keyboard_and_for_a_screen_reader(author: Author) -> None:
+def test_by_keyboard_and_for_a_screen_reader(author: Author, opened: Opener) -> None:
     with served(author) as url, opened(url) as found:
         page = found.page
         text = write(page, "the cat ", max_new_tokens=20, seed=1)
@@ -110,7 +110,7 @@ def test_by_keyboard_and_for_a_screen_reader(author: Author) -> None:
         assert found.wrong == []
 
 
-def test_a_chat_model_answers_in_turns(author: Author) -> None:
+def test_a_chat_model_answers_in_turns(author: Author, opened: Opener) -> None:
     author.tokenizer.chat_template = CHAT_TEMPLATE
     author.model.generation_config.eos_token_id = [2, 7]
     with served(author) as url, opened(url) as found:
@@ -136,7 +136,7 @@ def test_a_chat_model_answers_in_turns(author: Author) -> None:
 
 
 @pytest.mark.parametrize("screen", SCREENS, ids=str)
-def test_on_every_screen(author: Author, screen: tuple[int, int, str], tmp_path: Path) -> None:
+def test_on_every_screen(author: Author, opened: Opener, screen: tuple[int, int, str], tmp_path: Path) -> None:
     with served(author) as url, opened(url, *screen) as found:
         page = found.page
         write(page, "the cat ", max_new_tokens=200, seed=1)
@@ -150,7 +150,7 @@ def test_on_every_screen(author: Author, screen: tuple[int, int, str], tmp_path:
         assert found.wrong == []
 
 
-def test_a_server_that_has_ended_is_said_in_a_sentence(author: Author) -> None:
+def test_a_server_that_has_ended_is_said_in_a_sentence(author: Author, opened: Opener) -> None:
     with served(author) as url, opened(url) as found:
         text = write(found.page, "the cat ", max_new_tokens=10)
         found.page.context.set_offline(True)
@@ -160,7 +160,7 @@ def test_a_server_that_has_ended_is_said_in_a_sentence(author: Author) -> None:
         assert text and found.page.is_enabled("#write")
 
 
-def test_two_visitors_write_one_after_the_other(author: Author) -> None:
+def test_two_visitors_write_one_after_the_other(author: Author, opened: Opener) -> None:
     with served(author) as url, opened(url) as found, author.lock:
         found.page.wait_for_selector("#write:enabled")
         found.page.click("#write")

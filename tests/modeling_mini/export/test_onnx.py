@@ -24,6 +24,7 @@ from filelock import FileLock
 from generation_mini.arguments import GenerationArguments
 from generation_mini.text_generation import write_on
 from helpers import browser
+from helpers.browser import Opener
 from helpers.exports import learned_merges, write_adapter
 from modeling_mini import MiniForCausalLM
 from modeling_mini.export import export, onnx
@@ -397,10 +398,10 @@ addEventListener("DOMContentLoaded", () => {
 
 @pytest.mark.slow
 @in_chromium
-def test_in_a_browser(page_folder: Path, checkpoint: Path) -> None:
+def test_in_a_browser(opened: Opener, page_folder: Path, checkpoint: Path) -> None:
     """The page writes what generate.py writes, far beyond the context, and asks nobody but the server of its folder."""
     model, tokenizer = load_model(str(checkpoint))
-    with served(page_folder) as url, browser.opened(url, script=PHONE) as found:
+    with served(page_folder) as url, opened(url, script=PHONE) as found:
         page = found.page
         assert page.title() == "Mini: checkpoint" and page.inner_text("h1") == "checkpoint"
         about = page.inner_text("#about")
@@ -430,8 +431,8 @@ def test_in_a_browser(page_folder: Path, checkpoint: Path) -> None:
 @pytest.mark.slow
 @in_chromium
 @pytest.mark.parametrize("screen", browser.SCREENS, ids=str)
-def test_on_every_screen(page_folder: Path, screen: tuple[int, int, str], tmp_path: Path) -> None:
-    with served(page_folder) as url, browser.opened(url, *screen) as found:
+def test_on_every_screen(opened: Opener, page_folder: Path, screen: tuple[int, int, str], tmp_path: Path) -> None:
+    with served(page_folder) as url, opened(url, *screen) as found:
         browser.write(found.page, PROMPT, max_new_tokens=40, seed=1)
         found.page.locator("#text .piece").nth(4).click()
         browser.check_layout(found.page)
@@ -441,7 +442,7 @@ def test_on_every_screen(page_folder: Path, screen: tuple[int, int, str], tmp_pa
 
 @pytest.mark.slow
 @in_chromium
-def test_a_chat_in_a_browser(node_modules: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_chat_in_a_browser(opened: Opener, node_modules: Path, checkpoint: Path, tmp_path: Path) -> None:
     """The ids that are read are those of `encode_messages`, so the first answer is Mini's."""
     shutil.copytree(checkpoint, tmp_path / "chat")
     model, tokenizer = load_model(str(tmp_path / "chat"))
@@ -452,7 +453,7 @@ def test_a_chat_in_a_browser(node_modules: Path, checkpoint: Path, tmp_path: Pat
     folder = export("onnx", tmp_path / "chat", tmp_path / "page", node_modules=str(node_modules))
     ids, _ = encode_messages(tokenizer, [{"role": "user", "content": "hi"}], add_generation_prompt=True)
     (expected,) = write_on(model, tokenizer, [ids], dataclasses.replace(GREEDY, max_new_tokens=15), lambda notice: None)
-    with served(folder) as url, browser.opened(url) as found:
+    with served(folder) as url, opened(url) as found:
         assert browser.write(found.page, "hi", temperature=0, max_new_tokens=15) == expected.text
         found.page.evaluate("document.querySelector('#status').textContent = ''")
         browser.write(found.page, "a message that takes the room of the first", max_new_tokens=15)
@@ -461,9 +462,11 @@ def test_a_chat_in_a_browser(node_modules: Path, checkpoint: Path, tmp_path: Pat
 
 
 @in_chromium
-def test_what_cannot_be_loaded_is_said_in_a_sentence(exported: Path, page_folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_said_in_a_sentence(
+    opened: Opener, exported: Path, page_folder: Path, tmp_path: Path
+) -> None:
     """A page from a file, one whose library is not to be had, and one whose model is still being written."""
-    with browser.opened((exported / "index.html").as_uri()) as found:
+    with opened((exported / "index.html").as_uri()) as found:
         assert "opened from a file" in found.page.inner_text("#problem")
         assert "python -m http.server" in found.page.inner_text("#problem") and found.page.is_disabled("#write")
     folder = tmp_path / "page"
@@ -473,9 +476,9 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(exported: Path, page_folder
         ("vendor/transformers.min.js", "The page could not load transformers.js, which runs the model ("),
     ):
         (folder / missing).unlink() if missing else None
-        with served(folder) as url, browser.opened(url) as found:
+        with served(folder) as url, opened(url) as found:
             found.page.wait_for_function("document.querySelector('#problem').textContent !== ''")
             assert sentence in found.page.inner_text("#problem") and found.page.is_disabled("#write")
-    with served(page_folder) as url, browser.opened(url, script="delete window.WebAssembly") as found:
+    with served(page_folder) as url, opened(url, script="delete window.WebAssembly") as found:
         found.page.wait_for_function("document.querySelector('#problem').textContent !== ''")
         assert found.page.inner_text("#problem").startswith("This browser runs no WebAssembly")
