@@ -1,0 +1,42 @@
+"""benchmarks/muon.py: each optimizer trains with each seed, and torch's Muon is torch's."""
+
+import json
+
+import pytest
+import torch
+from helpers.programs import ROOT, one_sentence_of, run_program
+from training_mini.optimizers import OPTIMIZERS
+
+PROGRAM = "benchmarks/muon.py"
+
+
+def test_every_optimizer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    known = dict(OPTIMIZERS)
+    import muon
+
+    steps: list[str] = []
+    for optimizer_class in (torch.optim.Muon, torch.optim.AdamW):
+        step = optimizer_class.step
+        monkeypatch.setattr(
+            optimizer_class,
+            "step",
+            lambda self, *more, step=step: [steps.append(type(self).__name__), step(self, *more)][1],
+        )
+    try:
+        results = muon.measure(muon.Settings(seeds=[1], max_steps=2, dataset="sample"))
+    finally:
+        OPTIMIZERS.clear()
+        OPTIMIZERS.update(known)
+    rows = {row["name"]: row for row in results["optimizers"]}
+    assert list(rows) == ["Mini's Muon", "torch.optim.Muon", "AdamW"]
+    assert steps.count("Muon") == 2 and steps.count("AdamW") == 6
+    assert len({row["mean"] for row in rows.values()}) == 3
+    for row in rows.values():
+        assert row["bits_per_byte"] == [row["mean"]] and 0 < row["mean"] < 8 and row["milliseconds"] > 0
+    json.dumps(results)
+
+
+def test_wrong_input() -> None:
+    result = run_program(PROGRAM, "--max_steps", "1", cwd=ROOT)
+    assert "max_steps must be at least 2" in one_sentence_of(result.returncode, result.stderr)
