@@ -65,9 +65,10 @@ class GenerationArguments(Settings):
     output: str | None = option(None, ".jsonl for the texts of --batch_file; the same call again goes on with it")
     batch_size: int = option(32, "prompts of --batch_file at once", at_least=1)
     stats: bool = option(False, "say how fast it was")
-    compile: bool = option(
-        False,
-        "compile the step of decoding, on a CPU in float32: a few seconds once, and then several times as fast",
+    compile: bool | None = option(
+        None,
+        "compile the step of decoding, on a CPU in float32: a few seconds once on a machine, and then several times as "
+        "fast (default: where it was done before)",
     )
     assistant: str | None = option(None, "smaller model of the same tokenizer that drafts (assisted decoding)")
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")

@@ -25,10 +25,11 @@ def run(arguments: GenerationArguments) -> None:
     if arguments.batch_file is not None:
         batch_file = BatchFile(arguments)  # what is wrong with it shows before a model is loaded
     model, tokenizer = load_model(model_to_load(arguments), adapter=arguments.adapter, **arguments.loading())
-    if arguments.compile:
-        if not hasattr(model, "compile_decoding"):
-            raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
-        model.compile_decoding()
+    is_mini = hasattr(model, "compile_decoding")
+    if arguments.compile and not is_mini:
+        raise ValueError(f"compile is for Mini models, and {model.name_or_path!r} is a {type(model).__name__}.")
+    if arguments.compile is not False and is_mini:
+        model.compile_decoding(only_kept=arguments.compile is None)
     if arguments.seed is not None:
         set_seed(arguments.seed)
     assistant = None

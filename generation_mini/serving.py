@@ -100,7 +100,10 @@ class ServedModels(model_manager.ModelManager):
     def _load_model(self, model_id_and_revision: str, **settings: Any) -> PreTrainedModel:
         if self.is_adapter(model_id_and_revision):
             return load_model(self.checkpoint)[0]
-        return super()._load_model(self.with_revision(model_id_and_revision), **settings)
+        model = super()._load_model(self.with_revision(model_id_and_revision), **settings)
+        if hasattr(model, "compile_decoding"):
+            model.compile_decoding(only_kept=True)
+        return model
 
     def get_gen_models(self) -> list[dict[str, Any]]:
         """The one model that requests may name, or those of the cache."""

@@ -206,6 +206,11 @@ def native_library() -> ctypes.CDLL:
     return library
 
 
+def is_compiled() -> bool:
+    """Whether an earlier call of `native_library` has compiled the function on this machine."""
+    return kept_library() is not None
+
+
 def kept_library() -> ctypes.CDLL | None:
     """The function in a file of an earlier process; `None` if there is none, or it is damaged."""
     for path in library_path("*").parent.glob(library_path("*").name):

@@ -20,7 +20,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from .compiled_decoding import CompiledStep
+from .compiled_decoding import CompiledStep, is_compiled
 from .decoding import NORMS, decode, obstacle, obstacle_of_model
 from .graph_decoding import GraphStep
 from .quantized_decoding import dequantized, has_quantized_layers
@@ -40,13 +40,19 @@ class FastGenerationMixin:
     plain_modules: dict[type, Callable] = {}
     compiled_step: CompiledStep | GraphStep | None = None
 
-    def compile_decoding(self) -> None:
+    def compile_decoding(self, only_kept: bool = False) -> None:
         """
         Compiles the step with which `generate` writes. On a CPU that gives a native function for models in float32,
         several times as fast; compiling takes a few seconds the first time on a machine. On a GPU it gives a CUDA
         graph. All other requests are decoded as before. If there is no compiler, or the model has layers other than the
         plain ones, a warning says so and nothing changes.
+
+        Args:
+            only_kept: take the native function where an earlier call has compiled it on this machine, which takes
+                milliseconds, and do nothing elsewhere, without a warning.
         """
+        if only_kept and (self.device.type != "cpu" or not is_compiled()):
+            return
         model = dequantized(self) if has_quantized_layers(self) else self
         reason = obstacle_of_model(model, self.plain_modules)
         if reason is None:
@@ -55,7 +61,8 @@ class FastGenerationMixin:
                 return
             except (ValueError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split()) or type(error).__name__
-        logger.warning(f"Decoding is not compiled, and goes on without: {reason[:300]}")
+        if not only_kept:
+            logger.warning(f"Decoding is not compiled, and goes on without: {reason[:300]}")
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, fast_decoding: bool | str | None = None, **kwargs: Any

@@ -17,7 +17,7 @@ from generation_mini.text_generation import (
     write_on,
 )
 from modeling_mini import MiniConfig, MiniForCausalLM
-from modeling_mini.compiled_decoding import CompiledDecoder
+from modeling_mini.compiled_decoding import CompiledDecoder, compile_library
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import GenerationConfig
 
@@ -231,6 +231,26 @@ def test_compile_is_for_as_many_texts_as_are_written_at_once(
     )
     program.run(parse_arguments(["--compile", "--max_tokens", "3", *argv]))
     assert max(sizes) == texts
+
+
+def test_what_was_compiled_once_is_used(
+    model, tokenizer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    loaded: list[Any] = []
+    monkeypatch.setattr(
+        program, "load_model", lambda *args, **kwargs: (loaded.append(copy.deepcopy(model)), (loaded[-1], tokenizer))[1]
+    )
+    used = []
+    for flags in ([], ["--compile"], [], ["--compile", "false"]):
+        if flags == ["--compile"]:
+            compile_library()  # a test before this one may have compiled it into another folder
+        program.run(parse_arguments(["--prompt", "a", "--max_tokens", "3", *flags]))
+        used.append(loaded[-1].compiled_step is not None)
+    assert used == [False, True, True, False]
+    capsys.readouterr()
+    loaded[-1].bfloat16().compile_decoding(only_kept=True)
+    assert loaded[-1].compiled_step is None and capsys.readouterr().err == ""
 
 
 def test_beams(model, tokenizer) -> None:

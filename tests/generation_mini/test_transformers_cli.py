@@ -19,8 +19,11 @@ import pytest
 import torch
 import transformers
 from generation_mini import transformers_cli
+from generation_mini.serving import ServedModels
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
+from modeling_mini import MiniForCausalLM
+from modeling_mini.compiled_decoding import compile_library
 from modeling_mini.loading.checkpoints import load_model
 from transformers.cli import transformers as stock_command
 
@@ -74,6 +77,20 @@ def serving(name: str, place: Path, folder: Path, *flags: str) -> Iterator[str]:
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with serving(NAME, checkpoint.parent, tmp_path_factory.mktemp("server")) as address:
         yield address
+
+
+def test_it_writes_by_the_function_that_was_compiled_before(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    monkeypatch.setattr(transformers, "MiniForCausalLM", MiniForCausalLM, raising=False)  # as the command does
+    used = []
+    for _ in range(2):
+        models = ServedModels(force_model=str(checkpoint))
+        model = models._load_model(models.process_model_name(str(checkpoint)))
+        used.append(model.compiled_step is not None)
+        compile_library()
+    assert used == [False, True]
 
 
 @pytest.fixture(scope="module")
