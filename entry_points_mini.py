@@ -310,7 +310,16 @@ class ArgumentParser(argparse.ArgumentParser):
         for name in values:
             if name not in self.known_fields:
                 raise ValueError(f"{path} has an unknown key {name!r}{self.right_name(str(name))}")
-        return as_flags({name: value for name, value in values.items() if name not in replaced})
+        values = {name: value for name, value in values.items() if name not in replaced}
+        self.check_lists(values)
+        return as_flags(values)
+
+    def check_lists(self, values: Mapping[str, Any]) -> None:
+        """Raises ValueError for a list where a setting is one value; of flags, the rest would belong to none."""
+        lists = {action.dest for action in self._actions if action.nargs == "+"}
+        for name, value in values.items():
+            if isinstance(value, list | tuple) and name not in lists:
+                raise ValueError(f"{name} takes one value, got {list(value)}.")
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:

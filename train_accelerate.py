@@ -45,7 +45,7 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
         how += " --trust_remote_code"
     write = f"{command_of('generate.py')} --model {folder} {how}"
     go_on = f"{command_of('train_accelerate.py')} --resume --output_dir {folder}"
-    steps = run.state.step
+    steps, most = run.state.step, run.arguments.optimization.max_steps
     if result.stopped_by is not None:
         where = f"Stopped at step {steps}; everything is in {path('checkpoints')}."
         return f"{where}\nGo on:       {go_on}\nWrite:       {write}"
@@ -56,12 +56,16 @@ def report(result: "TrainingResult", arguments: Arguments) -> str:
         valid = round(100 * result.valid_functions)
         beginning = python_prompt(run.corpus.tokenizer)
         sentences.append(f"Of 100 functions that it began with {beginning!r}, {valid} are valid Python.")
+    time = f" in {format_seconds(result.seconds)}"
+    if result.start_step:
+        new = steps - result.start_step
+        time = f", the last {new}{time}" if new else f" before, and none now: max_steps is {most}"
     width = console.width if console.is_terminal else sys.maxsize  # lines break between words
-    early = "" if steps >= run.arguments.optimization.max_steps else " (stopped early: no better for a while)"
+    early = "" if steps >= most else " (stopped early: no better for a while)"
     samples = "\n----------------\n".join(result.samples)
     return "\n".join(
         (
-            f"\nTrained {steps} steps in {format_seconds(result.seconds)}{early}.",
+            f"\nTrained {steps} steps{time}{early}.",
             *(textwrap.fill(sentence, width) for sentence in sentences),
             f"\n--- a sample ---\n{samples}\n----------------\n",
             f"Best model   {path('best')}  (step {run.state.best_step})",

@@ -26,13 +26,14 @@ SETTINGS = {field.name: field.type for field in dataclasses.fields(TrainingSetti
 def words_of_python() -> Iterator[None]:
     """
     In sentences about wrong input, a flag such as `--resume` becomes `resume=True`, as the caller writes it, and
-    `--lora_r 8` becomes `lora_r 8`.
+    `--lora_r 8` becomes `lora_r 8`. The hint at `--help` is left out.
     """
     try:
         yield
     except ValueError as error:
         if type(error) is ValueError and len(error.args) == 1:  # others have no sentence of their own
-            error.args = (re.sub(r"(?<![\w-])--(\w+)( true| false)?\b", as_keyword, str(error)),)
+            sentence = str(error).replace("; --help lists the flags", "")
+            error.args = (re.sub(r"(?<![\w-])--(\w+)( true| false)?\b", as_keyword, sentence),)
         raise
 
 

@@ -29,7 +29,8 @@ class TrainingResult:
     Attributes:
         run: the parts of the run.
         stopped_by: the signal that stopped it, or `None`. Then there are no evaluation and no samples.
-        seconds: how long it took.
+        seconds: how long this call took.
+        start_step: the step that the run was resumed at; 0 for a new one.
         evaluation: the last one.
         samples: what the model wrote at the end, one text for each prompt.
         valid_functions: of a corpus of Python, the share of functions by the model that are valid, from 0 to 1.
@@ -38,6 +39,7 @@ class TrainingResult:
     run: Run
     stopped_by: int | None
     seconds: float
+    start_step: int
     evaluation: Evaluation | None
     samples: list[str] = field(default_factory=list)
     valid_functions: float | None = None
@@ -105,7 +107,8 @@ class TrainingResult:
 
     def __repr__(self) -> str:
         state = self.run.state
-        about: list[Any] = [f"{str(self.folder)!r}", f"{state.step} steps in {self.seconds:.1f} s"]
+        last = f", the last {state.step - self.start_step}" if self.start_step else ""
+        about: list[Any] = [f"{str(self.folder)!r}", f"{state.step} steps{last} in {self.seconds:.1f} s"]
         if self.stopped_by is not None:
             about.append(f"stopped by {signal.Signals(self.stopped_by).name}: resume=True goes on")
         elif self.evaluation is not None:

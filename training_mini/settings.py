@@ -55,6 +55,7 @@ class TrainingSettings(OptionalSettings):
         Raises:
             ValueError: for anything that cannot be a run, in one sentence.
         """
+        ArgumentParser(GROUPS).check_lists(self.given())
         return parse_arguments(as_flags(self.given()))
 
     def __repr__(self) -> str:

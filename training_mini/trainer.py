@@ -335,4 +335,5 @@ class Trainer:
 
     def result(self, evaluation: Evaluation | None, *written: Any) -> TrainingResult:
         stopped_by = self.stop.signal if evaluation is None else None
-        return TrainingResult(self.run, stopped_by, time.monotonic() - self.started, evaluation, *written)
+        seconds, start_step = time.monotonic() - self.started, self.monitor.start_step
+        return TrainingResult(self.run, stopped_by, seconds, start_step, evaluation, *written)

@@ -109,6 +109,7 @@ def draw_attention(
     from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
     from matplotlib.font_manager import findfont, get_font
+    from matplotlib.ticker import MaxNLocator
 
     from .figures import figure_file
 
@@ -136,7 +137,10 @@ def draw_attention(
                 axis.set_title(f"layer {layer} head {head}: {summary.share[layer, head]:.0%}", fontsize=8, pad=3)
                 axis.spines[:].set_visible(False)
                 axis.tick_params(length=0)
-        if labels is not None:
+        if labels is None:
+            axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes[0, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
+        else:
             for axis in axes[:, 0]:
                 axis.set_yticks(range(length), labels, fontsize=7, parse_math=False)
             for axis in axes[-1]:

@@ -100,7 +100,10 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: if no native class computes the same.
     """
     if model.config.model_type != MiniConfig.model_type:
-        raise ValueError(f"native takes a Mini, and this is a model of type {model.config.model_type!r}.")
+        raise ValueError(
+            f"native takes a Mini, and this is a model of type {model.config.model_type!r}: of a folder in the format "
+            f"native, the format mini makes a Mini again."
+        )
     native = with_weights_of(model, native_config(model.config))
     native.generation_config = copy.deepcopy(model.generation_config)
     return native

@@ -13,6 +13,7 @@ from typing import Any
 import pandas
 import pytest
 import torch
+import train_accelerate
 from helpers.runs import losses
 from modeling_mini import MiniConfig, MiniForCausalLM
 from rich.console import Console
@@ -120,8 +121,14 @@ def test_an_interrupted_run_goes_on(result: TrainingResult, tmp_path: Path) -> N
     stopped = train(settings(tmp_path / "run"), callbacks=[interrupt])
     assert stopped.stopped_by == signal.SIGINT and stopped.loss is None
     assert repr(stopped).endswith("stopped by SIGINT: resume=True goes on)")
-    train(TrainingSettings(resume=True, output_dir=str(tmp_path / "run")))
+    resumed = train(TrainingSettings(resume=True, output_dir=str(tmp_path / "run")))
     assert losses(tmp_path / "run") == losses(result.folder)
+    assert "6 steps, the last 4 in " in repr(resumed)
+    report = train_accelerate.report(resumed, resumed.run.arguments)
+    assert "\nTrained 6 steps, the last 4 in 0:" in report
+    again = train(TrainingSettings(resume=True, output_dir=str(tmp_path / "run"), max_steps=5))
+    report = train_accelerate.report(again, again.run.arguments)
+    assert "\nTrained 6 steps before, and none now: max_steps is 5.\n" in report
 
 
 def test_wrong_input_is_an_error(tmp_path: Path) -> None:
@@ -138,6 +145,8 @@ def test_errors_name_keywords_and_not_flags(result: TrainingResult, tmp_path: Pa
     sentence = "go on with it by resume=True, replace it by overwrite=True, or choose another output_dir."
     with pytest.raises(ValueError, match=re.escape(sentence)):
         train(settings(result.folder))
+    with pytest.raises(ValueError, match=r"^Argument max_steps: invalid int value: 'ten'\.$"):
+        train(settings(tmp_path / "run", max_steps="ten"))
     sentence = r"^-1 --none, bf16=False and lora_r 8 true, a-- and save_steps\.$"
     with pytest.raises(ValueError, match=sentence), from_python.words_of_python():
         raise ValueError("-1 --none, --bf16 false and --lora_r 8 true, a-- and --save_steps.")

@@ -26,6 +26,15 @@ def test_what_is_given_is_what_the_flags_say() -> None:
     assert TrainingSettings().arguments() == parse_arguments([])
 
 
+def test_a_list_is_no_value_of_a_setting_that_takes_one(tmp_path: Path) -> None:
+    sentence = r"^dataset takes one value, got \['a.txt', 'b.txt'\]\.$"
+    with pytest.raises(ValueError, match=sentence):
+        TrainingSettings(dataset=["a.txt", "b.txt"]).arguments()
+    (tmp_path / "a.yaml").write_text("dataset: [a.txt, b.txt]\n")
+    with pytest.raises(ValueError, match=sentence):
+        TrainingSettings(config=str(tmp_path / "a.yaml")).arguments()
+
+
 def test_a_file_gives_way_to_what_is_given(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nmax_steps: 70\n")
     optimization = TrainingSettings(config=str(tmp_path / "a.yaml"), max_steps=80).arguments().optimization

@@ -144,8 +144,13 @@ class TextCorpus(Corpus):
         return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
-        text = self.text_of(self.validation[:READ_FOR_BEGINNINGS]).decode("utf-8", "ignore")
-        lines = [line for line in text.splitlines()[1:-1] if line[:1].isalpha()]
+        ids = self.validation[:READ_FOR_BEGINNINGS]
+        documents = np.split(ids, np.flatnonzero(ids == self.tokenizer.eos_token_id))
+        lines = b"\n".join(map(self.text_of, documents)).decode("utf-8", "ignore").splitlines()
+        if len(lines) < 3:  # text without ends of lines: from the second word on, because the first may be half a one
+            text = " ".join(lines)
+            lines = ["", text.partition(" ")[2] or text, ""]
+        lines = [line for line in lines[1:-1] if line[:1].isalpha()]
         lines = [line for line in lines if line.count(" ") >= 2] or lines  # words, where the script has spaces
         found = list(dict.fromkeys(beginning_of(line) for line in lines[:: max(1, len(lines) // BEGINNINGS)]))
         return [*([python_prompt(self.tokenizer)] if self.is_python else []), *found][:BEGINNINGS]

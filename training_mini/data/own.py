@@ -136,7 +136,10 @@ def checked(ids: Any, vocabulary: int) -> np.ndarray:
     """
     array = np.asarray(ids).reshape(-1)
     if array.size and not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"The data must be token ids, which are integers, got {array[0]!r} ({array.dtype}).")
+        raise ValueError(
+            f"The data must be token ids, which are integers, got {array.tolist()[0]!r} ({array.dtype}): give texts as "
+            f"a datasets.Dataset, or encode them."
+        )
     if array.size and not (array.min() >= 0 and array.max() < vocabulary):
         wrong = array.min() if array.min() < 0 else array.max()
         raise ValueError(

@@ -1,8 +1,11 @@
 """Entropies against a computation by hand and against cases with a known answer; the model is left as it was."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +17,13 @@ from modeling_mini.analysis import (
     attention_weights,
     draw_attention,
     eager_attention,
+    figures,
     prompt_ids,
     summarize_attention,
     text_windows,
     token_labels,
 )
+from modeling_mini.analysis.figures import figure_file
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -141,6 +146,22 @@ def test_picture_shows_every_head(tmp_path: Path, length: int, labelled: bool) -
     columns = black[: len(black) // 2].sum(axis=0)
     assert 0.3 < columns.argmax() / len(columns) < 0.6
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_positions_are_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+
+    @contextlib.contextmanager
+    def kept(path: Path, **settings: Any) -> Iterator[Any]:
+        with figure_file(path, **settings) as figure:
+            yield figure
+            for axes in figure.axes[:-1]:  # without the bar of colours
+                ticks.extend([*axes.get_xticks(), *axes.get_yticks()])
+
+    monkeypatch.setattr(figures, "figure_file", kept)
+    summary = AttentionSummary(torch.full((2, 2, 17, 17), 1 / 17), torch.ones(2, 2), 2.0)
+    draw_attention(summary, tmp_path / "attention.png")
+    assert len(ticks) > 16 and all(tick == round(tick) for tick in ticks)
 
 
 def test_labels_are_readable() -> None:

@@ -413,6 +413,13 @@ def test_beginnings_are_of_the_held_out_text(load, tmp_path: Path) -> None:
     assert load(tmp_path / "empty.txt").beginnings(held_out=None) == []
     (tmp_path / "code.py").write_text("x\nimport os as o\n" * 100, encoding="utf-8")
     assert load(tmp_path / "code.py").beginnings(held_out=None) == ["def ", "import"]
+    # Each a document of one line, and one that is a single line.
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": line.strip()}) + "\n" for line in lines))
+    found = load(tmp_path / "lines.jsonl").beginnings(held_out=None)
+    assert len(found) == 4 and all(re.fullmatch(r"Zeile \d+ der", beginning) for beginning in found)
+    (tmp_path / "line.txt").write_text("vom kleinen Haus " * 200, encoding="utf-8")
+    (found,) = load(tmp_path / "line.txt").beginnings(held_out=None)
+    assert found in "vom kleinen Haus vom kleinen Haus vom kleinen Haus" and len(found) > 20
 
     turns = [{"role": "user", "content": "Hi <|end|>?"}, {"role": "assistant", "content": "Yes."}]
     long = [{"role": "user", "content": "x" * 100}, turns[1]]

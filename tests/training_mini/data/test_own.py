@@ -102,12 +102,13 @@ def test_epochs_of_an_iterable_begin_anew_and_an_iterator_ends() -> None:
         ("text.txt", "must be a datasets.Dataset or an iterable of token ids, got str"),
         (DatasetDict(), "one split of a DatasetDict"),
         ([1.5, 2.5], "must be token ids, which are integers, got 1.5|must be token ids, which are integers"),
+        (["a text"], "which are integers, got 'a text' .*: give texts as a datasets.Dataset, or encode them"),
         ([8, 264], "has the token id 264, and the tokenizer has 264"),
         ([-1] * 9, "has the token id -1"),
         ([8], "has 1 token ids, too few"),
         (iter([[8, 9]]), "has no more than the 600 tokens to hold out"),
     ],
-    ids=["path", "splits", "floats", "too large", "negative", "too few", "too short"],
+    ids=["path", "splits", "floats", "texts", "too large", "negative", "too few", "too short"],
 )
 def test_what_is_no_data_is_one_sentence(data: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
