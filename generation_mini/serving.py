@@ -8,6 +8,7 @@ pass over in silence works or is refused with a reason.
 
 import asyncio
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from files_mini import ADAPTER_CONFIG, BOX
+from jinja2 import TemplateError
 from modeling_mini.loading.checkpoints import find_checkpoint, load_model
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
@@ -40,9 +42,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
+# What other values would end in an error of the server.
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: value >= 0, "a number that is not negative"),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0, and 1 at most"),
+    "frequency_penalty": (lambda value: value > -1, "a number above -1"),
+}
 MOST_LOGPROBS = 5  # as in OpenAI's protocol
 MOST_CHOICES = 128
 MOST_TOKENS = 1 << 31
+LARGEST_SEED = (1 << 63) - 1 - MOST_CHOICES  # each choice has the next one
 
 
 def install() -> None:
@@ -260,6 +269,12 @@ class Checked:
         for name in ("max_tokens", "max_completion_tokens"):
             if body.get(name) is not None:
                 number_in(body, name, 1, self.fewest_tokens, MOST_TOKENS)
+        number_in(body, "seed", 0, 0, LARGEST_SEED)
+        for name, (fits, words) in NUMBERS.items():
+            if (value := body.get(name)) is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise HTTPException(400, f"{name} must be {words}, got {value!r}.")
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
         models = self.model_manager
@@ -270,6 +285,21 @@ class Checked:
 
 class ChatCompletions(Checked, chat_completion.ChatCompletionHandler):
     """The endpoint `/v1/chat/completions`."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """
+        The answer, as JSON or as a stream.
+
+        Raises:
+            HTTPException: 400, with a reason, for what does not work.
+        """
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+            raise HTTPException(400, "messages must be a list of objects with role and content, and not empty.")
+        try:
+            return await super().handle_request(body, request_id)
+        except TemplateError as error:
+            raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
 
 
 class Completions(Checked, completion.CompletionHandler):
@@ -301,6 +331,12 @@ class Completions(Checked, completion.CompletionHandler):
             for _ in range(choices):
                 await answer.add_choice(prompt, echo, logprobs)
         return JSONResponse(answer.content(), media_type="application/json")
+
+
+def is_message(value: Any) -> bool:
+    """Whether it can be a message of a chat; the chat template knows its role, or refuses it."""
+    has_content = isinstance(value, dict) and (value.get("content") is not None or "tool_calls" in value)
+    return has_content and isinstance(value.get("role"), str)
 
 
 def prompts_of(given: Any) -> list[str]:

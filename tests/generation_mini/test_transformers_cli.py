@@ -223,6 +223,10 @@ def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty does not work here"),
         ({"stop": [""]}, "stop must be a text or a list of texts that are not empty"),
         ({"max_tokens": -1}, "max_tokens must be a whole number from 0"),
+        ({"temperature": -1}, "temperature must be a number that is not negative, got -1."),
+        ({"top_p": 0}, "top_p must be a number above 0, and 1 at most, got 0."),
+        ({"frequency_penalty": -2}, "frequency_penalty must be a number above -1, got -2."),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
     ],
 )
 def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, settings: dict, reason: str) -> None:
@@ -237,6 +241,10 @@ def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, sett
         ({"logprobs": True, "top_logprobs": 2}, "logprobs does not work here|top_logprobs does not work here"),
         ({"response_format": {"type": "json_object"}}, "response_format does not work here"),
         ({"max_tokens": 0}, "max_tokens must be a whole number from 1"),
+        ({"messages": []}, "messages must be a list of objects with role and content, and not empty"),
+        ({"messages": "Hello"}, "messages must be a list of objects"),
+        ({"messages": [{"role": "user"}]}, "messages must be a list of objects"),
+        ({"messages": [{"role": "robot", "content": "Hello"}]}, "The chat template refuses the messages: .* got robot"),
     ],
 )
 def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -> None:

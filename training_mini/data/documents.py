@@ -94,7 +94,9 @@ def write_documents(
     tokens = {"train": tokens["train"] - by_position, "validation": tokens["validation"] + by_position}
     if not tokens["train"] or not tokens["validation"]:
         total = sum(tokens.values())
-        raise ValueError(f"{source.name!r} has {total} tokens, too few to train on some and hold some out.")
+        change = "smaller" if ratio > 0.5 else "larger" if ratio < 0.01 else ""
+        hint = f" with a validation_ratio of {ratio:g}: give a {change} one" if change else ""
+        raise ValueError(f"{source.name!r} has {total} tokens, too few to train on some and hold some out{hint}.")
     facts = {
         "documents": number_of_documents,
         "train_tokens": tokens["train"],

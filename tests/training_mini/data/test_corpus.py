@@ -400,6 +400,13 @@ def test_sample_is_the_same_everywhere(load) -> None:
     assert len(sums) > 1000 and all(int(a) + int(b) == int(c) for a, b, c in sums)
 
 
+@pytest.mark.parametrize(("ratio", "change"), [(0.9, "smaller"), (1e-6, "larger")])
+def test_a_ratio_that_leaves_nothing_is_named(load, tmp_path: Path, ratio: float, change: str) -> None:
+    (tmp_path / "one.txt").write_text("A line of text.\n" * 200)
+    with pytest.raises(ValueError, match=f"hold some out with a validation_ratio of {ratio:g}: give a {change} one"):
+        load(tmp_path / "one.txt", validation_ratio=ratio)
+
+
 def test_beginnings_are_of_the_held_out_text(load, tmp_path: Path) -> None:
     """Whole words, each from another line; and what the user says first, of conversations."""
     lines = [f"Zeile {number} der Geschichte vom kleinen Haus\n" for number in range(400)]
