@@ -133,7 +133,7 @@ def command_of_peers(settings: GpuSettings) -> list[str]:
 
 def command_of_decoding(settings: GpuSettings, part: str, size: str) -> list[str]:
     on_gpu = f"--size {size} --batch_sizes 1 64 --prompts 16 --tokens 200 --rounds 3 --bf16 --manners greedy"
-    on_cpu = "--size tiny --batch_sizes 1 2 --prompts 8 --tokens 4 --rounds 1 --bf16 --manners greedy --static_cache"
+    on_cpu = "--size tiny --batch_sizes 1 2 --prompts 8 --tokens 16 --rounds 1 --bf16 --manners greedy --static_cache"
     return benchmark(settings, part, "decoding.py", on_gpu, on_cpu)
 
 

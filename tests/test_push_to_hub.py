@@ -48,8 +48,9 @@ def pushed(server: HubServer, quick_run: Path, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def here(server: HubServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Result]:
-    """The same in this process, which saves the seconds of importing torch; the clean processes stay."""
+    """The same in this process, which saves the seconds of importing torch; the clean processes are forked."""
     server.use(monkeypatch, tmp_path / "hf")
+    monkeypatch.setattr(sys, "executable", fork_server.python())
 
     def push(source: Path, name: str, **settings: object) -> Result:
         return push_here(str(source), name, SharingArguments(**{"license": "mit", **settings}), lambda sentence: None)

@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini import MiniForCausalLM
@@ -13,6 +14,11 @@ SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+
+
+def groups(count: int) -> list[Any]:
+    """Numbers of groups of random models, for a test of each. Together they take long, so the short run has three."""
+    return [group if group < 3 else pytest.param(group, marks=pytest.mark.slow) for group in range(count)]
 
 
 def make_model(**settings: Any) -> MiniForCausalLM:

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers.random_models import make_model, random_request, random_settings
+from helpers.random_models import groups, make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, compiled_decoding, decoding
 from modeling_mini.compiled_decoding import ACTIVATIONS, CompiledDecoder, NativeModel, native_library
 from torch import nn
@@ -45,7 +45,7 @@ def assert_close(written: Any, expected: Any) -> None:
         torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("group", range(20))
+@pytest.mark.parametrize("group", groups(20))
 def test_random_models_and_requests_give_the_same(
     group: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from configuration_mini import MiniConfig
-from helpers.random_models import make_model, random_request, random_settings
+from helpers.random_models import groups, make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, decoding, fast_generation, modeling_mini
 from torch import nn
 from transformers import (
@@ -42,7 +42,7 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("group", range(15))
+@pytest.mark.parametrize("group", groups(15))
 def test_random_models_and_requests_give_the_same(group: int, dtype: torch.dtype, fast_calls: list[int]) -> None:
     """300 models of random shapes, each with a random request: text, scores, logits and cache, fast and slow."""
     for number in range(10):
@@ -109,7 +109,7 @@ def random_request_of_many(draw: random.Random, vocab_size: int) -> dict[str, An
     return request | {"num_return_sequences": 1}
 
 
-@pytest.mark.parametrize("group", range(20))
+@pytest.mark.parametrize("group", groups(20))
 def test_many_sequences_give_the_same(group: int, monkeypatch: pytest.MonkeyPatch, fast_calls: list[int]) -> None:
     """
     200 models of random shapes, each with a random request of many sequences: text, logits and cache; the text alone,

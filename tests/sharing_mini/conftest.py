@@ -1,6 +1,7 @@
 """A Hub for a test, and folders to push to it."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import huggingface_hub
 import pytest
 import sharing_mini.hub
 import torch
+from helpers import fork_server
 from helpers.hub_server import HubServer
 from modeling_mini import MiniConfig, MiniForCausalLM
 from tokenization import ByteTokenizer
@@ -17,6 +19,12 @@ SHAPE = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def forked_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clean processes that look at a model are forked, where they need seconds to import torch."""
+    monkeypatch.setattr(sys, "executable", fork_server.python())
 
 
 @pytest.fixture
