@@ -84,7 +84,9 @@ def contents(folder: Path) -> list[Path]:
 
 
 def check_contents(folder: Path, arguments: Arguments) -> None:
-    """Raises `ValueError` if this run would write into another run, or into a folder that is not a run."""
+    """Raises `ValueError` if this run would write into another run, or into what is not the folder of a run."""
+    if place := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
+        raise ValueError(f"output_dir must be a folder, and {str(place)!r} is a file.")
     if not contents(folder) or arguments.run.resume:
         return
     if not (folder / SETTINGS).is_file():

@@ -38,6 +38,9 @@ def test_what_is_there_is_safe(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(ValueError, match="holds files that are not a run of Mini"):
         claim(tmp_path, "--overwrite")
+    for place in ("thesis.txt", "thesis.txt/run"):
+        with pytest.raises(ValueError, match=r"^output_dir must be a folder, and '.*thesis.txt' is a file\.$"):
+            claim(tmp_path / place, "--overwrite")
     (tmp_path / "config.yaml").write_text("seed: 1")
     with pytest.raises(ValueError, match="There is a run in"):
         claim(tmp_path)
