@@ -189,8 +189,9 @@ def end(code: int) -> NoReturn:
     threading._shutdown()
     atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if not stream.closed:  # as the one of multiprocessing's resource tracker is
+                stream.flush()
     except OSError:  # a full disk
         code = 120
     os._exit(code)

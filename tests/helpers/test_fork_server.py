@@ -82,9 +82,10 @@ if __name__ == "__main__":
         print(method, receiver.recv())
         process.join()
         print(process.exitcode)
+    multiprocessing.resource_tracker._resource_tracker._stop()
 """)
     result = run_program(str(tmp_path / "program.py"), cwd=tmp_path)
-    assert result.stdout == "spawn True\n0\nforkserver True\n0\n", result.stderr
+    assert result.stdout == "spawn True\n0\nforkserver True\n0\n" and result.stderr == "", result.stderr
 
 
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
