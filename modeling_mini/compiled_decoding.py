@@ -6,9 +6,12 @@ long, and a product of matrices with few rows is slow in every library. Here the
 (native_step.py). It is compiled once on a machine, in a few seconds, for models of any shape and any number of
 sequences, padded or not.
 
-It contains no weights. One sequence reads them where the model has them. For several sequences they are packed in each
-call of `generate`, in the order in which the function reads them. So training, loading or merging between two calls
-have their effect.
+It contains no weights. One sequence reads them where the model has them, in float32, INT8 or INT4. For several
+sequences they are packed in each call of `generate`, in the order in which the function reads them. So training,
+loading or merging between two calls have their effect.
+
+The function also reads a short prompt, a block of tokens at a time. There torch would need more time for its calls than
+for its products, and quantized weights would have to be dequantized. A long prompt is read by the modules.
 
 It adds the same numbers as the modules, in another order. So logits differ by rounding, by about 1e-7 of their size.
 Therefore it is used in float32 only: in bfloat16 the difference would sometimes choose another token.
@@ -18,6 +21,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import subprocess
@@ -28,17 +32,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 
 from .decoding import PACKED_BYTES, Decoder
 from .native_step import SOURCE
-from .quantized_decoding import IntegerLinear, with_integers
+from .quantized_decoding import QuantizedLinear, with_quantized
 
 # As native_step.py has them: the columns of a block of packed weights, the projections of one input at most, and the
-# numbers of norms and activations.
+# numbers of formats, norms and activations.
 COLUMNS, PARTS = 32, 3
+FORMATS = {torch.float32: 0, torch.int8: 1, torch.uint8: 2}
 KINDS = {nn.Identity: 0, nn.LayerNorm: 1, nn.RMSNorm: 2}
 ACTIVATIONS = {
     type(ACT2FN[name]): number
@@ -47,6 +52,10 @@ ACTIVATIONS = {
 SECONDS = 30  # a compiler that needs more for an empty file hangs
 # inductor turns these off, because it writes its own loops with vectors.
 FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
+# A block of a prompt has about so many tokens, of all sequences together: more of them leave the first cache.
+BLOCK_TOKENS = 16
+# Longer prompts, of all sequences together, are read by the modules.
+PROMPT_TOKENS = 64
 
 
 # The structures of native_step.py ------------------------------------------------------------------------------------
@@ -61,7 +70,8 @@ class LinearStruct(ctypes.Structure):
     _fields_ = [
         *fields(ctypes.c_void_p * PARTS, "weights scales biases"),
         *fields(ctypes.c_int64 * PARTS, "ends"),
-        *fields(ctypes.c_int64, "inputs outputs is_packed is_integer"),
+        *fields(ctypes.c_int64, "inputs outputs is_packed format block"),
+        *fields(ctypes.c_void_p, "table"),
     ]
 
 
@@ -95,7 +105,7 @@ class ModelStruct(ctypes.Structure):
 
 class StepStruct(ctypes.Structure):
     _fields_ = [
-        *fields(ctypes.c_int64, "batch length capacity threads"),
+        *fields(ctypes.c_int64, "batch tokens length capacity threads"),
         *fields(ctypes.c_void_p, "token_ids cos sin"),
         *fields(ctypes.c_int64, "rotary_stride"),
         *fields(ctypes.c_void_p, "mask cache logits scratch"),
@@ -162,12 +172,18 @@ class NativeModel:
         bias = self.pointer(getattr(norm, "bias", None))
         return NormStruct(self.pointer(norm.weight), bias, norm.weight.numel(), kind, norm.eps)
 
-    def linear(self, *projections: nn.Linear | IntegerLinear) -> LinearStruct:
+    def linear(self, *projections: nn.Linear | QuantizedLinear) -> LinearStruct:
         """Projections of the same input."""
-        parts = [[each.weight, getattr(each, "scales", None), each.bias] for each in projections]
-        if len({weight.dtype for weight, _, _ in parts}) > 1:  # some were not quantized
-            parts = [[weight.float() if s is None else weight * s[:, None], None, bias] for weight, s, bias in parts]
-        inputs = parts[0][0].shape[1]
+        formats = {getattr(each, "format", "float32") for each in projections}
+        # INT4 is not packed; and if some were not quantized, or in another way, all are in float32.
+        as_they_are = formats in ({"float32"}, {"int8"}) or (len(formats) == 1 and formats != {""} and not self.pack)
+        parts = []
+        for each in projections:
+            if as_they_are or isinstance(each, nn.Linear):
+                parts.append((each.weight, getattr(each, "scales", None), each.bias))
+            else:
+                parts.append((each.dequantized(), None, each.bias))
+        inputs = projections[0].in_features
         if self.pack:
             weight, scales, bias = (
                 None if tensors[0] is None else torch.cat([tensor.detach() for tensor in tensors])
@@ -176,12 +192,13 @@ class NativeModel:
             missing = -len(weight) % COLUMNS
             scales, bias = (F.pad(each, (0, missing)) if each is not None else None for each in (scales, bias))
             blocks = F.pad(weight, (0, 0, 0, missing)).view(-1, COLUMNS, inputs)
-            parts = [[blocks.transpose(1, 2), scales, bias]]
+            parts = [(blocks.transpose(1, 2), scales, bias)]
             ends = [len(weight) + missing]
         else:
-            ends = torch.tensor([len(weight) for weight, _, _ in parts]).cumsum(0).tolist()
-        struct = LinearStruct(inputs=inputs, outputs=ends[-1], is_packed=self.pack)
-        struct.is_integer = parts[0][0].dtype == torch.int8
+            ends = list(itertools.accumulate(each.out_features for each in projections))
+        struct = LinearStruct(inputs=inputs, outputs=ends[-1], is_packed=self.pack, format=FORMATS[parts[0][0].dtype])
+        if struct.format == FORMATS[torch.uint8]:
+            struct.block, struct.table = projections[0].block, self.pointer(projections[0].table)
         for number, (weight, scales, bias) in enumerate(parts):
             struct.weights[number], struct.scales[number] = self.pointer(weight), self.pointer(scales)
             struct.biases[number], struct.ends[number] = self.pointer(bias), ends[number]
@@ -296,6 +313,21 @@ class CompiledStep:
         """Whether it computes what the model does, as it is now."""
         return self.reason_against(model) is None
 
+    def reads_prompt(
+        self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether the function reads the prompt of a request, too. The arguments are those of `decode`."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        if type(cache) is not DynamicCache or generation_config.prefill_chunk_size is not None:
+            return False
+        batch, length = input_ids.shape
+        known = cache.get_seq_length()
+        # With a cache, transformers takes the text with or without the tokens that are in it, and tells by the mask.
+        mask_length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if known and mask_length != length:
+            return False
+        return known < length <= known + PROMPT_TOKENS // batch
+
     def decoder(
         self,
         model: PreTrainedModel,
@@ -303,9 +335,10 @@ class CompiledStep:
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
         max_new_tokens: int,
+        prompt: torch.Tensor | None = None,
     ) -> "CompiledDecoder":
-        """The state of one call of `generate`. The arguments are those of `Decoder`."""
-        return CompiledDecoder(self.library, model, cache, attention_mask, position_ids, max_new_tokens)
+        """The state of one call of `generate`. The arguments are those of `CompiledDecoder`."""
+        return CompiledDecoder(self.library, model, cache, attention_mask, position_ids, max_new_tokens, prompt)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledStep":
         """A copy of a model shares the function, because weights are its arguments."""
@@ -321,12 +354,30 @@ class CompiledDecoder(Decoder):
     `Decoder` with the native step.
 
     Args:
-        library: the compiled function. The other arguments are those of `Decoder`.
+        library: the compiled function.
+        prompt: (batch, length), of which `read_prompt` will read what is not in the cache; `None` if all of it is. The
+            other arguments are those of `Decoder`.
     """
 
-    def __init__(self, library: ctypes.CDLL, *arguments: Any) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        model: PreTrainedModel,
+        cache: DynamicCache,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        max_new_tokens: int,
+        prompt: torch.Tensor | None = None,
+    ) -> None:
         self.library = library
-        super().__init__(*arguments)
+        prompt_length = None
+        if prompt is not None:
+            prompt_length, config = prompt.shape[1], model.config
+            size = (len(prompt), config.num_key_value_heads, 0, config.head_dim)
+            nothing = model.model.embed_tokens.weight.detach().new_empty(size)
+            for number in range(config.num_hidden_layers):  # makes the layers of a new cache
+                cache.update(nothing, nothing, number)
+        super().__init__(model, cache, attention_mask, position_ids, max_new_tokens, prompt_length=prompt_length)
 
     def takes_form_for_many(self, keys_and_values: torch.Tensor) -> bool:
         """Always: there is no other form of this step."""
@@ -334,8 +385,9 @@ class CompiledDecoder(Decoder):
 
     def read_weights(self, model: PreTrainedModel) -> None:
         """For one sequence, a weight is read once in a step, and where it is. For several, packing it pays."""
-        model = with_integers(model)
-        size = sum(parameter.nbytes for parameter in model.parameters())
+        model = with_quantized(model)
+        quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+        size = sum(parameter.nbytes for parameter in model.parameters()) + sum(each.packed_bytes for each in quantized)
         self.native_model = NativeModel(model, pack=self.batch > 1 and size <= PACKED_BYTES)
 
     def reserve(self, capacity: int) -> None:
@@ -348,35 +400,65 @@ class CompiledDecoder(Decoder):
         self.added = None  # to the scores of padding, which stands in the prompt alone
         if self.mask is not None:
             self.added = self.caches.new_zeros(batch, capacity)
-            self.added[:, : self.length].masked_fill_(~self.mask[:, 0, 0], -float("inf"))
-            self.whole_mask = F.pad(self.mask, (0, capacity - self.length), value=True)
+            self.added[:, : self.mask.shape[3]].masked_fill_(~self.mask[:, 0, 0], -float("inf"))
+            self.whole_mask = F.pad(self.mask, (0, capacity - self.mask.shape[3]), value=True)
         self.rotary_table.reserve(capacity - self.prompt_length)
         self.capacity = capacity
         self.padded_logits = self.caches.new_empty(batch, self.native_model.struct.head.outputs)
+        self.block = max(1, BLOCK_TOKENS // batch)  # tokens of a sequence at a time
         self.arguments = StepStruct(
             batch=batch,
+            tokens=self.block,
             capacity=capacity,
             threads=torch.get_num_threads(),
             mask=None if self.added is None else self.added.data_ptr(),
             cache=self.caches.data_ptr(),
-            logits=self.padded_logits.data_ptr(),
         )
         struct = ctypes.byref(self.native_model.struct)
         self.scratch = self.caches.new_empty(self.library.scratch_size(struct, ctypes.byref(self.arguments)))
         self.arguments.scratch = self.scratch.data_ptr()
 
     def step(self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """The native step for one token of each sequence, whose keys and values it puts into the cache."""
+        self.call(token_ids[:, None], cos, sin, self.length - 1)
+        return self.padded_logits[:, : self.native_model.struct.vocab_size]
+
+    def read_prompt(self, token_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """
-        The native step. It also puts the keys and values of the tokens into the cache.
+        Puts the keys and values of the tokens of the prompt that are not in the cache there, and gives the logits after
+        them (batch, vocab_size).
+
+        Args:
+            token_ids: (batch, tokens).
+            position_ids: (batch or 1, tokens).
+        """
+        cos, sin = self.rotary_table.at_positions(position_ids)
+        for start in range(0, token_ids.shape[1], self.block):
+            end = start + self.block
+            block = token_ids[:, start:end].contiguous()
+            self.call(block, cos[:, start:end], sin[:, start:end], self.length, end >= token_ids.shape[1])
+            self.length += block.shape[1]
+        self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
+        return self.padded_logits[:, : self.native_model.struct.vocab_size]
+
+    def call(
+        self, token_ids: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, length: int, gives_logits: bool = True
+    ) -> None:
+        """
+        Calls the native function.
+
+        Args:
+            token_ids: (batch, tokens).
+            cos, sin: (batch or 1, tokens, rotary_dim).
+            length: how many tokens the cache has.
 
         Raises:
             IndexError: for a token that is not in the vocabulary, such as a wrong pad token, as an embedding does.
         """
         arguments = self.arguments
-        arguments.length = self.length - 1
+        arguments.length, arguments.tokens = length, token_ids.shape[1]
         arguments.token_ids, arguments.cos, arguments.sin = (tensor.data_ptr() for tensor in (token_ids, cos, sin))
         arguments.rotary_stride = cos.stride(0) if len(cos) > 1 else 0
-        model = self.native_model.struct
-        if not self.library.decoding_step(ctypes.byref(model), ctypes.byref(arguments)):
+        arguments.logits = self.padded_logits.data_ptr() if gives_logits else None
+        if not self.library.decoding_step(ctypes.byref(self.native_model.struct), ctypes.byref(arguments)):
             raise IndexError("index out of range in self")
-        return self.padded_logits[:, : model.vocab_size]

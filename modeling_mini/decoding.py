@@ -392,12 +392,15 @@ class RotaryTable:
             self.cos, self.sin = self.between(0, capacity)
 
     def between(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `at_positions`, for the new tokens from `start` to `end`."""
+        return self.at_positions(self.first_positions + torch.arange(start, end, device=self.first_positions.device))
+
+    def at_positions(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Cosine and sine for the new tokens from `start` to `end`, each (batch or 1, end - start, rotary_dim). The first
-        half of the sine is negated.
+        Cosine and sine at these positions (batch or 1, tokens), each (batch or 1, tokens, rotary_dim). The first half
+        of the sine is negated.
         """
-        positions = self.first_positions + torch.arange(start, end, device=self.first_positions.device)
-        cos, sin = self.rotary_embedding(self.weight, positions)
+        cos, sin = self.rotary_embedding(self.weight, position_ids)
         half = sin.shape[-1] // 2
         return cos, torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
 
@@ -427,6 +430,7 @@ class Decoder:
         position_ids: as `RotaryTable` takes them.
         max_new_tokens: how many tokens will follow at most.
         exact: decodes many sequences in the form for few.
+        prompt_length: the tokens of the prompt; `None` if the cache has all of them.
 
     Attributes:
         kept: the indices of the sequences that are computed; `None` for all.
@@ -442,6 +446,7 @@ class Decoder:
         position_ids: torch.Tensor,
         max_new_tokens: int,
         exact: bool = False,
+        prompt_length: int | None = None,
     ) -> None:
         self.cache = cache
         self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
@@ -450,13 +455,14 @@ class Decoder:
         self.batch = len(self.filled[0])
         self.read_weights(model)
         self.rotary_table = RotaryTable(model, position_ids)
-        self.length = self.prompt_length = cache.get_seq_length()
-        self.max_length = self.length + max_new_tokens
+        self.length = cache.get_seq_length()
+        self.prompt_length = self.length if prompt_length is None else prompt_length
+        self.max_length = self.prompt_length + max_new_tokens
         self.mask = attention_mask.bool()[:, None, None, :] if attention_mask is not None else None
         if self.for_many and self.mask is not None and self.mask.all():
             self.mask = None
         first_capacity = FIRST_CAPACITY_OF_MANY if self.for_many else FIRST_CAPACITY
-        self.reserve(self.length + min(max_new_tokens, first_capacity))
+        self.reserve(self.prompt_length + min(max_new_tokens, first_capacity))
 
     def takes_form_for_many(self, keys_and_values: torch.Tensor) -> bool:
         """Whether sequences with this cache are decoded in the form for many."""
@@ -549,9 +555,16 @@ def decode(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None,
     model_kwargs: dict[str, Any],
+    reads_prompt: bool = False,
 ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-    """Greedy decoding and sampling: transformers' `GenerationMixin._sample`, with `decoding_step` for its forward."""
+    """
+    Greedy decoding and sampling: transformers' `GenerationMixin._sample`, with `decoding_step` for its forward.
+
+    Args:
+        reads_prompt: the compiled step of the model reads the prompt, too.
+    """
     batch, length = input_ids.shape
+    mask, position_ids, cache = (model_kwargs.get(k) for k in ("attention_mask", "position_ids", "past_key_values"))
     pad_token = generation_config._pad_token_tensor
     keeps = generation_config.return_dict_in_generate
     scores = () if keeps and generation_config.output_scores else None
@@ -573,11 +586,17 @@ def decode(
     if generation_config.do_sample and batch == 1 and scores is None and input_ids.device.type == "cpu":
         processors, sampler = FastSampler.taken_from(processors)
 
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
-    cache = outputs.past_key_values
-    del outputs
-    decoder = None  # made when there is a second token to write
+    decoder = None
+    if reads_prompt:
+        new = length - cache.get_seq_length()
+        # The last token that is written is not read.
+        decoder = model.compiled_step.decoder(model, cache, mask, position_ids, max_length - length - 1, input_ids)
+        logits = decoder.read_prompt(input_ids[:, -new:], position_ids[:, -new:]).clone()
+    else:  # a decoder is made when there is a second token to write
+        outputs = model._prefill(input_ids, generation_config, model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        cache = outputs.past_key_values
+        del outputs
     while True:
         so_far = text[:, :length]
         if batch > 1 and processors:
@@ -615,7 +634,6 @@ def decode(
         if decoder is None:
             # The last token is not read by the model.
             max_new_tokens = max_length - length
-            mask, position_ids = model_kwargs.get("attention_mask"), model_kwargs["position_ids"]
             step = model.compiled_step
             if step is not None and not exact and step.suits(model):
                 decoder = step.decoder(model, cache, mask, position_ids, max_new_tokens)

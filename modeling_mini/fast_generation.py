@@ -23,7 +23,7 @@ from transformers.utils import logging
 from .compiled_decoding import CompiledStep, is_compiled
 from .decoding import NORMS, decode, obstacle, obstacle_of_model
 from .graph_decoding import GraphStep
-from .quantized_decoding import dequantized, has_quantized_layers
+from .quantized_decoding import QuantizedLinear, dequantized, has_quantized_layers, with_quantized
 
 logger = logging.get_logger(__name__)
 
@@ -97,13 +97,19 @@ class FastGenerationMixin:
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.LongTensor:
         """What `generate` calls for greedy decoding and for sampling: the fast path wherever it gives the same."""
-        model = self
-        # With "exact" they stay: a layer of bitsandbytes gives other bits than its dequantized weight does.
-        if getattr(generation_config, "fast_decoding", True) is True and has_quantized_layers(self):
-            model = dequantized(self)
-        if obstacle(model, self.plain_modules, generation_config, synced_gpus, model_kwargs) is None:
+        model, plain_modules, reads_prompt = self, self.plain_modules, False
+        # With "exact", layers of bitsandbytes stay: they give other bits than their dequantized weights do.
+        if getattr(generation_config, "fast_decoding", True) is True:
+            step = self.compiled_step
+            if step is not None and step.suits(self):
+                reads_prompt = step.reads_prompt(input_ids, generation_config, model_kwargs)
+            if has_quantized_layers(self):
+                model = with_quantized(self) if reads_prompt else dequantized(self)
+                plain_modules = {**plain_modules, QuantizedLinear: QuantizedLinear.forward}
+        if obstacle(model, plain_modules, generation_config, synced_gpus, model_kwargs) is None:
             return decode(
-                model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs
+                *(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs),
+                reads_prompt=reads_prompt,
             )
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs

@@ -151,6 +151,10 @@ class GraphStep:
         """Whether it can decode for this model: yes, if the model is still on this type of device."""
         return model.model.embed_tokens.weight.device.type == self.device_type
 
+    def reads_prompt(self, *request: Any) -> bool:
+        """Never: a recording has one token of each sequence."""
+        return False
+
     def decoder(
         self,
         model: PreTrainedModel,

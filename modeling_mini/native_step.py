@@ -3,13 +3,14 @@
 # It is a text in a module, so that it travels with the code of a checkpoint.
 SOURCE = r"""
 // One decoding step in float32 on a CPU: what `decoding_step` of decoding.py computes, as one function. It takes models
-// of any shape and any number of sequences. compiled_decoding.py compiles it, and has the counterparts of its
-// structures.
+// of any shape, any number of sequences, and for each of them one new token or, of a prompt, several. Each new token of
+// each sequence is one row. compiled_decoding.py compiles it, and has the counterparts of its structures.
 //
 // With a few rows, a product of matrices takes as long as reading the weights. A library reads them at a third of the
 // speed of the caches, because its kernels are made for many rows. Here each weight is read in the order in which it
-// lies in memory, for up to eight rows at a time. Keys and values stay in the first cache while all query heads of
-// their group read them. Threads share the outputs of a product, and the sequences and heads of attention.
+// lies in memory, for up to eight rows at a time. Quantized weights become float32 on their way into a register. Keys
+// and values stay in the first cache while all query heads of their group read them. Threads share the outputs of a
+// product, and the sequences and heads of attention.
 
 #include <cmath>
 #include <cstdint>
@@ -34,16 +35,21 @@ typedef float Half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias)
 typedef float Quarter __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
-// Projections of one input, of which each gives some of the outputs. In INT8, a weight is an integer times the scale of
-// its output.
+// In INT8, a weight is an integer times the scale of its output. In INT4, it is a number from a table of 16 times the
+// scale of its block, and two weights share a byte: the first has the upper four bits.
+enum Format : int64_t { FLOAT32, INT8, INT4 };
+
+// Projections of one input, of which each gives some of the outputs.
 struct Linear {
     // As a model stores them: (outputs of the part, inputs). Packed, there is one part, (outputs / COLUMNS, inputs,
-    // COLUMNS), and the outputs are filled up to a whole block.
+    // COLUMNS), and the outputs are filled up to a whole block. INT4 is never packed.
     const void *weights[PARTS];
-    const float *scales[PARTS]; // null in float32
+    const float *scales[PARTS]; // INT8: (outputs,). INT4: (outputs, inputs / block). Null in float32
     const float *biases[PARTS]; // null: no bias
     int64_t ends[PARTS];        // the outputs up to the end of each part
-    int64_t inputs, outputs, is_packed, is_integer;
+    int64_t inputs, outputs, is_packed, format;
+    int64_t block;      // of INT4: so many weights of one output share a scale, a multiple of 32
+    const float *table; // of INT4: (16,)
 };
 
 struct Norm {
@@ -71,13 +77,13 @@ struct Model {
 };
 
 struct Step {
-    int64_t batch, length, capacity, threads; // length: of the earlier tokens
-    const int64_t *token_ids;                 // (batch,)
-    const float *cos, *sin;                   // (rotary_dim,) of each sequence; the first half of sin is negated
-    int64_t rotary_stride;                    // from one sequence to the next; 0 if all have the same
-    const float *mask;                        // (batch, capacity), added to scores; null if there is no padding
-    float *cache;   // (layers, 2 * kv_heads, batch, capacity, head_dim), keys before values; the token's own are added
-    float *logits;  // (batch, outputs of the head)
+    int64_t batch, tokens, length, capacity, threads; // tokens: new ones of each sequence. length: of the earlier ones
+    const int64_t *token_ids;                         // (batch, tokens)
+    const float *cos, *sin; // (tokens, rotary_dim) of each sequence; the first half of sin is negated
+    int64_t rotary_stride;  // from one sequence to the next; 0 if all have the same
+    const float *mask;      // (batch, capacity), added to scores; null if there is no padding
+    float *cache;   // (layers, 2 * kv_heads, batch, capacity, head_dim), keys before values; the tokens' own are added
+    float *logits;  // (batch, outputs of the head), after the last token of each sequence; null if nobody needs them
     float *scratch; // as many floats as `scratch_size` says
 };
 
@@ -199,25 +205,96 @@ static void block_of_product(const Linear &linear, int64_t column, const float *
     }
 }
 
+struct Pair {
+    Vector first, second;
+};
+
+// The weights of one output as a model stores them. `at` gives those from k on, in float32. The scale that all weights
+// of an output of INT8 share is left to the sum.
+template <typename Weight> struct Output {
+    const Weight *weights;
+    int64_t block; // all of them
+    Output(const Linear &linear, int part, int64_t number)
+        : weights((const Weight *)linear.weights[part] + number * linear.inputs), block(linear.inputs) {}
+    void begin_block(int64_t) {}
+    Pair at(int64_t k) const { return {load(weights + k), load(weights + k + WIDTH)}; }
+    float one_at(int64_t k) const { return weights[k]; }
+};
+
+struct FourBits {};
+
+// A table is multiplied by the scale of each block, not each weight. An entry of it is the dequantized weight, bit by
+// bit. The processor looks up a vector of entries in one instruction, or a half of the table in one.
+template <> struct Output<FourBits> {
+    const uint8_t *weights;
+    const float *scales, *unscaled;
+    int64_t block;
+    Vector table[16 / WIDTH];
+    Output(const Linear &linear, int part, int64_t number)
+        : weights((const uint8_t *)linear.weights[part] + number * linear.inputs / 2),
+          scales(linear.scales[part] + number * linear.inputs / linear.block), unscaled(linear.table),
+          block(linear.block) {}
+    void begin_block(int64_t k) {
+        for (int i = 0; i < 16 / WIDTH; i++) table[i] = load(unscaled + i * WIDTH) * scales[k / block];
+    }
+#if defined(__AVX512F__)
+    Vector entries(__m128i numbers) const { // the instruction reads the lower four bits of a number alone
+        return (Vector)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(numbers), (__m512)table[0]);
+    }
+    Pair at(int64_t k) const {
+        const __m128i lower = _mm_loadu_si128((const __m128i *)(weights + k / 2)), upper = _mm_srli_epi16(lower, 4);
+        return {entries(_mm_unpacklo_epi8(upper, lower)), entries(_mm_unpackhi_epi8(upper, lower))};
+    }
+#elif defined(__AVX2__)
+    Vector entries(__m128i numbers) const { // the instruction reads three bits, and the fourth chooses the half
+        const __m256i wide = _mm256_cvtepu8_epi32(numbers);
+        return (Vector)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)table[0], wide),
+                                        _mm256_permutevar8x32_ps((__m256)table[1], wide),
+                                        (__m256)_mm256_slli_epi32(wide, 28));
+    }
+    Pair at(int64_t k) const {
+        const __m128i lower = _mm_loadl_epi64((const __m128i *)(weights + k / 2)), upper = _mm_srli_epi16(lower, 4);
+        const __m128i numbers = _mm_unpacklo_epi8(upper, lower);
+        return {entries(numbers), entries(_mm_srli_si128(numbers, 8))};
+    }
+#else
+    Pair at(int64_t k) const {
+        Pair pair;
+        for (int i = 0; i < WIDTH; i++) pair.first[i] = one_at(k + i), pair.second[i] = one_at(k + WIDTH + i);
+        return pair;
+    }
+#endif
+    float one_at(int64_t k) const {
+        const int number = k % 2 == 0 ? weights[k / 2] >> 4 : weights[k / 2] & 15;
+        return table[number / WIDTH][number % WIDTH];
+    }
+};
+
 // R rows of a product, for one output of weights as a model stores them.
 template <typename Weight, int R>
-static void output_of_product(const Linear &linear, int64_t output, const float *from, int64_t stride, Place place) {
+static void output_of_product(const Linear &linear, int64_t number, const float *from, int64_t stride, Place place) {
     int part = 0;
-    while (output >= linear.ends[part]) part++;
-    const int64_t number = output - (part == 0 ? 0 : linear.ends[part - 1]), inputs = linear.inputs;
-    const Weight *weight = (const Weight *)linear.weights[part] + number * inputs;
-    Vector sums[R]{};
+    while (number >= linear.ends[part]) part++;
+    const int64_t in_part = number - (part == 0 ? 0 : linear.ends[part - 1]);
+    Output<Weight> output(linear, part, in_part);
+    Vector even[R]{}, odd[R]{}; // two sums, because an addition has to wait for the one before it
     int64_t k = 0;
-    for (; k + WIDTH <= inputs; k += WIDTH) {
-        const Vector weights = load(weight + k);
-        for (int row = 0; row < R; row++) sums[row] += load(from + row * stride + k) * weights;
+    for (int64_t end = output.block; end <= linear.inputs; end += output.block) {
+        output.begin_block(k);
+        for (; k + 2 * WIDTH <= end; k += 2 * WIDTH) {
+            const Pair weights = output.at(k);
+            for (int row = 0; row < R; row++) {
+                even[row] += load(from + row * stride + k) * weights.first;
+                odd[row] += load(from + row * stride + k + WIDTH) * weights.second;
+            }
+        }
     }
-    const float scale = linear.scales[part] == nullptr ? 1 : linear.scales[part][number];
-    const float bias = linear.biases[part] == nullptr ? 0 : linear.biases[part][number];
+    const float scale = linear.format == INT8 ? linear.scales[part][in_part] : 1;
+    const float bias = linear.biases[part] == nullptr ? 0 : linear.biases[part][in_part];
     for (int row = 0; row < R; row++) {
-        float sum = sum_of(sums[row]);
-        for (int64_t i = k; i < inputs; i++) sum += from[row * stride + i] * weight[i];
-        float *to = place.to + row * place.stride + output;
+        float sum = sum_of(even[row] + odd[row]);
+        for (int64_t i = k; i < linear.inputs; i++) sum += from[row * stride + i] * output.one_at(i);
+        float *to = place.to + row * place.stride + number;
         *to = sum * scale + bias + (place.adds ? *to : 0);
     }
 }
@@ -233,11 +310,10 @@ static void product_of(const Linear &linear, const float *from, int64_t stride, 
             const Place there{place.to + row * place.stride, place.stride, place.adds};
             const auto compute = [&](auto count) {
                 constexpr int R = decltype(count)::value;
-                if (linear.is_packed)
-                    block_of_product<Weight, R>(linear, output, first, stride, there);
-                else
-                    output_of_product<Weight, R>(linear, output, first, stride, there);
                 row += R;
+                if constexpr (!std::is_same<Weight, FourBits>::value)
+                    if (linear.is_packed) return block_of_product<Weight, R>(linear, output, first, stride, there);
+                output_of_product<Weight, R>(linear, output, first, stride, there);
             };
             if (left >= ROWS)
                 compute(std::integral_constant<int, ROWS>());
@@ -252,7 +328,9 @@ static void product_of(const Linear &linear, const float *from, int64_t stride, 
 
 // Rows (rows, inputs) times the weights. All threads call it.
 static void product(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place) {
-    if (linear.is_integer)
+    if (linear.format == INT4)
+        product_of<FourBits>(linear, from, stride, rows, place);
+    else if (linear.format == INT8)
         product_of<int8_t>(linear, from, stride, rows, place);
     else
         product_of<float>(linear, from, stride, rows, place);
@@ -317,6 +395,10 @@ static float softmax(float *scores, int64_t length) {
     float highest = scores[0];
 #pragma omp simd reduction(max : highest)
     for (int64_t i = 0; i < length; i++) highest = scores[i] > highest ? scores[i] : highest;
+    if (highest == -INFINITY) { // padding, for which nothing is visible
+        std::memset(scores, 0, length * sizeof(float));
+        return 1;
+    }
     for (int64_t i = 0; i < length; i += WIDTH) store(scores + i, exp_of(load(scores + i) - highest));
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -324,12 +406,13 @@ static float softmax(float *scores, int64_t length) {
     return sum;
 }
 
-// Attention of all query heads of one key/value head of one sequence. The token's own key and value go into the cache.
+// Attention of all query heads of one key/value head, for one new token. Its own key and value go into the cache.
 template <int N>
 static void attention_of_group(const Model &model, const Layer &layer, const Step &step, float *cache, int64_t head,
-                               int64_t sequence, float *states, float *to, float *scores) {
-    const int64_t dim = model.head_dim, group = model.heads / model.kv_heads, length = step.length + 1;
-    const float *cos = step.cos + sequence * step.rotary_stride, *sin = step.sin + sequence * step.rotary_stride;
+                               int64_t sequence, int64_t token, float *states, float *to, float *scores) {
+    const int64_t dim = model.head_dim, group = model.heads / model.kv_heads, place = step.length + token;
+    const int64_t rotary = sequence * step.rotary_stride + token * model.rotary_dim, length = place + 1;
+    const float *cos = step.cos + rotary, *sin = step.sin + rotary;
     float *query = states + head * group * dim, *key = states + (model.heads + head) * dim;
     const float *value = key + model.kv_heads * dim;
     float *keys = cache + (head * step.batch + sequence) * step.capacity * dim;
@@ -337,8 +420,8 @@ static void attention_of_group(const Model &model, const Layer &layer, const Ste
 
     normalize(layer.k_norm, key, key);
     rotate(key, cos, sin, model.rotary_dim);
-    std::memcpy(keys + step.length * dim, key, dim * sizeof(float));
-    std::memcpy(values + step.length * dim, value, dim * sizeof(float));
+    std::memcpy(keys + place * dim, key, dim * sizeof(float));
+    std::memcpy(values + place * dim, value, dim * sizeof(float));
     for (int64_t i = 0; i < group; i++, query += dim) {
         normalize(layer.q_norm, query, query);
         rotate(query, cos, sin, model.rotary_dim);
@@ -346,7 +429,7 @@ static void attention_of_group(const Model &model, const Layer &layer, const Ste
         scores_of<N>(query, keys, scores, length, dim);
         if (step.mask != nullptr) {
             const float *mask = step.mask + sequence * step.capacity;
-            for (int64_t j = 0; j < step.length; j++) scores[j] += mask[j];
+            for (int64_t j = 0; j < length; j++) scores[j] += mask[j];
         }
         const float sum = softmax(scores, length);
         weighted_sum<N>(scores, values, 1 / sum, to + (head * group + i) * dim, length, dim);
@@ -372,19 +455,20 @@ extern "C" void structure_sizes(int64_t *sizes) {
 
 extern "C" int64_t scratch_size(const Model &model, const Step &step) {
     const Sizes sizes(model, step);
-    const int64_t of_sequence = 2 * sizes.hidden + sizes.states + sizes.attention + sizes.gate_up + sizes.activated;
-    return step.batch * of_sequence + step.threads * sizes.scores + COLUMNS; // vectors may read beyond the end
+    const int64_t of_row = 2 * sizes.hidden + sizes.states + sizes.attention + sizes.gate_up + sizes.activated;
+    return step.batch * step.tokens * of_row + step.threads * sizes.scores + COLUMNS; // vectors may read beyond the end
 }
 
 // Whether each token is in the vocabulary; if not, nothing is read or written.
 extern "C" bool decoding_step(const Model &model, const Step &step) {
-    for (int64_t row = 0; row < step.batch; row++)
+    const int64_t batch = step.batch, tokens = step.tokens, rows = batch * tokens;
+    for (int64_t row = 0; row < rows; row++)
         if (step.token_ids[row] < 0 || step.token_ids[row] >= model.vocab_size) return false;
     const Sizes sizes(model, step);
-    const int64_t batch = step.batch, dim = model.head_dim, intermediate = model.intermediate_size;
-    float *hidden = step.scratch, *normed = hidden + batch * sizes.hidden, *states = normed + batch * sizes.hidden;
-    float *attention = states + batch * sizes.states, *gate_up = attention + batch * sizes.attention;
-    float *activations = gate_up + batch * sizes.gate_up, *scores = activations + batch * sizes.activated;
+    const int64_t dim = model.head_dim, intermediate = model.intermediate_size;
+    float *hidden = step.scratch, *normed = hidden + rows * sizes.hidden, *states = normed + rows * sizes.hidden;
+    float *attention = states + rows * sizes.states, *gate_up = attention + rows * sizes.attention;
+    float *activations = gate_up + rows * sizes.gate_up, *scores = activations + rows * sizes.activated;
     const int64_t layer_of_cache = 2 * model.kv_heads * batch * step.capacity * dim;
     const int64_t vectors = dim % WIDTH == 0 ? dim / WIDTH : 0;
     const auto attend = vectors == 1   ? attention_of_group<1>
@@ -397,38 +481,44 @@ extern "C" bool decoding_step(const Model &model, const Step &step) {
 #pragma omp parallel num_threads((int)step.threads)
     {
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < batch; row++)
+        for (int64_t row = 0; row < rows; row++)
             std::memcpy(hidden + row * sizes.hidden, model.embedding + step.token_ids[row] * model.hidden_size,
                         model.hidden_size * sizeof(float));
         const auto normalize_all = [&](const Norm &norm) {
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < batch; row++)
+            for (int64_t row = 0; row < rows; row++)
                 normalize(norm, hidden + row * sizes.hidden, normed + row * sizes.hidden);
         };
         for (int64_t number = 0; number < model.num_layers; number++) {
             const Layer &layer = model.layers[number];
             normalize_all(layer.input_layernorm);
-            product(layer.query_key_value, normed, sizes.hidden, batch, {states, sizes.states, false});
+            product(layer.query_key_value, normed, sizes.hidden, rows, {states, sizes.states, false});
 #pragma omp for schedule(static) collapse(2)
             for (int64_t head = 0; head < model.kv_heads; head++)
-                for (int64_t row = 0; row < batch; row++)
-                    attend(model, layer, step, step.cache + number * layer_of_cache, head, row,
-                           states + row * sizes.states, attention + row * sizes.attention,
-                           scores + omp_get_thread_num() * sizes.scores);
-            product(layer.o_proj, attention, sizes.attention, batch, {hidden, sizes.hidden, true});
+                for (int64_t sequence = 0; sequence < batch; sequence++)
+                    for (int64_t token = 0; token < tokens; token++) { // in order: each reads the keys before it
+                        const int64_t row = sequence * tokens + token;
+                        attend(model, layer, step, step.cache + number * layer_of_cache, head, sequence, token,
+                               states + row * sizes.states, attention + row * sizes.attention,
+                               scores + omp_get_thread_num() * sizes.scores);
+                    }
+            product(layer.o_proj, attention, sizes.attention, rows, {hidden, sizes.hidden, true});
             normalize_all(layer.post_attention_layernorm);
-            product(layer.gate_up, normed, sizes.hidden, batch, {gate_up, sizes.gate_up, false});
+            product(layer.gate_up, normed, sizes.hidden, rows, {gate_up, sizes.gate_up, false});
 #pragma omp for schedule(static)
-            for (int64_t row = 0; row < batch; row++) {
+            for (int64_t row = 0; row < rows; row++) {
                 const float *gate = gate_up + row * sizes.gate_up, *up = gate + intermediate;
                 for (int64_t i = 0; i < intermediate; i += WIDTH)
                     store(activations + row * sizes.activated + i,
                           activated(load(gate + i), layer.activation) * load(up + i));
             }
-            product(layer.down_proj, activations, sizes.activated, batch, {hidden, sizes.hidden, true});
+            product(layer.down_proj, activations, sizes.activated, rows, {hidden, sizes.hidden, true});
         }
-        normalize_all(model.norm);
-        product(model.head, normed, sizes.hidden, batch, {step.logits, model.head.outputs, false});
+        if (step.logits != nullptr) {
+            normalize_all(model.norm);
+            const float *last = normed + (tokens - 1) * sizes.hidden; // token of the first sequence
+            product(model.head, last, tokens * sizes.hidden, batch, {step.logits, model.head.outputs, false});
+        }
     }
     return true;
 }

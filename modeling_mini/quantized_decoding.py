@@ -1,13 +1,14 @@
 """
-Decoding of models in INT8 and INT4 on a CPU: for one call of `generate`, their weights are dequantized.
+Decoding of models in INT8 and INT4 on a CPU: what is written is what a model with the dequantized weights writes.
 
 A layer of bitsandbytes reads its weight anew in each call, and rounds its input too, which takes several times as long
-as a product in float32. Here the weights are read once, into a copy of the model that shares everything else. The copy
-then reads the prompt, and the fast path and the compiled step decode with it. So `generate` writes exactly what a model
-with these rounded weights would write. When the call ends, the copy is gone.
+as a product in float32. Without a compiled step, the weights are dequantized for one call of `generate`, into a copy of
+the model that shares everything else. The copy reads the prompt, and the fast path decodes with it. When the call ends,
+the copy is gone.
 
-The compiled step reads INT8 weights as they are: reading them takes most of its time. It computes with the same
-numbers, because an integer and its scale give the dequantized weight.
+The compiled step reads the weights as they are stored: reading them takes most of its time. It computes with the same
+numbers, because an integer and its scale, or four bits and the scale of their block, give the dequantized weight. Only
+a prompt that is too long for it is read by a copy with dequantized weights.
 """
 
 import copy
@@ -57,42 +58,83 @@ def copy_of(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | No
     return copied
 
 
-class IntegerLinear(nn.Module):
+class QuantizedLinear(nn.Module):
     """
-    A linear layer whose weight (out, in) is in INT8, with a scale for each row (out,). It is for the compiled step, and
-    has no forward.
+    The weight of a `Linear8bitLt` or `Linear4bit` as it is stored, for the compiled step. It has no forward.
+
+    Attributes:
+        format: "int8", the type and the block of four bits, or "" where only `dequantized` can be used.
+        weight: (out, in) in INT8; four bits, two weights in a byte, the first in the upper half.
+        scales: (out,) in INT8; one for each block in INT4.
+        block, table: in INT4, how many weights share a scale, and (16,) what four bits stand for.
     """
 
-    def __init__(self, weight: torch.Tensor, scales: torch.Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scales = nn.Parameter(scales, requires_grad=False)
-        self.bias = bias
+        self.layer = [layer]  # in a list, so that it is no part of this module
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.float(), requires_grad=False)
+        carry_hooks(layer, self)
+        self.eval()  # as a linear layer, it computes the same in training mode
+        if type(layer).__name__ == "Linear8bitLt":
+            self.format, self.weight = "int8", layer.weight.data
+            self.scales = scales_of(layer) / LARGEST_INTEGER
+            self.packed_bytes = self.weight.nbytes
+            return
+        self.packed_bytes = 4 * self.in_features * self.out_features  # INT4 is packed in float32
+        self.weight, state = canonical(layer)
+        self.block, self.table = state.blocksize, state.code
+        # A block lies in one row, and nothing is rounded after the product with its scale.
+        fits = self.in_features % state.blocksize == 0 and state.dtype == torch.float32
+        self.format = f"{state.quant_type} {state.blocksize}" if fits else ""
+        self.scales = scales_of_blocks(state) if fits else None
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight (out, in) in float32."""
+        return weight_of(self.layer[0]).float()
 
 
-def with_integers(model: PreTrainedModel) -> PreTrainedModel:
-    """What `dequantized` made, with an `IntegerLinear` for each layer that was in INT8. Other models are given back."""
-    if not any(hasattr(module, "integers") for module in model.modules()):
+def with_quantized(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    A copy of a model with a `QuantizedLinear` for each layer of bitsandbytes, or for each layer that `dequantized` made
+    of one. A model without any is given back.
+    """
+    if not any(quantized_layer(module) is not None for module in model.modules()):
         return model
-    return copy_of(
-        model,
-        lambda module: IntegerLinear(*module.integers, module.bias) if hasattr(module, "integers") else None,
-    )
+
+    def replacement(module: nn.Module) -> QuantizedLinear | None:
+        layer = quantized_layer(module)
+        return None if layer is None else QuantizedLinear(layer)
+
+    return copy_of(model, replacement)
+
+
+def quantized_layer(module: nn.Module) -> Any | None:
+    """The layer of bitsandbytes that a module is, or from which `dequantized` made it; `None` if there is none."""
+    if type(module).__module__.startswith(LIBRARY):
+        return module
+    return module.__dict__.get("quantized_layer", [None])[0]
 
 
 def linear_of(layer: Any, dtype: torch.dtype) -> nn.Linear:
     """A linear layer with the weight of a `Linear8bitLt` or `Linear4bit`."""
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta").train(layer.training)
+    linear = nn.Linear.__new__(nn.Linear)  # nn.Linear() would draw random weights, which takes half of the time of this
+    nn.Module.__init__(linear)
+    linear.train(layer.training)
+    linear.in_features, linear.out_features = layer.in_features, layer.out_features
     linear.weight = nn.Parameter(weight_of(layer).to(dtype), requires_grad=False)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
-    if type(layer).__name__ == "Linear8bitLt":
-        linear.integers = (layer.weight.data, scales_of(layer) / LARGEST_INTEGER)  # for `with_integers`
-    # `obstacle` has to find hooks, or a `forward` of the instance, that somebody has put on the layer.
-    linear._forward_pre_hooks, linear._forward_hooks = layer._forward_pre_hooks, layer._forward_hooks
-    if "forward" in layer.__dict__:
-        linear.__dict__["forward"] = layer.__dict__["forward"]
+    bias = None if layer.bias is None else nn.Parameter(layer.bias.data.to(dtype), requires_grad=False)
+    linear.register_parameter("bias", bias)
+    linear.quantized_layer = [layer]  # for `with_quantized`
+    carry_hooks(layer, linear)
     return linear
+
+
+def carry_hooks(layer: Any, replacement: nn.Module) -> None:
+    """`obstacle` has to find hooks, or a `forward` of the instance, that somebody has put on the layer."""
+    replacement._forward_pre_hooks, replacement._forward_hooks = layer._forward_pre_hooks, layer._forward_hooks
+    if "forward" in layer.__dict__:
+        replacement.__dict__["forward"] = layer.__dict__["forward"]
 
 
 def weight_of(layer: Any) -> torch.Tensor:
@@ -100,15 +142,31 @@ def weight_of(layer: Any) -> torch.Tensor:
     functional = importlib.import_module("bitsandbytes.functional")
     if type(layer).__name__ == "Linear8bitLt":
         return functional.int8_vectorwise_dequant(layer.weight.data, scales_of(layer))
+    return functional.dequantize_4bit(*canonical(layer))
+
+
+def canonical(layer: Any) -> tuple[torch.Tensor, Any]:
+    """
+    The weight of a `Linear4bit` and its state in the order in which they are saved: rows, and two weights in a byte.
+    """
     weight, state = layer.weight.data, layer.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
+        functional = importlib.import_module("bitsandbytes.functional")
         # On some processors the first call of a layer puts weight and scales in another order. The library's way back
         # rounds the scales once more, unless they were not nested.
         state = copy.copy(state)
         scales, state.original_nested = state.absmax, False
         weight, state = functional._convert_weight_packed_for_cpu_inverse(weight, state)
         state.absmax = scales.T.reshape(-1).float()
-    return functional.dequantize_4bit(weight, state)
+    return weight, state
+
+
+def scales_of_blocks(state: Any) -> torch.Tensor:
+    """The scales of INT4, of which bitsandbytes may have quantized the differences from their mean."""
+    if not state.nested:
+        return state.absmax
+    functional = importlib.import_module("bitsandbytes.functional")
+    return functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
 
 
 def scales_of(layer: Any) -> torch.Tensor:

@@ -169,7 +169,7 @@ def test_layers_of_one_input_of_which_some_are_quantized() -> None:
     quantized, _ = quantize(make_model(), "8bit")
     attention = quantized.model.layers[0].self_attn
     attention.k_proj = quantized_decoding.dequantized(quantized).model.layers[0].self_attn.k_proj
-    del attention.k_proj.integers
+    del attention.k_proj.quantized_layer
     plain = quantized_decoding.dequantized(quantized)
     quantized.compile_decoding()
     for batch in (1, 3):
