@@ -54,8 +54,11 @@ SECONDS = 30  # a compiler that needs more for an empty file hangs
 FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 # A block of a prompt has about so many tokens, of all sequences together: more of them leave the first cache.
 BLOCK_TOKENS = 16
-# Longer prompts, of all sequences together, are read by the modules.
-PROMPT_TOKENS = 64
+# Longer prompts, of all sequences together, are read by the modules: products and attention of torch are faster there.
+# Quantized weights would have to be dequantized for them. Milliseconds of one core to the second token, modules and
+# native: float32 with 32 tokens, small 11.7 and 9.2, medium MEDIUM32; with 64 tokens, medium 54 and 80. INT8 with 256
+# tokens, small 44 and 37, medium 199 and 206; INT4, small 46 and 43, medium 200 and 211.
+PROMPT_TOKENS, QUANTIZED_PROMPT_TOKENS = 32, 256
 
 
 # The structures of native_step.py ------------------------------------------------------------------------------------
@@ -314,7 +317,11 @@ class CompiledStep:
         return self.reason_against(model) is None
 
     def reads_prompt(
-        self, input_ids: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+        self,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_quantized: bool,
     ) -> bool:
         """Whether the function reads the prompt of a request, too. The arguments are those of `decode`."""
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
@@ -326,7 +333,8 @@ class CompiledStep:
         mask_length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
         if known and mask_length != length:
             return False
-        return known < length <= known + PROMPT_TOKENS // batch
+        most = QUANTIZED_PROMPT_TOKENS if is_quantized else PROMPT_TOKENS
+        return known < length <= known + most // batch
 
     def decoder(
         self,
@@ -347,6 +355,12 @@ class CompiledStep:
     def __reduce__(self) -> tuple[type, tuple]:
         """A model that is pickled and loaded again has no compiled step."""
         return type(None), ()
+
+
+def bytes_of_weights(model: PreTrainedModel) -> int:
+    """The size of the weights when they are packed: INT8 as they are, INT4 in float32."""
+    quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
+    return sum(parameter.nbytes for parameter in model.parameters()) + sum(each.packed_bytes for each in quantized)
 
 
 class CompiledDecoder(Decoder):
@@ -386,16 +400,15 @@ class CompiledDecoder(Decoder):
     def read_weights(self, model: PreTrainedModel) -> None:
         """For one sequence, a weight is read once in a step, and where it is. For several, packing it pays."""
         model = with_quantized(model)
-        quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
-        size = sum(parameter.nbytes for parameter in model.parameters()) + sum(each.packed_bytes for each in quantized)
-        self.native_model = NativeModel(model, pack=self.batch > 1 and size <= PACKED_BYTES)
+        self.native_model = NativeModel(model, pack=self.batch > 1 and bytes_of_weights(model) <= PACKED_BYTES)
 
     def reserve(self, capacity: int) -> None:
         """Moves the cache into one tensor (layers, 2 * key_value_heads, batch, capacity, head_dim)."""
-        batch, heads, length, head_dim = self.filled[0].shape
-        self.caches = self.filled[0].new_empty(len(self.filled), heads, batch, capacity, head_dim)
+        before = self.filled
+        batch, heads, length, head_dim = before[0].shape
+        self.caches = before[0].new_empty(len(before), heads, batch, capacity, head_dim)
         self.whole = [cache.transpose(0, 1) for cache in self.caches]
-        for whole, filled in zip(self.whole, self.filled, strict=True):
+        for whole, filled in zip(self.whole, before, strict=True):
             whole[:, :, :length] = filled
         self.added = None  # to the scores of padding, which stands in the prompt alone
         if self.mask is not None:
@@ -438,7 +451,6 @@ class CompiledDecoder(Decoder):
             block = token_ids[:, start:end].contiguous()
             self.call(block, cos[:, start:end], sin[:, start:end], self.length, end >= token_ids.shape[1])
             self.length += block.shape[1]
-        self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         return self.padded_logits[:, : self.native_model.struct.vocab_size]
 
     def call(

@@ -435,7 +435,6 @@ class Decoder:
     Attributes:
         kept: the indices of the sequences that are computed; `None` for all.
         whole: for each layer, keys and values as `decoding_step` takes them, with space for `capacity` tokens.
-        filled: the first `length` tokens of `whole`, as views.
     """
 
     def __init__(
@@ -449,10 +448,10 @@ class Decoder:
         prompt_length: int | None = None,
     ) -> None:
         self.cache = cache
-        self.filled = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
-        self.for_many = not exact and self.takes_form_for_many(self.filled[0])
+        self.whole = [torch.cat((layer.keys, layer.values), dim=1) for layer in cache.layers]
+        self.for_many = not exact and self.takes_form_for_many(self.whole[0])
         self.kept: torch.Tensor | None = None
-        self.batch = len(self.filled[0])
+        self.batch = len(self.whole[0])
         self.read_weights(model)
         self.rotary_table = RotaryTable(model, position_ids)
         self.length = cache.get_seq_length()
@@ -463,6 +462,11 @@ class Decoder:
             self.mask = None
         first_capacity = FIRST_CAPACITY_OF_MANY if self.for_many else FIRST_CAPACITY
         self.reserve(self.prompt_length + min(max_new_tokens, first_capacity))
+
+    @property
+    def filled(self) -> list[torch.Tensor]:
+        """The first `length` tokens of `whole`, as views."""
+        return [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
 
     def takes_form_for_many(self, keys_and_values: torch.Tensor) -> bool:
         """Whether sequences with this cache are decoded in the form for many."""
@@ -492,11 +496,11 @@ class Decoder:
         if not self.for_many:
             return
         kept = unfinished.nonzero().squeeze(1)
-        if len(kept) > UNFINISHED_SHARE * len(self.filled[0]):
+        if len(kept) > UNFINISHED_SHARE * len(self.whole[0]):
             return
         places = kept if self.kept is None else torch.searchsorted(self.kept, kept)  # among those kept so far
         self.kept = kept
-        self.filled = [keys_and_values[places] for keys_and_values in self.filled]
+        self.whole = [keys_and_values[places] for keys_and_values in self.filled]
         if self.mask is not None:
             self.mask = self.mask[places]
         self.rotary_table.keep(kept)
@@ -510,7 +514,6 @@ class Decoder:
         if self.kept is not None:
             token_ids = token_ids[self.kept]
         self.length += 1
-        self.filled = [keys_and_values.narrow(2, 0, self.length) for keys_and_values in self.whole]
         if self.mask is not None:
             self.mask = self.whole_mask.narrow(3, 0, self.length)
         # Inference mode makes tensors cheaper. The cache itself is made outside, because its owner may use it

@@ -100,10 +100,10 @@ class FastGenerationMixin:
         model, plain_modules, reads_prompt = self, self.plain_modules, False
         # With "exact", layers of bitsandbytes stay: they give other bits than their dequantized weights do.
         if getattr(generation_config, "fast_decoding", True) is True:
-            step = self.compiled_step
+            step, is_quantized = self.compiled_step, has_quantized_layers(self)
             if step is not None and step.suits(self):
-                reads_prompt = step.reads_prompt(input_ids, generation_config, model_kwargs)
-            if has_quantized_layers(self):
+                reads_prompt = step.reads_prompt(input_ids, generation_config, model_kwargs, is_quantized)
+            if is_quantized:
                 model = with_quantized(self) if reads_prompt else dequantized(self)
                 plain_modules = {**plain_modules, QuantizedLinear: QuantizedLinear.forward}
         if obstacle(model, plain_modules, generation_config, synced_gpus, model_kwargs) is None:

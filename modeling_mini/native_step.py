@@ -12,6 +12,7 @@ SOURCE = r"""
 // and values stay in the first cache while all query heads of their group read them. Threads share the outputs of a
 // product, and the sequences and heads of attention.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -209,22 +210,22 @@ struct Pair {
     Vector first, second;
 };
 
-// The weights of one output as a model stores them. `at` gives those from k on, in float32. The scale that all weights
-// of an output of INT8 share is left to the sum.
+struct FourBits {}; // the type of weights in INT4
+
+// The weights of one output as a model stores them. `at` gives 2 * WIDTH of them from k on, in float32. The scale that
+// all weights of an output of INT8 share is left to the sum.
 template <typename Weight> struct Output {
     const Weight *weights;
     int64_t block; // all of them
     Output(const Linear &linear, int part, int64_t number)
         : weights((const Weight *)linear.weights[part] + number * linear.inputs), block(linear.inputs) {}
-    void begin_block(int64_t) {}
+    void begin_block() {}
     Pair at(int64_t k) const { return {load(weights + k), load(weights + k + WIDTH)}; }
-    float one_at(int64_t k) const { return weights[k]; }
 };
 
-struct FourBits {};
-
-// A table is multiplied by the scale of each block, not each weight. An entry of it is the dequantized weight, bit by
-// bit. The processor looks up a vector of entries in one instruction, or a half of the table in one.
+// INT4. The table is multiplied by the scale of each block, not each weight: so an entry is the dequantized weight, bit
+// by bit, and one or two instructions look up a vector of them. The first vector of a pair has the weights in the upper
+// bits of the bytes, which are those of even inputs; `evens_and_odds` puts the inputs into the same order.
 template <> struct Output<FourBits> {
     const uint8_t *weights;
     const float *scales, *unscaled;
@@ -234,41 +235,45 @@ template <> struct Output<FourBits> {
         : weights((const uint8_t *)linear.weights[part] + number * linear.inputs / 2),
           scales(linear.scales[part] + number * linear.inputs / linear.block), unscaled(linear.table),
           block(linear.block) {}
-    void begin_block(int64_t k) {
-        for (int i = 0; i < 16 / WIDTH; i++) table[i] = load(unscaled + i * WIDTH) * scales[k / block];
+    void begin_block() {
+        for (int i = 0; i < 16 / WIDTH; i++) table[i] = load(unscaled + i * WIDTH) * *scales;
+        scales++;
     }
 #if defined(__AVX512F__)
-    Vector entries(__m128i numbers) const { // the instruction reads the lower four bits of a number alone
-        return (Vector)_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(numbers), (__m512)table[0]);
+    Vector entries(__m512i numbers) const { // the instruction reads the lower four bits of a number alone
+        return (Vector)_mm512_permutexvar_ps(numbers, (__m512)table[0]);
     }
     Pair at(int64_t k) const {
-        const __m128i lower = _mm_loadu_si128((const __m128i *)(weights + k / 2)), upper = _mm_srli_epi16(lower, 4);
-        return {entries(_mm_unpacklo_epi8(upper, lower)), entries(_mm_unpackhi_epi8(upper, lower))};
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(weights + k / 2)));
+        return {entries(_mm512_srli_epi32(bytes, 4)), entries(bytes)};
     }
 #elif defined(__AVX2__)
-    Vector entries(__m128i numbers) const { // the instruction reads three bits, and the fourth chooses the half
-        const __m256i wide = _mm256_cvtepu8_epi32(numbers);
-        return (Vector)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)table[0], wide),
-                                        _mm256_permutevar8x32_ps((__m256)table[1], wide),
-                                        (__m256)_mm256_slli_epi32(wide, 28));
+    Vector entries(__m256i numbers) const { // the instruction reads three bits, and the fourth chooses the half
+        return (Vector)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)table[0], numbers),
+                                        _mm256_permutevar8x32_ps((__m256)table[1], numbers),
+                                        (__m256)_mm256_slli_epi32(numbers, 28));
     }
     Pair at(int64_t k) const {
-        const __m128i lower = _mm_loadl_epi64((const __m128i *)(weights + k / 2)), upper = _mm_srli_epi16(lower, 4);
-        const __m128i numbers = _mm_unpacklo_epi8(upper, lower);
-        return {entries(numbers), entries(_mm_srli_si128(numbers, 8))};
+        const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(weights + k / 2)));
+        return {entries(_mm256_srli_epi32(bytes, 4)), entries(bytes)};
     }
 #else
     Pair at(int64_t k) const {
+        const float *entries = (const float *)table;
         Pair pair;
-        for (int i = 0; i < WIDTH; i++) pair.first[i] = one_at(k + i), pair.second[i] = one_at(k + WIDTH + i);
+        for (int i = 0; i < WIDTH; i++) {
+            const uint8_t byte = weights[k / 2 + i];
+            pair.first[i] = entries[byte >> 4], pair.second[i] = entries[byte & 15];
+        }
         return pair;
     }
 #endif
-    float one_at(int64_t k) const {
-        const int number = k % 2 == 0 ? weights[k / 2] >> 4 : weights[k / 2] & 15;
-        return table[number / WIDTH][number % WIDTH];
-    }
 };
+
+static void evens_and_odds(const float *from, float *to, int64_t size) {
+    for (int64_t k = 0; k < size; k += 2 * WIDTH)
+        for (int64_t i = 0; i < WIDTH; i++) to[k + i] = from[k + 2 * i], to[k + WIDTH + i] = from[k + 2 * i + 1];
+}
 
 // R rows of a product, for one output of weights as a model stores them.
 template <typename Weight, int R>
@@ -280,8 +285,11 @@ static void output_of_product(const Linear &linear, int64_t number, const float 
     Vector even[R]{}, odd[R]{}; // two sums, because an addition has to wait for the one before it
     int64_t k = 0;
     for (int64_t end = output.block; end <= linear.inputs; end += output.block) {
-        output.begin_block(k);
+        output.begin_block();
         for (; k + 2 * WIDTH <= end; k += 2 * WIDTH) {
+            // With many rows, the processor is too busy to look ahead by itself.
+            if (R > 2 && linear.format == FLOAT32)
+                for (int i = 0; i < 2 * WIDTH; i += 16) __builtin_prefetch(output.weights + k + i + 512);
             const Pair weights = output.at(k);
             for (int row = 0; row < R; row++) {
                 even[row] += load(from + row * stride + k) * weights.first;
@@ -293,7 +301,8 @@ static void output_of_product(const Linear &linear, int64_t number, const float 
     const float bias = linear.biases[part] == nullptr ? 0 : linear.biases[part][in_part];
     for (int row = 0; row < R; row++) {
         float sum = sum_of(even[row] + odd[row]);
-        for (int64_t i = k; i < linear.inputs; i++) sum += from[row * stride + i] * output.one_at(i);
+        if constexpr (!std::is_same<Weight, FourBits>::value) // of which a block has no rest
+            for (int64_t i = k; i < linear.inputs; i++) sum += from[row * stride + i] * output.weights[i];
         float *to = place.to + row * place.stride + number;
         *to = sum * scale + bias + (place.adds ? *to : 0);
     }
@@ -326,11 +335,13 @@ static void product_of(const Linear &linear, const float *from, int64_t stride, 
         }
 }
 
-// Rows (rows, inputs) times the weights. All threads call it.
-static void product(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place) {
-    if (linear.format == INT4)
-        product_of<FourBits>(linear, from, stride, rows, place);
-    else if (linear.format == INT8)
+// Rows (rows, inputs) times the weights. All threads call it, each with a `copy` of its own for (rows, inputs).
+static void product(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place, float *copy) {
+    const int64_t inputs = linear.inputs;
+    if (linear.format == INT4) {
+        for (int64_t row = 0; row < rows; row++) evens_and_odds(from + row * stride, copy + row * inputs, inputs);
+        product_of<FourBits>(linear, copy, inputs, rows, place);
+    } else if (linear.format == INT8)
         product_of<int8_t>(linear, from, stride, rows, place);
     else
         product_of<float>(linear, from, stride, rows, place);
@@ -437,13 +448,14 @@ static void attention_of_group(const Model &model, const Layer &layer, const Ste
 }
 
 struct Sizes { // of a row of each intermediate result
-    int64_t hidden, states, attention, gate_up, activated, scores;
+    int64_t hidden, states, attention, gate_up, activated, widest, scores;
     explicit Sizes(const Model &model, const Step &step) {
         hidden = padded(model.hidden_size);
         states = padded((model.heads + 2 * model.kv_heads) * model.head_dim);
         attention = padded(model.heads * model.head_dim);
         gate_up = padded(2 * model.intermediate_size);
         activated = padded(model.intermediate_size);
+        widest = std::max({hidden, attention, activated}); // of those that are multiplied
         scores = padded(step.capacity + 1);
     }
 };
@@ -456,7 +468,8 @@ extern "C" void structure_sizes(int64_t *sizes) {
 extern "C" int64_t scratch_size(const Model &model, const Step &step) {
     const Sizes sizes(model, step);
     const int64_t of_row = 2 * sizes.hidden + sizes.states + sizes.attention + sizes.gate_up + sizes.activated;
-    return step.batch * step.tokens * of_row + step.threads * sizes.scores + COLUMNS; // vectors may read beyond the end
+    const int64_t rows = step.batch * step.tokens, of_thread = rows * sizes.widest + sizes.scores;
+    return rows * of_row + step.threads * of_thread + COLUMNS; // vectors may read beyond the end
 }
 
 // Whether each token is in the vocabulary; if not, nothing is read or written.
@@ -468,7 +481,7 @@ extern "C" bool decoding_step(const Model &model, const Step &step) {
     const int64_t dim = model.head_dim, intermediate = model.intermediate_size;
     float *hidden = step.scratch, *normed = hidden + rows * sizes.hidden, *states = normed + rows * sizes.hidden;
     float *attention = states + rows * sizes.states, *gate_up = attention + rows * sizes.attention;
-    float *activations = gate_up + rows * sizes.gate_up, *scores = activations + rows * sizes.activated;
+    float *activations = gate_up + rows * sizes.gate_up, *of_threads = activations + rows * sizes.activated;
     const int64_t layer_of_cache = 2 * model.kv_heads * batch * step.capacity * dim;
     const int64_t vectors = dim % WIDTH == 0 ? dim / WIDTH : 0;
     const auto attend = vectors == 1   ? attention_of_group<1>
@@ -480,6 +493,8 @@ extern "C" bool decoding_step(const Model &model, const Step &step) {
     // Every loop with `omp for` is shared by the threads, and ends when all of them are done.
 #pragma omp parallel num_threads((int)step.threads)
     {
+        float *copy = of_threads + omp_get_thread_num() * (rows * sizes.widest + sizes.scores);
+        float *scores = copy + rows * sizes.widest;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++)
             std::memcpy(hidden + row * sizes.hidden, model.embedding + step.token_ids[row] * model.hidden_size,
@@ -492,19 +507,18 @@ extern "C" bool decoding_step(const Model &model, const Step &step) {
         for (int64_t number = 0; number < model.num_layers; number++) {
             const Layer &layer = model.layers[number];
             normalize_all(layer.input_layernorm);
-            product(layer.query_key_value, normed, sizes.hidden, rows, {states, sizes.states, false});
+            product(layer.query_key_value, normed, sizes.hidden, rows, {states, sizes.states, false}, copy);
 #pragma omp for schedule(static) collapse(2)
             for (int64_t head = 0; head < model.kv_heads; head++)
                 for (int64_t sequence = 0; sequence < batch; sequence++)
                     for (int64_t token = 0; token < tokens; token++) { // in order: each reads the keys before it
                         const int64_t row = sequence * tokens + token;
                         attend(model, layer, step, step.cache + number * layer_of_cache, head, sequence, token,
-                               states + row * sizes.states, attention + row * sizes.attention,
-                               scores + omp_get_thread_num() * sizes.scores);
+                               states + row * sizes.states, attention + row * sizes.attention, scores);
                     }
-            product(layer.o_proj, attention, sizes.attention, rows, {hidden, sizes.hidden, true});
+            product(layer.o_proj, attention, sizes.attention, rows, {hidden, sizes.hidden, true}, copy);
             normalize_all(layer.post_attention_layernorm);
-            product(layer.gate_up, normed, sizes.hidden, rows, {gate_up, sizes.gate_up, false});
+            product(layer.gate_up, normed, sizes.hidden, rows, {gate_up, sizes.gate_up, false}, copy);
 #pragma omp for schedule(static)
             for (int64_t row = 0; row < rows; row++) {
                 const float *gate = gate_up + row * sizes.gate_up, *up = gate + intermediate;
@@ -512,12 +526,12 @@ extern "C" bool decoding_step(const Model &model, const Step &step) {
                     store(activations + row * sizes.activated + i,
                           activated(load(gate + i), layer.activation) * load(up + i));
             }
-            product(layer.down_proj, activations, sizes.activated, rows, {hidden, sizes.hidden, true});
+            product(layer.down_proj, activations, sizes.activated, rows, {hidden, sizes.hidden, true}, copy);
         }
         if (step.logits != nullptr) {
             normalize_all(model.norm);
             const float *last = normed + (tokens - 1) * sizes.hidden; // token of the first sequence
-            product(model.head, last, tokens * sizes.hidden, batch, {step.logits, model.head.outputs, false});
+            product(model.head, last, tokens * sizes.hidden, batch, {step.logits, model.head.outputs, false}, copy);
         }
     }
     return true;

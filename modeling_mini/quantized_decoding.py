@@ -51,6 +51,8 @@ def copy_of(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | No
     """The copy of one module, and of all that it contains, with a replacement wherever there is one."""
     if (replaced := replacement(module)) is not None:
         return replaced
+    if not module._modules:
+        return module
     copied = copy.copy(module)
     copied._modules = {
         name: child if child is None else copy_of(child, replacement) for name, child in module._modules.items()
@@ -71,35 +73,39 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.layer = [layer]  # in a list, so that it is no part of this module
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.data.float(), requires_grad=False)
+        attributes = self.__dict__  # `self.name = ...` takes a microsecond in a module, and would register the layer
+        attributes["layer"] = layer
+        attributes["training"] = False  # as a linear layer, it computes the same in training mode
+        attributes["in_features"], attributes["out_features"] = layer.in_features, layer.out_features
+        attributes["bias"] = None if layer.bias is None else layer.bias.data.float()
         carry_hooks(layer, self)
-        self.eval()  # as a linear layer, it computes the same in training mode
         if type(layer).__name__ == "Linear8bitLt":
-            self.format, self.weight = "int8", layer.weight.data
-            self.scales = scales_of(layer) / LARGEST_INTEGER
-            self.packed_bytes = self.weight.nbytes
+            weight, scales = layer.weight.data, scales_of(layer) / LARGEST_INTEGER
+            attributes.update(format="int8", weight=weight, scales=scales, packed_bytes=weight.nbytes)
             return
-        self.packed_bytes = 4 * self.in_features * self.out_features  # INT4 is packed in float32
-        self.weight, state = canonical(layer)
-        self.block, self.table = state.blocksize, state.code
+        weight, state = canonical(layer)
         # A block lies in one row, and nothing is rounded after the product with its scale.
-        fits = self.in_features % state.blocksize == 0 and state.dtype == torch.float32
-        self.format = f"{state.quant_type} {state.blocksize}" if fits else ""
-        self.scales = scales_of_blocks(state) if fits else None
+        fits = layer.in_features % state.blocksize == 0 and state.dtype == torch.float32
+        attributes.update(
+            format=f"{state.quant_type} {state.blocksize}" if fits else "",
+            weight=weight,
+            scales=scales_of_blocks(state) if fits else None,
+            block=state.blocksize,
+            table=state.code,
+            packed_bytes=4 * layer.in_features * layer.out_features,  # INT4 is packed in float32
+        )
 
     def dequantized(self) -> torch.Tensor:
         """The weight (out, in) in float32."""
-        return weight_of(self.layer[0]).float()
+        return weight_of(self.layer).float()
 
 
 def with_quantized(model: PreTrainedModel) -> PreTrainedModel:
     """
     A copy of a model with a `QuantizedLinear` for each layer of bitsandbytes, or for each layer that `dequantized` made
-    of one. A model without any is given back.
+    of one. A model that is not quantized is given back.
     """
-    if not any(quantized_layer(module) is not None for module in model.modules()):
+    if not getattr(model, "is_quantized", False):
         return model
 
     def replacement(module: nn.Module) -> QuantizedLinear | None:
@@ -162,11 +168,24 @@ def canonical(layer: Any) -> tuple[torch.Tensor, Any]:
 
 
 def scales_of_blocks(state: Any) -> torch.Tensor:
-    """The scales of INT4, of which bitsandbytes may have quantized the differences from their mean."""
+    """
+    The scales of INT4, of which bitsandbytes may have quantized the differences from their mean. They are then computed
+    once for the tensors that the state has now: for a small model that takes as long as two tokens.
+    """
     if not state.nested:
         return state.absmax
-    functional = importlib.import_module("bitsandbytes.functional")
-    return functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    nested = state.state2
+    tensors = (state.absmax, state.offset, nested.absmax, nested.code)
+    versions = [tensor._version for tensor in tensors]
+    kept = state.__dict__.get("kept_scales")
+    if kept is None or any(a is not b for a, b in zip(kept[0], tensors, strict=True)) or kept[1] != versions:
+        functional = importlib.import_module("bitsandbytes.functional")
+        state.kept_scales = kept = (
+            tensors,
+            versions,
+            functional.dequantize_blockwise(state.absmax, nested) + state.offset,
+        )
+    return kept[2]
 
 
 def scales_of(layer: Any) -> torch.Tensor:

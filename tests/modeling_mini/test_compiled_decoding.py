@@ -11,11 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.other_processors import BRANCHES, compile_without
 from helpers.random_models import groups, make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, compiled_decoding, decoding
 from modeling_mini.compiled_decoding import ACTIVATIONS, CompiledDecoder, NativeModel, native_library
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache
 
 PROMPT = torch.arange(1, 6)[None]
 
@@ -85,6 +87,91 @@ def test_random_models_and_requests_give_the_same(
         assert_close(written, expected)
         assert torch.equal(text, expected.sequences), f"{settings}\n{request}"
     assert len(pairs) > 20 and any(size < batch for size, batch in pairs)
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Grows with each prompt that the native function reads, by the sizes of its token ids. It reads all of them."""
+    sizes: list[tuple[int, ...]] = []
+    read_prompt = CompiledDecoder.read_prompt
+
+    def noting(self: CompiledDecoder, token_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(token_ids.shape))
+        return read_prompt(self, token_ids, position_ids)
+
+    monkeypatch.setattr(CompiledDecoder, "read_prompt", noting)
+    monkeypatch.setattr(compiled_decoding, "PROMPT_TOKENS", 10**6)
+    monkeypatch.setattr(compiled_decoding, "QUANTIZED_PROMPT_TOKENS", 10**6)
+    return sizes
+
+
+@pytest.mark.parametrize("group", range(10))
+def test_prompts_of_any_length(group: int, sizes: list[int], prompts: list[tuple[int, ...]]) -> None:
+    """
+    100 random models: prompts of one block and of several, without padding, padded, and with any mask; then a text that
+    goes on from the cache.
+    """
+    for number in range(10):
+        draw = random.Random(f"prompts {group} {number}")
+        torch.manual_seed(draw.randrange(2**32))
+        settings = random_settings(draw)
+        model = make_model(**settings)
+        batch, length = draw.choice([1, 1, 2, 5, 20]), draw.choice([1, 2, 15, 16, 17, 33, 70])
+        whole = torch.randint(1, settings["vocab_size"], (batch, length + 40))
+        mask = torch.ones_like(whole)
+        if (kind := draw.choice(["none", "padded", "any"])) == "padded":
+            for row in range(batch):
+                mask[row, : draw.randrange(length)] = 0
+        elif kind == "any":
+            mask[:, :length] = torch.rand(batch, length) < 0.7
+            mask[:, length - 1] = 1
+        more, request = draw.choice([1, 5, 20]), {"max_new_tokens": draw.choice([1, 2, 9]), "do_sample": False}
+        request |= {"return_dict_in_generate": True, "output_logits": True}
+        results = []
+        for is_compiled in (False, True):
+            each = copy.deepcopy(model)  # dynamic RoPE keeps the frequencies of the last text
+            if is_compiled:
+                each.compile_decoding()
+            first = each.generate(whole[:, :length], attention_mask=mask[:, :length], **request)
+            text = torch.cat((first.sequences, whole[:, length : length + more]), dim=1)
+            cache = copy.deepcopy(first.past_key_values)
+            second = each.generate(text, attention_mask=mask[:, : text.shape[1]], past_key_values=cache, **request)
+            results.append((first, second))
+        for written, expected in zip(*reversed(results), strict=True):
+            assert_close(written, expected)
+        assert prompts[-2] == (batch, length) and prompts[-1][0] == batch and len(prompts) == 2 * (number + 1)
+    assert sizes
+
+
+def test_which_prompts_it_reads(compiled: MiniForCausalLM, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    read = mock.Mock(wraps=CompiledDecoder.read_prompt)
+    monkeypatch.setattr(CompiledDecoder, "read_prompt", lambda *arguments: read(*arguments))
+    most = compiled_decoding.PROMPT_TOKENS
+    cache = DynamicCache()
+    text = torch.randint(1, 97, (1, 9))
+    with torch.no_grad():
+        compiled(text[:, :4], past_key_values=cache)
+    requests = [
+        (True, {"inputs": torch.randint(1, 97, (1, most))}),
+        (False, {"inputs": torch.randint(1, 97, (1, most + 1))}),
+        (True, {"inputs": torch.randint(1, 97, (2, most // 2))}),
+        (False, {"inputs": torch.randint(1, 97, (2, most // 2 + 1))}),
+        (False, {"inputs": text, "prefill_chunk_size": 4}),
+        (False, {"inputs": text, "fast_decoding": "exact"}),
+        (True, {"inputs": text, "past_key_values": copy.deepcopy(cache)}),
+        # Without the tokens of the cache, as the mask tells.
+        (False, {"inputs": text[:, 4:], "attention_mask": torch.ones(1, 9), "past_key_values": copy.deepcopy(cache)}),
+    ]
+    for expected, request in requests:
+        read.reset_mock()
+        written = compiled.generate(**request, max_new_tokens=5, do_sample=False)
+        assert read.called == expected, request
+        if "past_key_values" in request:
+            request["past_key_values"] = copy.deepcopy(cache)
+        request["fast_decoding"] = False
+        assert torch.equal(written, compiled.generate(**request, max_new_tokens=5, do_sample=False))
+    with pytest.raises(IndexError, match="index out of range in self"):
+        compiled.generate(torch.tensor([[1, 97]]), max_new_tokens=5, do_sample=False)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -295,17 +382,15 @@ def test_the_file_is_used_again_unless_it_is_damaged(tmp_path: Path, monkeypatch
     assert load().scratch_size.restype is ctypes.c_int64
 
 
-@pytest.mark.parametrize("branches", [["__AVX512F__"], ["__AVX512F__", "__AVX2__"]], ids=["avx2", "neither"])
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
 def test_what_other_processors_compile(
-    branches: list[str], sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    branches: list[str],
+    sizes: list[int],
+    prompts: list[tuple[int, ...]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    source = compiled_decoding.SOURCE
-    for name in branches:
-        assert f"if defined({name})" in source
-        source = source.replace(f"if defined({name})", "if 0")
-    monkeypatch.setattr(compiled_decoding, "SOURCE", source)
-    monkeypatch.setattr(compiled_decoding, "native_library", native_library.__wrapped__)
-    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    compile_without(branches, tmp_path, monkeypatch)
     for number in range(10):
         draw = random.Random(f"other processors {number}")
         torch.manual_seed(number)
@@ -316,11 +401,11 @@ def test_what_other_processors_compile(
         model.compiled_step = step
         request = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
         for batch in (1, 2, 7):
-            ids = torch.randint(1, model.config.vocab_size, (batch, 6))
+            ids = torch.randint(1, model.config.vocab_size, (batch, draw.choice([6, 20])))
             assert_close(
                 copy.deepcopy(model).generate(ids, **request), model.generate(ids, **request, fast_decoding=False)
             )
-    assert len(sizes) == 10 * 3 * 9
+    assert len(sizes) == 10 * 3 * 9 and len(prompts) == 10 * 3
 
 
 def test_structures_have_the_sizes_of_the_compiler() -> None:

@@ -2,21 +2,28 @@
 
 import copy
 import random
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import bitsandbytes
 import pytest
 import torch
+from helpers.other_processors import BRANCHES, compile_without
 from helpers.random_models import make_model, random_request, random_settings
-from modeling_mini import MiniForCausalLM, decoding, fast_generation, quantized_decoding
+from modeling_mini import MiniForCausalLM, compiled_decoding, decoding, fast_generation, quantized_decoding
 from modeling_mini.compiled_decoding import CompiledDecoder, NativeModel
+from modeling_mini.quantized_decoding import QuantizedLinear
 from torch import nn
 
 KINDS = ("8bit", "4bit")
 
 
-def quantize(model: MiniForCausalLM, kind: str) -> tuple[MiniForCausalLM, MiniForCausalLM]:
+def quantize(
+    model: MiniForCausalLM, kind: str, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True
+) -> tuple[MiniForCausalLM, MiniForCausalLM]:
     """The model with layers of bitsandbytes in its blocks, and one with the same rounded weights as plain numbers."""
+    manner = {"quant_type": quant_type, "blocksize": blocksize, "compress_statistics": nested}
     quantized, plain = copy.deepcopy(model), copy.deepcopy(model)
     for name, linear in list(quantized.model.layers.named_modules()):
         if type(linear) is not nn.Linear:
@@ -26,12 +33,12 @@ def quantize(model: MiniForCausalLM, kind: str) -> tuple[MiniForCausalLM, MiniFo
             layer = bitsandbytes.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
             layer.weight = bitsandbytes.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
         else:
-            layer = bitsandbytes.nn.Linear4bit(*size, bias=bias, quant_type="nf4", compute_dtype=torch.float32)
-            layer.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+            layer = bitsandbytes.nn.Linear4bit(*size, bias=bias, quant_type=quant_type, compute_dtype=torch.float32)
+            layer.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **manner)
         layer.bias = linear.bias
         quantized.model.layers.set_submodule(name, layer.to("cpu"))
         rounded = plain.model.layers.get_submodule(name).weight.data
-        rounded.copy_(rounded_to_int8(rounded) if kind == "8bit" else rounded_to_nf4(rounded))
+        rounded.copy_(rounded_to_int8(rounded) if kind == "8bit" else rounded_to_4bit(rounded, manner))
     quantized.is_quantized = True
     quantized.eval(), plain.eval()
     return quantized, plain
@@ -44,9 +51,9 @@ def rounded_to_int8(weight: torch.Tensor) -> torch.Tensor:
     return (weight * (127.0 / largest)).round() * (largest / 127)
 
 
-def rounded_to_nf4(weight: torch.Tensor) -> torch.Tensor:
+def rounded_to_4bit(weight: torch.Tensor, manner: dict[str, Any]) -> torch.Tensor:
     """By the functions that layers do not go through."""
-    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, **manner)
     return bitsandbytes.functional.dequantize_4bit(packed, state)
 
 
@@ -162,6 +169,122 @@ def test_the_compiled_step_writes_what_the_rounded_weights_write(
         for a, b in zip(written.logits, expected.logits, strict=True):
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
     assert types and all((torch.int8 in each) == (kind == "8bit") for each in types)
+
+
+def settings_for_blocks(draw: random.Random) -> dict[str, Any]:
+    """A random model of which all rows are whole blocks of 64, so that the compiled step reads INT4 as it is."""
+    heads = draw.choice([1, 2, 4])
+    widths = {"hidden_size": draw.choice([64, 128]), "intermediate_size": draw.choice([64, 192]), "head_dim": 64}
+    rope = draw.choice([{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}])
+    groups = {"num_attention_heads": heads, "num_key_value_heads": draw.choice([1, heads])}
+    return random_settings(draw) | widths | groups | {"rope_parameters": {"rope_theta": 10000.0, **rope}}
+
+
+def assert_same_text(
+    quantized: MiniForCausalLM, plain: MiniForCausalLM, draw: random.Random, length: int, batch: int = 1
+) -> None:
+    """From a random prompt, padded or not."""
+    ids = torch.randint(1, plain.config.vocab_size, (batch, length))
+    mask = torch.ones_like(ids)
+    if draw.random() < 0.5:
+        mask[-1, : length // 2] = 0
+    request = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    request |= {"return_dict_in_generate": True, "output_logits": True}
+    written, expected = (model.generate(ids, **request) for model in (quantized, plain))
+    assert torch.equal(written.sequences, expected.sequences), plain.config
+    for a, b in zip(written.logits, expected.logits, strict=True):
+        # Models this wide round more: the modules in float32 and in float64 differ by up to 1e-5 of the largest logit.
+        assert (a - b).abs().max() < 5e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("group", range(5))
+def test_nothing_is_dequantized_for_a_short_prompt(kind: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 random models of each kind, prompts of one block of tokens and of several, and both forms of INT4."""
+    formats = set()
+    for number in range(10):
+        draw = random.Random(f"prompts of quantized {kind} {group} {number}")
+        torch.manual_seed(draw.randrange(2**32))
+        manner = {"quant_type": draw.choice(["nf4", "fp4"]), "blocksize": 64, "nested": draw.random() < 0.5}
+        quantized, plain = quantize(make_model(**settings_for_blocks(draw)), kind, **manner)
+        quantized.compile_decoding()
+        read = mock.Mock(wraps=CompiledDecoder.read_prompt)
+        linear = NativeModel.linear
+
+        def noting(self: NativeModel, *projections: nn.Module, linear: Any = linear) -> Any:
+            formats.add((getattr(projections[0], "format", "float32"), self.pack))
+            return linear(self, *projections)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CompiledDecoder, "read_prompt", lambda *arguments, read=read: read(*arguments))
+            patch.setattr(NativeModel, "linear", noting)
+            length = draw.choice([1, 2, 16, 17, 50])
+            batch = draw.choice([1, 1, 3])
+            if batch == 1 or kind == "8bit":  # INT4 of several sequences is packed in float32
+                patch.setattr(quantized_decoding, "weight_of", mock.Mock(side_effect=AssertionError("dequantized")))
+            assert_same_text(quantized, plain, draw, length, batch)
+        assert read.call_count == 1
+    expected = "int8" if kind == "8bit" else f"{manner['quant_type']} 64"
+    assert (expected, False) in formats
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_prompt_is_read_with_dequantized_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the text is written with the stored ones."""
+    monkeypatch.setattr(compiled_decoding, "QUANTIZED_PROMPT_TOKENS", 20)
+    read = mock.Mock(wraps=CompiledDecoder.read_prompt)
+    monkeypatch.setattr(CompiledDecoder, "read_prompt", lambda *arguments: read(*arguments))
+    draw = random.Random(kind)
+    torch.manual_seed(0)
+    quantized, plain = quantize(make_model(**settings_for_blocks(draw)), kind)
+    quantized.compile_decoding()
+    for length in (6, 61):
+        assert_same_text(quantized, plain, draw, length)
+        assert read.call_count == 1
+
+
+@pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
+def test_what_other_processors_compile(branches: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_without(branches, tmp_path, monkeypatch)
+    step = None
+    for number in range(12):
+        draw = random.Random(f"other processors {number}")
+        torch.manual_seed(number)
+        manner = {"quant_type": draw.choice(["nf4", "fp4"]), "nested": draw.random() < 0.5}
+        quantized, plain = quantize(make_model(**settings_for_blocks(draw)), KINDS[number % 2], **manner)
+        if step is None:
+            quantized.compile_decoding()
+            step = quantized.compiled_step
+        quantized.compiled_step = step
+        assert step is not None
+        assert_same_text(quantized, plain, draw, draw.choice([1, 5, 20]), draw.choice([1, 3]))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("blocksize", [32, 64, 256])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_stored_numbers_are_the_dequantized_weight_bit_by_bit(quant_type: str, blocksize: int, nested: bool) -> None:
+    torch.manual_seed(0)
+    layer = bitsandbytes.nn.Linear4bit(512, 96, bias=False, quant_type=quant_type, compute_dtype=torch.float32)
+    manner = {"quant_type": quant_type, "blocksize": blocksize, "compress_statistics": nested}
+    layer.weight = bitsandbytes.nn.Params4bit(torch.randn(96, 512), requires_grad=False, **manner)
+    stored = QuantizedLinear(layer.to("cpu"))
+    numbers = torch.stack((stored.weight >> 4, stored.weight & 15), dim=-1).view(-1, blocksize).int()
+    assert stored.format == f"{quant_type} {blocksize}"
+    assert torch.equal((stored.table[numbers] * stored.scales[:, None]).view(96, 512), stored.dequantized())
+
+
+def test_changed_scales_of_scales_are_seen() -> None:
+    """They are computed once for the tensors of a layer."""
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer = layer.to("cpu")
+    state = layer.weight.quant_state
+    first = quantized_decoding.scales_of_blocks(state)
+    assert quantized_decoding.scales_of_blocks(state) is first
+    state.offset += 1
+    torch.testing.assert_close(quantized_decoding.scales_of_blocks(state), first + 1)
+    state.absmax = state.absmax.flip(0)
+    torch.testing.assert_close(quantized_decoding.scales_of_blocks(state), first.flip(0) + 1)
 
 
 def test_layers_of_one_input_of_which_some_are_quantized() -> None:
