@@ -56,8 +56,8 @@ FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 BLOCK_TOKENS = 16
 # Longer prompts, of all sequences together, are read by the modules: products and attention of torch are faster there.
 # Quantized weights would have to be dequantized for them. Milliseconds of one core to the second token, modules and
-# native: float32 with 32 tokens, small 11.7 and 9.2, medium MEDIUM32; with 64 tokens, medium 54 and 80. INT8 with 256
-# tokens, small 44 and 37, medium 199 and 206; INT4, small 46 and 43, medium 200 and 211.
+# native: float32 with 32 tokens, small 10.9 and 7.4, medium 38.7 and 35.4; with 64 tokens, medium 53 and 63. INT8 with
+# 256 tokens, small 44 and 37, medium 199 and 206; INT4, small 46 and 43, medium 200 and 211.
 PROMPT_TOKENS, QUANTIZED_PROMPT_TOKENS = 32, 256
 
 
