@@ -109,7 +109,7 @@ class FastGenerationMixin:
         if obstacle(model, plain_modules, generation_config, synced_gpus, model_kwargs) is None:
             return decode(
                 *(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs),
-                reads_prompt=reads_prompt,
+                reads_prompt,
             )
         return super()._sample(
             input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs

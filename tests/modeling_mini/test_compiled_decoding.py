@@ -105,7 +105,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return sizes
 
 
-@pytest.mark.parametrize("group", range(10))
+@pytest.mark.parametrize("group", groups(10))
 def test_prompts_of_any_length(group: int, sizes: list[int], prompts: list[tuple[int, ...]]) -> None:
     """
     100 random models: prompts of one block and of several, without padding, padded, and with any mask; then a text that
