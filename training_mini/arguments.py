@@ -19,6 +19,7 @@ from files_mini import (
     MODEL_CONFIG,
     RUNS_FOLDER,
     cache_folder,
+    display_name,
     find_checkpoint,
     read_text,
     run_of,
@@ -520,11 +521,11 @@ class Arguments:
 def default_run_name(arguments: Arguments) -> str:
     """
     `tiny-python-stdlib`: the size and the last part of the dataset's name, in characters that every disk takes. In
-    place of the size, the name of the run or folder that the run starts from; before it, the name of another class of
+    place of the size, the name of the run, folder or model that the run starts from; before it, the name of another class of
     model; `-lora` at the end for an adapter.
     """
-    start = Path(arguments.model.model) if arguments.model.model is not None else Path(arguments.model.size)
-    start = run_of(start) or start
+    given = arguments.model.model or arguments.model.size
+    start = run_of(Path(given)) or Path(display_name(given))
     stem = Path(arguments.data.dataset.rstrip("/")).name.split(".")[0]
     class_name = [arguments.model.model_class.split(":")[-1]] if arguments.model.model_class is not None else []
     names = (

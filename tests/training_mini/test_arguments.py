@@ -180,6 +180,12 @@ def test_default_run_name(dataset: str, name: str) -> None:
     assert isinstance(arguments, Arguments) and default_run_name(arguments) == name
 
 
+def test_default_run_name_of_the_box() -> None:
+    """As the card of the box names it."""
+    arguments = parse_arguments(["--model", "box", "--dataset", "python-questions", "--lora_r", "8"])
+    assert default_run_name(arguments) == "box-python-questions-lora"
+
+
 def test_new_models_are_made_for_learning_and_older_runs_go_on_as_they_were(tmp_path: Path) -> None:
     model = parse_arguments([]).model
     assert (model.norm_type, model.qk_norm) == ("rmsnorm", True)
