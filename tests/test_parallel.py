@@ -80,7 +80,7 @@ def test_two_processes_equal_one(how: str, spread: str, parts: int, one: Path, t
         result = launch(None if config == "flags" else config, tmp_path, *arguments)
         assert result.returncode == 0, result.stderr
         output = result.stdout
-    assert f"2 x cpu with 1 threads ({spread})" in output
+    assert f"2 x cpu with 1 thread ({spread})" in output
     assert output.count("Trained 12 steps") == 1
     run = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(one), abs=1e-5)
@@ -125,7 +125,7 @@ def test_meshes_equal_one_process(
     """With Muon, clipping, a moving average and micro-batches."""
     methods = (*METHODS, "--gradient_accumulation_steps", 2, "--async_save", "true")
     output = forked(config, tmp_path, *QUICK, *SETTINGS, *HEADS, *methods, "--output_dir", "run")
-    assert f"4 x cpu with 1 threads (FSDP2, {mesh})" in output
+    assert f"4 x cpu with 1 thread (FSDP2, {mesh})" in output
     run = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(one_with_heads), abs=1e-5)
     assert evaluations(run) == pytest.approx(evaluations(one_with_heads), abs=1e-5)
@@ -187,11 +187,11 @@ def test_a_mesh_that_does_not_fit_the_model_is_one_sentence(
 
 
 LAYOUTS = {
-    None: "1 x cpu with 1 threads,",
-    "cpu.yaml": "2 x cpu with 1 threads (DDP),",
-    "cpu_fsdp2.yaml": "2 x cpu with 1 threads (FSDP2),",
-    "cpu_hsdp.yaml": "4 x cpu with 1 threads (FSDP2, 2 dp_replicate x 2 dp_shard),",
-    "cpu_tensor_parallel.yaml": "4 x cpu with 1 threads (FSDP2, 2 dp_shard x 2 tp),",
+    None: "1 x cpu with 1 thread,",
+    "cpu.yaml": "2 x cpu with 1 thread (DDP),",
+    "cpu_fsdp2.yaml": "2 x cpu with 1 thread (FSDP2),",
+    "cpu_hsdp.yaml": "4 x cpu with 1 thread (FSDP2, 2 dp_replicate x 2 dp_shard),",
+    "cpu_tensor_parallel.yaml": "4 x cpu with 1 thread (FSDP2, 2 dp_shard x 2 tp),",
 }
 
 
@@ -382,6 +382,6 @@ def check_launch(config: str, cwd: Path, *flags: str, **environment: str) -> sub
 def test_one_command_checks_a_configuration(tmp_path: Path) -> None:
     result = check_launch("cpu_fsdp2.yaml", tmp_path, **ON_CPU)
     assert result.returncode == 0, result.stderr
-    assert "2 x cpu with 1 threads (FSDP2), float32" in result.stdout and "The configuration works" in result.stdout
+    assert "2 x cpu with 1 thread (FSDP2), float32" in result.stdout and "The configuration works" in result.stdout
     result = check_launch("deepspeed_zero2.yaml", tmp_path, "--num_processes", "2")  # it has eight
     assert result.returncode == 2 and result.stderr.count("error: ") == 1 and "DeepSpeed" in result.stderr

@@ -521,8 +521,8 @@ class Arguments:
 def default_run_name(arguments: Arguments) -> str:
     """
     `tiny-python-stdlib`: the size and the last part of the dataset's name, in characters that every disk takes. In
-    place of the size, the name of the run, folder or model that the run starts from; before it, the name of another class of
-    model; `-lora` at the end for an adapter.
+    place of the size, the name of the run, folder or model that the run starts from; before it, the name of another
+    class of model; `-lora` at the end for an adapter.
     """
     given = arguments.model.model or arguments.model.size
     start = run_of(Path(given)) or Path(display_name(given))
