@@ -52,7 +52,7 @@ def test_a_space_at_the_end_of_a_prompt_is_better_left_out(tmp_path: Path) -> No
 def test_most_of_its_functions_are_valid_python() -> None:
     model, tokenizer = load_model("box", device="cpu")
     model.compile_decoding()
-    assert share_of_valid_functions(model, tokenizer, max_seconds=300) > 0.5  # 0.67 with this seed
+    assert share_of_valid_functions(model, tokenizer, max_seconds=300) > 0.55  # 0.68 with this seed
 
 
 def source(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_what_is_in_it() -> None:
     model, tokenizer = load_model("box")
     assert model.dtype == torch.float32 and not is_chat_model(model, tokenizer)
     card = read_card(BOX["box"] / "README.md")
-    assert card.metadata["model-index"][0]["results"][0]["metrics"][0]["value"] < 1.06
+    assert card.metadata["model-index"][0]["results"][0]["metrics"][0]["value"] < 1.05
     assert "| transformers | 5." in card.text and "box_mini/1_packages.yaml" in card.text
     assert json.loads((BOX["box-chat"] / "adapter_config.json").read_text())["base_model_name_or_path"] == "box"
     assert [display_name(str(folder)) for folder in BOX.values()] == list(BOX)
