@@ -1,4 +1,4 @@
-"""Makes the model that comes with Mini of two runs: `python -m box_mini --model RUN [--chat RUN]`."""
+"""Makes the model that comes with Mini of three runs: `python -m box_mini --model RUN --marks RUN --chat RUN`."""
 
 import importlib.metadata
 import json
@@ -18,7 +18,9 @@ COMMANDS = """\
 python train_accelerate.py --config box_mini/1_packages.yaml
 python train_accelerate.py --config box_mini/2_library.yaml --model runs/small-python-packages/final
 python -m box_mini --model runs/box
-python train_accelerate.py --config box_mini/3_chat.yaml --model box
+python train_accelerate.py --config box_mini/3_marks.yaml --model box
+python -m box_mini --marks runs/marks
+python train_accelerate.py --config box_mini/4_chat.yaml --model box
 python -m box_mini --chat runs/box-python-questions-lora"""
 
 
@@ -27,12 +29,13 @@ class BoxSettings(Settings):
     """The runs whose best models become the box."""
 
     model: str | None = option(None, "run of the model that writes Python source")
+    marks: str | None = option(None, "run of an adapter on `--model box` that learned the embedding of marks of turns")
     chat: str | None = option(None, "run of a LoRA adapter on `--model box` that answers")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model is None and self.chat is None:
-            raise ValueError("Name a run by --model or by --chat.")
+        if self.model is None and self.marks is None and self.chat is None:
+            raise ValueError("Name a run by --model, --marks or --chat.")
 
 
 def main() -> None:
@@ -40,10 +43,13 @@ def main() -> None:
         (settings,) = ArgumentParser(BoxSettings, description="Make the model that comes with Mini.").parse(
             sys.argv[1:]
         )
-        model, chat = (None if run is None else Path(find_checkpoint(run)) for run in (settings.model, settings.chat))
+        runs = (settings.model, settings.marks, settings.chat)
+        model, marks, chat = (None if run is None else Path(find_checkpoint(run)) for run in runs)
         quiet_libraries()
         if model is not None:
             write_model(model)
+        if marks is not None:
+            write_marks(marks)
         if chat is not None:
             write_adapter(chat)
         size = sum(file.stat().st_size for folder in BOX.values() for file in folder.glob("*.safetensors"))
@@ -68,6 +74,26 @@ def write_model(checkpoint: Path) -> None:
         write_text(folder / MODEL_CONFIG, json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
         without = "Files that repeat others were left out, so that no copy of the held-out text was learned from."
         write_text(folder / CARD, card_with_origin(checkpoint, without))
+
+
+def write_marks(checkpoint: Path) -> None:
+    """
+    Gives the model the embedding of special tokens that an adapter has learned. The model never reads those of turns,
+    so they are noise in it, and an adapter without an embedding of its own hardly learns to end an answer. With one, it
+    would be eight times as large.
+    """
+    import modeling_mini  # noqa: F401  (as above)
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoTokenizer
+
+    learned = load_file(checkpoint / "adapter_model.safetensors")["base_model.model.model.embed_tokens.weight"]
+    ids = AutoTokenizer.from_pretrained(BOX["box"]).all_special_ids
+    with new_folder(BOX["box"]) as folder:
+        shutil.copytree(BOX["box"], folder, dirs_exist_ok=True)
+        weights = load_file(folder / "model.safetensors")
+        embedding = weights["model.embed_tokens.weight"]
+        embedding[ids] = learned[ids].to(embedding.dtype)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def write_adapter(checkpoint: Path) -> None:
