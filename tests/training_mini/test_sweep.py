@@ -29,7 +29,7 @@ def test_the_sweep_of_the_recipe_that_comes_with_mini() -> None:
     settings = [(run.label.partition(",")[0], run.arguments.optimization) for run in planned[: len(planned) // 2]]
     assert len(planned) == 2 * len(settings) and settings[0][0] == "recipe"
     tokens = {each.max_steps * each.train_batch_size for _, each in settings}
-    assert tokens == {400 * 16}, "as many tokens for each"
+    assert tokens == {300 * 16}, "as many tokens for each"
     assert dict(settings)["adamw"].optimizer == "adamw" and dict(settings)["recipe"].optimizer == "muon"
 
 
