@@ -1,4 +1,4 @@
-"""Makes the model that comes with Mini of three runs: `python -m box_mini --model RUN --marks RUN --chat RUN`."""
+"""Makes the model that comes with Mini of three runs: `--model`, `--marks` and `--chat`, in the order of `COMMANDS`."""
 
 import importlib.metadata
 import json
@@ -22,6 +22,11 @@ python train_accelerate.py --config box_mini/3_marks.yaml --model box
 python -m box_mini --marks runs/marks
 python train_accelerate.py --config box_mini/4_chat.yaml --model box
 python -m box_mini --chat runs/box-python-questions-lora"""
+
+ABOUT_THE_MODEL = (
+    "Files that repeat others were left out, so that no copy of the held-out text was learned from. The figures are "
+    "those before `--marks`, which gives the eight special tokens the embedding of an adapter."
+)
 
 
 @dataclass
@@ -72,15 +77,14 @@ def write_model(checkpoint: Path) -> None:
         del config["auto_map"]
         # The file has bfloat16, to be half as large; a CPU computes faster with float32.
         write_text(folder / MODEL_CONFIG, json.dumps({**config, "dtype": "float32"}, indent=2) + "\n")
-        without = "Files that repeat others were left out, so that no copy of the held-out text was learned from."
-        write_text(folder / CARD, card_with_origin(checkpoint, without))
+        write_text(folder / CARD, card_with_origin(checkpoint, ABOUT_THE_MODEL))
 
 
 def write_marks(checkpoint: Path) -> None:
     """
     Gives the model the embedding of special tokens that an adapter has learned. The model never reads those of turns,
     so they are noise in it, and an adapter without an embedding of its own hardly learns to end an answer. With one, it
-    would be eight times as large.
+    would be seven times as large.
     """
     import modeling_mini  # noqa: F401  (as above)
     from safetensors.torch import load_file, save_file
