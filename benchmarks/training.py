@@ -5,8 +5,8 @@ nanoGPT: in one run and in turns, eager and compiled.
     python benchmarks/training.py [--size small] [--batch_size 8] [--context 256] [--nanogpt FOLDER]
 
 A step is forward, backward, clipping of the gradient and fused AdamW, on random tokens. On a CPU, Mini computes with
-what its trainer would choose there: the faster library for each matrix product, and attention in blocks where that is
-faster. Medians over the rounds; the last line is JSON.
+what its trainer would choose there: the faster library for each matrix product, and the fastest attention. Medians over
+the rounds; the last line is JSON.
 """
 
 import contextlib
@@ -108,7 +108,7 @@ from configuration_mini import MiniConfig
 from modeling_mini.analysis import ModelCost
 from torch import nn
 from training_mini.arguments import OptimizationArguments
-from training_mini.cpu_attention import attention_in_blocks, blocks_are_faster
+from training_mini.cpu_attention import BLOCKS, FUSED, NATIVE, attention_by, fastest_attention
 from training_mini.cpu_kernels import (
     faster_products,
     linear_product,
@@ -116,6 +116,7 @@ from training_mini.cpu_kernels import (
     onednn_is_available,
     use_products,
 )
+from training_mini.kernels import has_native_attention
 from training_mini.optimizers import make_adamw
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
@@ -222,11 +223,10 @@ class Contender:
         self.flops_per_token = training_flops_per_token(name, self.model, settings)
         self.products = Counter((layer.in_features, layer.out_features) for layer in linear_layers(self.model))
         self.optimizer = make_optimizer(self.model)
-        self.has_blocks = (
-            name == "Mini"
-            and settings.device == "cpu"
-            and blocks_are_faster(self.model.config, settings.batch_size, settings.dtype)
-        )
+        self.attention = FUSED
+        if name == "Mini" and settings.device == "cpu":
+            ways = [BLOCKS, *([NATIVE] if has_native_attention() else [])]
+            self.attention = fastest_attention(self.model.config, settings.batch_size, settings.dtype, ways)
         if mode == "compiled":
             self.model.compile()
         # The same tokens for all. One more than the context, so that nanoGPT has its targets.
@@ -237,8 +237,8 @@ class Contender:
 
     def loss(self, batch: torch.Tensor) -> torch.Tensor:
         input_ids = batch[:, :-1].contiguous()
-        blocks = attention_in_blocks(self.model) if self.has_blocks else contextlib.nullcontext()
-        with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16), blocks:
+        attention = contextlib.nullcontext() if self.attention == FUSED else attention_by(self.model, self.attention)
+        with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.bf16), attention:
             if self.name == "nanoGPT":
                 return self.model(input_ids, batch[:, 1:].contiguous())[1]
             # A cache would be of no use, and is on by default.

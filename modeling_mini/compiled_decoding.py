@@ -17,16 +17,9 @@ It adds the same numbers as the modules, in another order. So logits differ by r
 Therefore it is used in float32 only: in bfloat16 the difference would sometimes choose another token.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import platform
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,9 +30,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 
 from .decoding import PACKED_BYTES, Decoder
+from .native_code import kept_library, load_library
 from .native_step import SOURCE
 from .quantized_decoding import QuantizedLinear, with_quantized
 
+NAME = "decoding"  # folder of the compiled function in the cache
 # As native_step.py has them: the columns of a block of packed weights, the projections of one input at most, and the
 # numbers of formats, norms and activations.
 COLUMNS, PARTS = 32, 3
@@ -49,9 +44,6 @@ ACTIVATIONS = {
     type(ACT2FN[name]): number
     for name, number in {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3, "relu2": 4}.items()
 }
-SECONDS = 30  # a compiler that needs more for an empty file hangs
-# inductor turns these off, because it writes its own loops with vectors.
-FLAGS = ("-ftree-loop-vectorize", "-ffp-contract=fast")
 # A block of a prompt has about so many tokens, of all sequences together: more of them leave the first cache.
 BLOCK_TOKENS = 16
 # Longer prompts, of all sequences together, are read by the modules: products and attention of torch are faster there.
@@ -213,14 +205,8 @@ class NativeModel:
 
 @functools.cache
 def native_library() -> ctypes.CDLL:
-    """
-    The compiled native_step.py: from the file of an earlier process, or compiled now.
-
-    Raises:
-        RuntimeError: if there is no compiler, or it fails.
-        OSError: if what was compiled cannot be loaded.
-    """
-    library = kept_library() or compile_library()
+    """The compiled native_step.py. Raises as `load_library`."""
+    library = load_library(NAME, SOURCE)
     library.scratch_size.restype = ctypes.c_int64
     library.decoding_step.restype = ctypes.c_bool
     return library
@@ -228,62 +214,7 @@ def native_library() -> ctypes.CDLL:
 
 def is_compiled() -> bool:
     """Whether an earlier call of `native_library` has compiled the function on this machine."""
-    return kept_library() is not None
-
-
-def kept_library() -> ctypes.CDLL | None:
-    """The function in a file of an earlier process; `None` if there is none, or it is damaged."""
-    for path in library_path("*").parent.glob(library_path("*").name):
-        with contextlib.suppress(OSError):
-            if path == library_path(checksum(path.read_bytes())):
-                return ctypes.CDLL(str(path))
-    return None
-
-
-def compile_library() -> ctypes.CDLL:
-    """Compiles the function, and keeps it in a file if there may be one. Raises as `native_library`."""
-    from torch._inductor.codecache import CppCodeCache  # takes seconds to import
-
-    check_compiler()
-    library = CppCodeCache.load(SOURCE, extra_flags=FLAGS)
-    content = Path(library._name).read_bytes()
-    path = library_path(checksum(content))
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            written = Path(folder, path.name)
-            written.write_bytes(content)
-            os.replace(written, path)
-    return library
-
-
-def check_compiler() -> None:
-    """
-    Raises RuntimeError if torch's C++ compiler does not answer: torch would wait for it for ever. Of one that is
-    missing or fails, torch says more.
-    """
-    from torch._inductor import config
-
-    compiler = config.cpp.cxx if isinstance(config.cpp.cxx, str) else config.cpp.cxx[-1]
-    command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
-    try:
-        # Without pipes, which processes of the compiler could hold open.
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"the C++ compiler {compiler!r} gave no answer in {SECONDS} seconds.") from None
-    except OSError:
-        pass
-
-
-def library_path(content: str) -> Path:
-    """The file of the function. Its name has what the function depends on, and the checksum of the file."""
-    parts = [SOURCE, FLAGS, torch.__version__, platform.machine(), sorted(torch.cpu.get_capabilities().items())]
-    folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"
-    return Path(folder, "decoding", f"{checksum(repr(parts).encode())}-{content}.so")
-
-
-def checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return kept_library(NAME, SOURCE) is not None
 
 
 class CompiledStep:

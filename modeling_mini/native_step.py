@@ -1,7 +1,11 @@
 """The source, in C++, of the function that `model.compile_decoding()` compiles on a CPU: see compiled_decoding.py."""
 
+from .native_code import VECTORS
+
 # It is a text in a module, so that it travels with the code of a checkpoint.
-SOURCE = r"""
+SOURCE = (
+    VECTORS
+    + r"""
 // One decoding step in float32 on a CPU: what `decoding_step` of decoding.py computes, as one function. It takes models
 // of any shape, any number of sequences, and for each of them one new token or, of a prompt, several. Each new token of
 // each sequence is one row. compiled_decoding.py compiles it, and has the counterparts of its structures.
@@ -12,29 +16,15 @@ SOURCE = r"""
 // and values stay in the first cache while all query heads of their group read them. Threads share the outputs of a
 // product, and the sequences and heads of attention.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <type_traits>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #include <omp.h>
 
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 8; // 8 rows of two vectors are 16 of 32 registers
-#else
-constexpr int WIDTH = 8, ROWS = 3; // 3 rows of four vectors are 12 of 16 registers
-#endif
-constexpr int COLUMNS = 32; // of a block of packed weights
-constexpr int PARTS = 3;    // projections of one input: at most query, key and value
-
-// `aligned`: they may begin at any float. The compiler splits a vector that is wider than its registers.
-typedef float Vector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
-typedef float Half __attribute__((vector_size(2 * WIDTH), aligned(4), may_alias));
-typedef float Quarter __attribute__((vector_size(WIDTH), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+constexpr int ROWS = WIDTH == 16 ? 8 : 3; // 8 rows of two vectors are 16 of 32 registers, 3 rows of four 12 of 16
+constexpr int COLUMNS = 32;               // of a block of packed weights
+constexpr int PARTS = 3;                  // projections of one input: at most query, key and value
 
 // In INT8, a weight is an integer times the scale of its output. In INT4, it is a number from a table of 16 times the
 // scale of its block, and two weights share a byte: the first has the upper four bits.
@@ -90,7 +80,6 @@ struct Step {
 
 static int64_t padded(int64_t size) { return (size + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
-static Vector load(const float *from) { return *(const Vector *)from; }
 static Vector load(const int8_t *from) {
     // The generic vectors of a compiler would convert them one by one.
 #if defined(__AVX512F__)
@@ -103,36 +92,6 @@ static Vector load(const int8_t *from) {
     return numbers;
 #endif
 }
-static void store(float *to, Vector value) { *(Vector *)to = value; }
-
-static float sum_of(Vector value) {
-    const Half *halves = (const Half *)&value;
-    Half half = halves[0] + halves[1];
-    const Quarter *quarters = (const Quarter *)&half;
-    Quarter quarter = quarters[0] + quarters[1];
-    float sum = 0;
-    for (int i = 0; i < WIDTH / 4; i++) sum += quarter[i];
-    return sum;
-}
-
-// exp(x) = 2^n * exp(r) with |r| <= ln(2) / 2, where a polynomial of degree 7 is exact in float32.
-static Vector exp_of(Vector x) {
-    x = x < -87.0f ? Vector{} - 87.0f : x;
-    x = x > 88.0f ? Vector{} + 88.0f : x;
-    const Vector shifted = x * 1.44269504f + 12582912.0f; // adding 1.5 * 2^23 rounds
-    const Vector n = shifted - 12582912.0f;
-    const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f; // ln(2) in two parts
-    Vector power = r / 5040.0f + 1 / 720.0f;
-    power = power * r + 1 / 120.0f;
-    power = power * r + 1 / 24.0f;
-    power = power * r + 1 / 6.0f;
-    power = power * r + 0.5f;
-    power = power * r + 1.0f;
-    power = power * r + 1.0f;
-    const Integers exponent = (__builtin_convertvector(n, Integers) + 127) << 23;
-    return power * (Vector)exponent;
-}
-
 static Vector activated(Vector x, int64_t activation) {
     const Vector zero{};
     switch (activation) {
@@ -537,3 +496,4 @@ extern "C" bool decoding_step(const Model &model, const Step &step) {
     return true;
 }
 """
+)

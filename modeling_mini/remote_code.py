@@ -27,7 +27,8 @@ AUTO_MAP = {
 # Files of this folder that are copied: modeling_mini.py, and all that it imports.
 TRAVELLING = (
     *("modeling_mini.py", "fast_generation.py", "decoding.py", "compiled_decoding.py", "graph_decoding.py"),
-    *("native_step.py", "fast_sampling.py", "quantized_decoding.py", "integrations.py", "remote_code.py"),
+    *("native_code.py", "native_step.py", "fast_sampling.py", "quantized_decoding.py", "integrations.py"),
+    "remote_code.py",
 )
 # The name of the module with Mini's own classes: that of the repository, or that of a copy, if this file is one.
 MODEL_MODULE = f"{__package__}.modeling_mini"

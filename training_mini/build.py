@@ -33,7 +33,7 @@ from .checkpoints import (
     read_state,
     states_of,
 )
-from .cpu_attention import attention_in_blocks
+from .cpu_attention import attention_by
 from .data.batches import Batch, Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer
@@ -116,10 +116,10 @@ class Run:
 
     def attention(self) -> contextlib.AbstractContextManager[None]:
         """
-        Within the context, attention is computed in blocks, if that was chosen for a CPU. It is for the backward pass
-        too, which computes parts of the forward pass again with `gradient_checkpointing`.
+        Within the context, attention is computed as was chosen for a CPU. It is for the backward pass too, which
+        computes parts of the forward pass again with `gradient_checkpointing`.
         """
-        return attention_in_blocks(self.unwrapped_model) if self.state.has_blocks else contextlib.nullcontext()
+        return attention_by(self.unwrapped_model, self.state.attention)
 
     def uncompiled(self) -> contextlib.AbstractContextManager[None]:
         """

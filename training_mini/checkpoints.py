@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from transformers import PreTrainedConfig
 
 from .arguments import Arguments
+from .cpu_attention import BLOCKS, FUSED
 from .distributed import Parallel
 from .lora import has_lora
 from .optimization import ExponentialMovingAverage
@@ -65,7 +66,7 @@ class TrainerState:
         stream: the position in the stream of a dataset.
         products: the matrix products that oneDNN computes on a CPU; see cpu_kernels.py.
         is_bfloat16: whether a CPU computes in bfloat16 autocast, because that is faster.
-        has_blocks: whether a CPU computes attention in blocks; see cpu_attention.py.
+        attention: how a CPU computes attention; see cpu_attention.py.
         is_compiled: whether the blocks of the model are compiled for a CPU.
         processor: that for which the four were chosen; empty if the run has not been on a CPU.
     """
@@ -87,7 +88,7 @@ class TrainerState:
     stream: dict[str, Any] = field(default_factory=dict)
     products: dict[str, list[str]] = field(default_factory=dict)
     is_bfloat16: bool = False
-    has_blocks: bool = False
+    attention: str = FUSED
     is_compiled: bool = False
     processor: str = ""
 
@@ -219,7 +220,10 @@ def damage_of(folder: Path) -> str:
 
 
 def read_state(folder: Path) -> TrainerState:
-    return TrainerState(**{"sequences": None} | read_json(folder / STATE))
+    state = {"sequences": None} | read_json(folder / STATE)
+    if state.pop("has_blocks", False):  # as it was recorded when there were two ways
+        state["attention"] = BLOCKS
+    return TrainerState(**state)
 
 
 def find_state(run_folder: Path) -> tuple[Path, list[str]]:

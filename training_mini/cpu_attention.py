@@ -1,14 +1,11 @@
 """
-Faster causal attention for training on CPUs.
-
-torch's fused kernel reaches a fraction of the speed of matrix products there, most of all in bfloat16. Here the queries
-are taken in blocks: a block is one product with the keys that it may see, for all heads that share these keys. The
-probabilities are kept for the backward pass, in memory that grows with the square of the length, so long sequences
-stay with the fused kernel.
+Which attention a training run computes on a CPU: torch's fused kernel, blocks of products (block_attention.py), or a
+function in C++ (native_attention.py). What they give is equal up to rounding.
 """
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,161 +15,22 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cpu_kernels import MARGIN, are_two_times, measured_once, shortest_seconds
+from .block_attention import causal_attention, fits_in_blocks
+from .cpu_kernels import MARGIN, are_times, measured_once, shortest_seconds
+from .native_attention import native_attention
 
-NAME = "mini_blocks"
-BLOCK = 64  # queries; half as many make the products too small, twice as many compute more that is masked
-BYTES_AT_ONCE = 2**19  # of the scores of a block, for each thread: they stay in the cache of a core
-MOST_BYTES = 2**27  # of the probabilities of a layer
-
-
-# torch.compile does not look inside. It keeps compiled blocks on disk by the names of their operators: give this one
-# another name when the layout of its results changes.
-@torch.library.custom_op("mini::causal_attention", mutates_args=())
-def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Causal attention, in the type of its inputs.
-
-    Args:
-        query: (batch, heads, length, head_dim).
-        key, value: (batch, key_value_heads, length, head_dim).
-        scaling: the factor on the scores.
-
-    Returns:
-        The output (batch, length, heads, head_dim), and for the backward pass the probabilities, block after block.
-    """
-    queries, keys, values = pack_all(query, key, value, scaling)
-    length = keys.shape[1]
-    group = queries.shape[1] // length
-    output = torch.empty_like(queries)
-    probabilities = queries.new_empty(number_of_probabilities(len(queries), group, length))
-    # What a query must not see in the square of the keys of its own block.
-    later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype).triu_(1).repeat_interleave(group, dim=0)
-    for pairs, rows, block in blocks_of(queries, keys, probabilities):
-        end, size = block.shape[2], block.shape[1] // group
-        torch.bmm(queries[pairs, rows], keys[pairs, :end].mT, out=block)
-        block[..., end - size :] += later[: size * group, :size]
-        torch.softmax(block, dim=-1, out=block)
-        output[pairs, rows] = block @ values[pairs, :end]
-    return unpack(output, query.shape), probabilities
+# What can stand in the place of torch's kernel, which is FUSED.
+FUSED, BLOCKS, NATIVE = "fused", "blocks", "native"
+OPERATORS = {BLOCKS: causal_attention, NATIVE: native_attention}
 
 
-@causal_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, head_dim = query.shape
-    key_value_heads = key.shape[1]
-    number = number_of_probabilities(batch * key_value_heads, heads // key_value_heads, length)
-    return query.new_empty(batch, length, heads, head_dim), query.new_empty(number)
-
-
-@torch.library.custom_op("mini::causal_attention_backward", mutates_args=())
-def causal_attention_backward(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    probabilities: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of `causal_attention` by query, key and value, from that by its output."""
-    queries, keys, values = pack_all(query, key, value, scaling)
-    gradients = pack(gradient.transpose(1, 2), key.shape[1])
-    of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for pairs, rows, block in blocks_of(queries, keys, probabilities):
-        end = block.shape[2]
-        of_values[pairs, :end].baddbmm_(block.mT, gradients[pairs, rows])
-        of_block = gradients[pairs, rows] @ values[pairs, :end].mT
-        of_scores = torch._softmax_backward_data(of_block, block, -1, block.dtype)
-        of_queries[pairs, rows] = of_scores @ keys[pairs, :end]
-        of_keys[pairs, :end].baddbmm_(of_scores.mT, queries[pairs, rows])
-    of_queries *= scaling
-    of_query = unpack(of_queries, query.shape).transpose(1, 2)
-    return of_query, of_keys.view(key.shape), of_values.view(value.shape)
-
-
-@causal_attention_backward.register_fake
-def _(
-    gradient: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    probabilities: torch.Tensor,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of_query = query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
-    return of_query, key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *states, ctx.scaling = inputs
-    ctx.save_for_backward(*states, output[1])
-
-
-def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return *causal_attention_backward(gradient, *ctx.saved_tensors, ctx.scaling), None
-
-
-causal_attention.register_autograd(backward, setup_context=keep_for_backward)
-
-
-def pack_all(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The queries by `pack`, times the scaling, and keys and values (batch * key_value_heads, length, head_dim)."""
-    return pack(query, key.shape[1]).mul_(scaling), key.flatten(0, 1), value.flatten(0, 1)
-
-
-def pack(states: torch.Tensor, key_value_heads: int) -> torch.Tensor:
-    """
-    (batch, heads, length, head_dim) to a copy (batch * key_value_heads, length * heads of a group, head_dim): the heads
-    of a group lie side by side, so that a block of positions is a slice.
-    """
-    batch, heads, length, head_dim = states.shape
-    states = states.reshape(batch, key_value_heads, heads // key_value_heads, length, head_dim).transpose(2, 3)
-    packed = torch.empty(states.shape, dtype=states.dtype).copy_(states)
-    return packed.view(batch * key_value_heads, -1, head_dim)
-
-
-def unpack(states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """What `pack` has made of states of this shape, as (batch, length, heads, head_dim)."""
-    batch, heads, length, head_dim = shape
-    states = states.view(batch, -1, length, heads * batch // len(states), head_dim).transpose(1, 2)
-    return states.reshape(batch, length, heads, head_dim).contiguous()  # for one head in a group it is a view yet
-
-
-def number_of_probabilities(pairs: int, group: int, length: int) -> int:
-    return sum(pairs * (end - begin) * group * end for begin, end in spans_of(length))
-
-
-def blocks_of(
-    queries: torch.Tensor, keys: torch.Tensor, probabilities: torch.Tensor
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """
-    The parts of the work: some pairs of a sequence and a key/value head, whose scores fit into the cache together; the
-    rows of a block of queries in `pack`; and its probabilities (pairs, rows, keys up to the end of the block).
-    """
-    pairs, length = keys.shape[:2]
-    group = queries.shape[1] // length
-    at_once = max(1, BYTES_AT_ONCE * torch.get_num_threads() // (BLOCK * group * length * probabilities.element_size()))
-    for first in range(0, pairs, at_once):
-        number, place = min(at_once, pairs - first), 0
-        for begin, end in spans_of(length):
-            # All pairs of a span lie together, however many are computed at once: the backward pass may have another
-            # number of threads.
-            of_pair = (end - begin) * group * end
-            block = probabilities[place + first * of_pair : place + (first + number) * of_pair]
-            place += pairs * of_pair
-            yield slice(first, first + number), slice(begin * group, end * group), block.view(number, -1, end)
-
-
-def spans_of(length: int) -> list[tuple[int, int]]:
-    """The first position of each block, and the first after it."""
-    return [(begin, min(length, begin + BLOCK)) for begin in range(0, length, BLOCK)]
+def suits(way: str, query: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether such an operator computes attention of these queries (batch, heads, length, head_dim) in this type."""
+    return dtype == torch.float32 if way == NATIVE else fits_in_blocks(*query.shape[:3], dtype)
 
 
 def attention_forward(
+    way: str,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -182,73 +40,87 @@ def attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as transformers calls it. What the blocks do not compute goes to torch's fused kernel."""
-    batch, heads, length, head_dim = query.shape
-    is_for_blocks = (
+    """Attention as transformers calls it. What the operator does not compute goes to torch's fused kernel."""
+    # Autocast knows torch's own operators and not these.
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
+    is_for_operator = (
         attention_mask is None
         and dropout == 0
         and query.device.type == "cpu"
         and query.requires_grad
-        and length == key.shape[2] > 1
+        and query.shape[2] == key.shape[2] > 1
         and value.shape == key.shape
-        and batch * heads * length * length * query.element_size() <= MOST_BYTES
         and kwargs.get("is_causal") is not False
         and getattr(module, "is_causal", True)
+        and suits(way, query, dtype)
     )
-    if not is_for_blocks:
+    if not is_for_operator:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    # Autocast knows torch's own operators and not this one.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else value.dtype
     states = query.to(dtype), key.to(dtype), value.to(dtype)
-    return causal_attention(*states, head_dim**-0.5 if scaling is None else scaling)[0], None
+    return OPERATORS[way](*states, query.shape[-1] ** -0.5 if scaling is None else scaling)[0], None
 
 
-def blocks_are_faster(config: PreTrainedConfig, sequences: int, dtype: torch.dtype) -> bool:
-    """Whether attention in blocks is faster here than torch's kernel, for so many sequences of a whole context."""
+def fastest_attention(config: PreTrainedConfig, sequences: int, dtype: torch.dtype, ways: list[str]) -> str:
+    """
+    FUSED, or that of the other `ways` which is the fastest here for so many sequences of a whole context. A way has to
+    be faster than torch's kernel by MARGIN.
+    """
     heads, length = getattr(config, "num_attention_heads", None), getattr(config, "max_position_embeddings", None)
     if heads is None or length is None or config._attn_implementation != "sdpa":
-        return False
+        return FUSED
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if sequences * heads * length * length * dtype.itemsize > MOST_BYTES:
-        return False
+    query = torch.empty(sequences, heads, length, head_dim, device="meta")
+    ways = [way for way in ways if suits(way, query, dtype)]
+    if not ways:
+        return FUSED
 
     def measure() -> dict[str, float]:
         query, key, value = (
             torch.ones(sequences, number, length, head_dim, dtype=dtype, requires_grad=True)
             for number in (heads, key_value_heads, key_value_heads)
         )
-        ways = {
-            "fused": lambda: nn.functional.scaled_dot_product_attention(
+        attentions: dict[str, Callable[[], torch.Tensor]] = {
+            FUSED: lambda: nn.functional.scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=heads != key_value_heads
             ),
-            "blocks": lambda: causal_attention(query, key, value, head_dim**-0.5)[0],
+            **{way: lambda way=way: OPERATORS[way](query, key, value, head_dim**-0.5)[0] for way in ways},
         }
         return shortest_seconds(
-            {name: lambda way=way: torch.autograd.grad(way().sum(), (query, key, value)) for name, way in ways.items()}
+            {
+                way: lambda attention=attention: torch.autograd.grad(attention().sum(), (query, key, value))
+                for way, attention in attentions.items()
+            }
         )
 
     shape = f"{sequences} x {heads} ({key_value_heads}) x {length} x {head_dim}"
     seconds = measured_once(
-        f"attention {shape} in {dtype}",
+        f"attention {shape} in {dtype}: {', '.join(ways)}",
         measure,
-        lambda kept: isinstance(kept, dict) and are_two_times([kept.get("blocks"), kept.get("fused")]),
+        lambda kept: isinstance(kept, dict) and are_times([kept.get(way) for way in (FUSED, *ways)]),
     )
-    return seconds["blocks"] * MARGIN < seconds["fused"]
+    fastest = min(ways, key=seconds.get)
+    return fastest if seconds[fastest] * MARGIN < seconds[FUSED] else FUSED
 
 
-ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+def name_of(way: str) -> str:
+    """The name under which transformers knows a way."""
+    return f"mini_{way}"
+
+
+for each in OPERATORS:
+    ALL_ATTENTION_FUNCTIONS.register(name_of(each), functools.partial(attention_forward, each))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name_of(each), sdpa_mask)
 
 
 @contextlib.contextmanager
-def attention_in_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context, a model whose attention is `sdpa` computes it in blocks where it can."""
+def attention_by(model: PreTrainedModel, way: str) -> Iterator[None]:
+    """Within the context, a model whose attention is `sdpa` computes it in this way where it can."""
     before = model.config._attn_implementation
-    if before == "sdpa":
-        model.config._attn_implementation = NAME
+    if before == "sdpa" and way != FUSED:
+        model.config._attn_implementation = name_of(way)
     try:
         yield
     finally:

@@ -136,7 +136,7 @@ def bfloat16_is_faster(model: nn.Module, tokens: int, choice: Choice) -> bool:
         of_shape = measured_once(
             f"{tokens} x {shape} in bfloat16 beside {'+'.join(by_onednn) or 'MKL'}",
             lambda way=(outputs, inputs, tokens, by_onednn): seconds_by_type(*way),
-            are_two_times,
+            lambda kept: are_times(kept, 2),
         )
         seconds = [total + count * part for total, part in zip(seconds, of_shape, strict=True)]
     in_float32, in_bfloat16 = seconds
@@ -177,9 +177,10 @@ def are_products(kept: Any) -> bool:
     return isinstance(kept, list) and all(name in PRODUCTS for name in kept)
 
 
-def are_two_times(kept: Any) -> bool:
-    """Whether these are two times in seconds."""
-    return isinstance(kept, list) and len(kept) == 2 and all(isinstance(time, float) and time > 0 for time in kept)
+def are_times(kept: Any, number: int | None = None) -> bool:
+    """Whether these are times in seconds, and so many."""
+    is_list = isinstance(kept, list) and number in (None, len(kept))
+    return is_list and all(isinstance(time, float) and time > 0 for time in kept)
 
 
 def seconds_of_others() -> float:

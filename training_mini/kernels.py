@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterable
 import torch
 from configuration_mini import MiniConfig
 from installation_mini import processor_name
-from modeling_mini.compiled_decoding import check_compiler
+from modeling_mini.native_code import check_compiler
 from torch import nn
 
 from .build import Run
-from .cpu_attention import blocks_are_faster
+from .cpu_attention import BLOCKS, FUSED, NATIVE, fastest_attention
 from .cpu_kernels import SMALLEST_STEP, bfloat16_is_faster, flops_of_step, has_bfloat16, measure_products, use_products
 from .data.corpus import ExampleCorpus
 from .muon import Muon
+from .native_attention import native_library
 
 # From so many FLOPs on, which are about 100 seconds of a CPU, compiling saves more time than it takes.
 LONG_RUN = 1e13
@@ -23,13 +24,13 @@ LONG_RUN = 1e13
 
 def choose_kernels(run: Run) -> None:
     """
-    Chooses what a CPU computes with: the library of each matrix product, bfloat16 or float32, attention in blocks or
-    torch's own, compiled or not. A run that is resumed keeps its choice, so that it goes on with the same bits, except
-    for what its present settings, device or processes rule out.
+    Chooses what a CPU computes with: the library of each matrix product, bfloat16 or float32, the attention, compiled
+    or not. A run that is resumed keeps its choice, so that it goes on with the same bits, except for what its present
+    settings, device or processes rule out.
     """
     accelerator, state, optimization = run.accelerator, run.state, run.arguments.optimization
     if accelerator.device.type != "cpu" or run.parallel.tensor_size > 1:
-        state.is_bfloat16 = state.has_blocks = state.is_compiled = False
+        state.is_bfloat16, state.attention, state.is_compiled = False, FUSED, False
         return
     here = processor_name()
     if not state.processor:
@@ -37,7 +38,7 @@ def choose_kernels(run: Run) -> None:
         sequences //= optimization.gradient_accumulation_steps
         choice = measured_choice(run, sequences) if accelerator.is_main_process else None
         choice = run.parallel.from_main(choice)
-        state.products, state.is_bfloat16, state.has_blocks, state.is_compiled = choice
+        state.products, state.is_bfloat16, state.attention, state.is_compiled = choice
         state.processor = run.parallel.from_main(here)
     elif state.processor != here:
         run.problems.append(
@@ -50,6 +51,12 @@ def choose_kernels(run: Run) -> None:
             "instructions for it."
         )
         state.is_bfloat16 = False
+    if state.attention == NATIVE and run.parallel.anyone(not has_native_attention()):
+        run.problems.append(
+            "Attention in C++ cannot be compiled here. It is computed in blocks from here on, which is slower, and "
+            "losses are equal up to rounding."
+        )
+        state.attention = BLOCKS
     state.is_bfloat16 = state.is_bfloat16 and may_be_bfloat16(run)
     state.is_compiled = state.is_compiled and may_be_compiled(run)
     if accelerator.mixed_precision == "no":
@@ -59,9 +66,9 @@ def choose_kernels(run: Run) -> None:
             optimizer.dtype = torch.bfloat16
 
 
-def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], bool, bool, bool]:
+def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], bool, str, bool]:
     """
-    `products`, `is_bfloat16`, `has_blocks` and `is_compiled` of `TrainerState` for this processor.
+    `products`, `is_bfloat16`, `attention` and `is_compiled` of `TrainerState` for this processor.
 
     Args:
         sequences: those of a micro-batch of one process.
@@ -71,10 +78,12 @@ def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], boo
     products = {} if is_told_bfloat16 else measure_products(model, tokens)
     is_bfloat16 = may_be_bfloat16(run) and bfloat16_is_faster(model, tokens, products)
     dtype = torch.bfloat16 if is_bfloat16 or is_told_bfloat16 else torch.float32
-    is_small = flops_of_step(model, tokens) < SMALLEST_STEP
-    has_blocks = not is_small and blocks_are_faster(run.config, sequences, dtype)
-    is_compiled = may_be_compiled(run) and compiling_pays(run, tokens)
-    return {} if is_bfloat16 else products, is_bfloat16, has_blocks, is_compiled
+    attention = FUSED
+    if flops_of_step(model, tokens) >= SMALLEST_STEP:
+        is_for_native = dtype == torch.float32 and run_is_long(run, tokens) and has_native_attention()
+        attention = fastest_attention(run.config, sequences, dtype, [BLOCKS, *([NATIVE] if is_for_native else [])])
+    is_compiled = may_be_compiled(run) and blocks_may_be_compiled(run) and run_is_long(run, tokens)
+    return {} if is_bfloat16 else products, is_bfloat16, attention, is_compiled
 
 
 def is_plain(run: Run) -> bool:
@@ -95,17 +104,31 @@ def may_be_compiled(run: Run) -> bool:
     return is_plain(run) and run.accelerator.num_processes == 1 and is_left_to_mini and not run.has_own_code
 
 
-def compiling_pays(run: Run, tokens: int) -> bool:
-    """Whether compiling the blocks saves more time than it takes, with so many tokens in a micro-batch."""
-    optimization = run.arguments.optimization
-    has_one_shape = not isinstance(run.corpus, ExampleCorpus) and optimization.dropout_start is None
+def blocks_may_be_compiled(run: Run) -> bool:
+    """Whether the blocks of the model are compiled once for the whole run."""
+    has_one_shape = not isinstance(run.corpus, ExampleCorpus) and run.arguments.optimization.dropout_start is None
+    return has_one_shape and bool(run.blocks)
+
+
+def run_is_long(run: Run, tokens: int) -> bool:
+    """Whether there is a compiler, and it saves more time than it takes, with so many tokens in a micro-batch."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-    if not has_one_shape or not run.blocks or shutil.which(compiler) is None:
+    if shutil.which(compiler) is None:
         return False
+    optimization = run.arguments.optimization
     if optimization.max_minutes is not None:
         return optimization.max_minutes >= 2
     micro_batches = optimization.gradient_accumulation_steps
     return optimization.max_steps * micro_batches * flops_of_step(run.unwrapped_model, tokens) >= LONG_RUN
+
+
+def has_native_attention() -> bool:
+    """Whether attention in C++ has been compiled on this machine, or can be."""
+    try:
+        native_library()
+    except (RuntimeError, OSError):
+        return False
+    return True
 
 
 def compile_model(run: Run, try_step: Callable[[], object]) -> None:
@@ -131,19 +154,19 @@ def compile_model(run: Run, try_step: Callable[[], object]) -> None:
 
 def check_choice(run: Run, try_step: Callable[[], object]) -> None:
     """
-    Takes back bfloat16 and attention in blocks where a model of another class fails with them, such as one that adds
+    Takes back bfloat16 and the chosen attention where a model of another class fails with them, such as one that adds
     float32 to what autocast has made bfloat16. Every process calls it, before anything is compiled.
 
     Args:
         try_step: computes both passes on a batch.
     """
     state = run.state
-    is_to_try = (state.is_bfloat16 or state.has_blocks) and is_plain(run)
+    is_to_try = (state.is_bfloat16 or state.attention != FUSED) and is_plain(run)
     if not is_to_try or state.step > 0 or run.config.model_type == MiniConfig.model_type:
         return
     if reason := failure_of(run, try_step):
         run.problems.append(f"The model trains in float32 and with its own attention, which is slower: {reason}")
-        state.is_bfloat16 = state.has_blocks = False
+        state.is_bfloat16, state.attention = False, FUSED
         for optimizer in run.optimizers:
             if isinstance(optimizer, Muon) and run.arguments.optimization.muon_dtype is None:
                 optimizer.dtype = None

@@ -17,7 +17,8 @@ from generation_mini.text_generation import (
     write_on,
 )
 from modeling_mini import MiniConfig, MiniForCausalLM
-from modeling_mini.compiled_decoding import CompiledDecoder, compile_library
+from modeling_mini.compiled_decoding import NAME, SOURCE, CompiledDecoder
+from modeling_mini.native_code import compile_library
 from tokenization import ByteTokenizer, CharTokenizer
 from transformers import GenerationConfig
 
@@ -244,7 +245,7 @@ def test_what_was_compiled_once_is_used(
     used = []
     for flags in ([], ["--compile"], [], ["--compile", "false"]):
         if flags == ["--compile"]:
-            compile_library()  # a test before this one may have compiled it into another folder
+            compile_library(NAME, SOURCE)  # a test before this one may have compiled it into another folder
         program.run(parse_arguments(["--prompt", "a", "--max_tokens", "3", *flags]))
         used.append(loaded[-1].compiled_step is not None)
     assert used == [False, True, True, False]

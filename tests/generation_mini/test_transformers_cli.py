@@ -22,9 +22,9 @@ from generation_mini import transformers_cli
 from generation_mini.serving import ServedModels
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
-from modeling_mini import MiniForCausalLM
-from modeling_mini.compiled_decoding import compile_library
+from modeling_mini import MiniForCausalLM, compiled_decoding
 from modeling_mini.loading.checkpoints import load_model
+from modeling_mini.native_code import compile_library
 from transformers.cli import transformers as stock_command
 
 COMMAND = ["-m", "generation_mini.transformers_cli"]  # of Python
@@ -89,7 +89,7 @@ def test_it_writes_by_the_function_that_was_compiled_before(
         models = ServedModels(force_model=str(checkpoint))
         model = models._load_model(models.process_model_name(str(checkpoint)))
         used.append(model.compiled_step is not None)
-        compile_library()
+        compile_library(compiled_decoding.NAME, compiled_decoding.SOURCE)
     assert used == [False, True]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers.other_processors import BRANCHES, compile_without
 from helpers.random_models import groups, make_model, random_request, random_settings
-from modeling_mini import MiniForCausalLM, compiled_decoding, decoding
+from modeling_mini import MiniForCausalLM, compiled_decoding, decoding, native_code
 from modeling_mini.compiled_decoding import ACTIVATIONS, CompiledDecoder, NativeModel, native_library
 from torch import nn
 from transformers.activations import ACT2FN
@@ -361,10 +361,10 @@ def test_a_model_that_has_changed_since(
 
 
 def test_the_file_is_used_again_unless_it_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load, compile_anew = native_library.__wrapped__, compiled_decoding.compile_library
+    load, compile_anew = native_library.__wrapped__, native_code.compile_library
     monkeypatch.setenv("MINI_CACHE", str(tmp_path / "cache"))
     compiled = mock.Mock(side_effect=compile_anew)
-    monkeypatch.setattr(compiled_decoding, "compile_library", compiled)
+    monkeypatch.setattr(native_code, "compile_library", compiled)
     names = [load()._name for _ in range(2)]
     (path,) = (tmp_path / "cache" / "decoding").iterdir()
     assert names[1] == str(path) and compiled.call_count == 1
@@ -377,7 +377,7 @@ def test_the_file_is_used_again_unless_it_is_damaged(tmp_path: Path, monkeypatch
         assert path.read_bytes() == whole
     assert compiled.call_count == 4
     monkeypatch.setattr(compiled_decoding, "SOURCE", compiled_decoding.SOURCE + "// changed")
-    assert compiled_decoding.kept_library() is None
+    assert not compiled_decoding.is_compiled()
     monkeypatch.setenv("MINI_CACHE", str(path))  # a file, in which there can be no folder
     assert load().scratch_size.restype is ctypes.c_int64
 
@@ -445,7 +445,7 @@ def test_a_compiler_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: py
     warnings: list[str] = []
     monkeypatch.setattr("modeling_mini.fast_generation.logger.warning", warnings.append)
     monkeypatch.setattr(compiled_decoding, "native_library", native_library.__wrapped__)
-    monkeypatch.setattr(compiled_decoding, "SECONDS", 0.5)
+    monkeypatch.setattr(native_code, "SECONDS", 0.5)
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     model = make_model(num_hidden_layers=1)
     with config.patch({"cpp.cxx": (None, str(compiler))}):

@@ -1,4 +1,4 @@
-"""Attention in blocks gives what torch's own gives, in value and gradient, and is used only where it may be."""
+"""A model learns the same by each way of attention, which is used only where it may be; the fastest is taken."""
 
 import copy
 from typing import Any
@@ -7,98 +7,19 @@ import pytest
 import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
-from training_mini import cpu_attention, cpu_kernels
-from training_mini.cpu_attention import (
-    BLOCK,
-    attention_in_blocks,
-    blocks_are_faster,
-    causal_attention,
-    causal_attention_backward,
-)
-
-# (batch, heads, key_value_heads, length, head_dim)
-SHAPES = [(2, 4, 4, 256, 32), (3, 8, 2, 100, 16), (1, 6, 1, BLOCK, 8), (5, 2, 2, BLOCK + 1, 4), (2, 3, 3, 2, 4)]
+from training_mini import block_attention, cpu_attention, cpu_kernels
+from training_mini.cpu_attention import BLOCKS, FUSED, NATIVE, OPERATORS, attention_by, fastest_attention
 
 
-def states_of(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
-    """Queries, keys and values as a model has them: transposed views of (batch, length, heads, head_dim)."""
-    batch, heads, key_value_heads, length, head_dim = shape
-    generator = torch.Generator().manual_seed(sum(shape))
-    return [
-        torch.randn(batch, length, number, head_dim, generator=generator, dtype=torch.float64)
-        .to(dtype)
-        .transpose(1, 2)
-        .requires_grad_()
-        for number in (heads, key_value_heads, key_value_heads)
-    ]
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """From now on, the ways of attention that were called, and the type of their queries."""
+    calls: list[tuple[str, torch.dtype]] = []
 
+    def counting(way: str, operator: Any) -> Any:
+        return lambda *states: (calls.append((way, states[0].dtype)), operator(*states))[1]
 
-def in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return causal_attention(query, key, value, query.shape[-1] ** -0.5)[0].transpose(1, 2)
-
-
-def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-
-
-def with_gradients(attention: Any, states: list[torch.Tensor]) -> list[torch.Tensor]:
-    output = attention(*states)
-    generator = torch.Generator().manual_seed(0)
-    gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output.dtype)
-    return [output.detach(), *torch.autograd.grad(output, states, gradient)]
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bytes_at_once", [1, 2**14, 2**30])
-def test_equals_the_fused_kernel(shape: tuple[int, ...], bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_attention, "BYTES_AT_ONCE", bytes_at_once)
-    exact = with_gradients(fused, states_of(shape))
-    torch.testing.assert_close(with_gradients(in_blocks, states_of(shape)), exact, rtol=1e-10, atol=1e-12)
-    single = with_gradients(in_blocks, states_of(shape, torch.float32))
-    torch.testing.assert_close(single, [tensor.float() for tensor in exact], rtol=1e-4, atol=1e-5)
-
-
-def test_backward_may_compute_other_parts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where it runs with another number of threads."""
-    states = states_of(SHAPES[1])
-    monkeypatch.setattr(cpu_attention, "BYTES_AT_ONCE", 1)
-    output = in_blocks(*states)
-    monkeypatch.setattr(cpu_attention, "BYTES_AT_ONCE", 2**30)
-    found = torch.autograd.grad(output.square().sum(), states)
-    exact = torch.autograd.grad(fused(*states).square().sum(), states)
-    torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16_is_about_as_exact_as_in_the_fused_kernel(shape: tuple[int, ...]) -> None:
-    exact = with_gradients(
-        fused, [states.detach().double().requires_grad_() for states in states_of(shape, torch.bfloat16)]
-    )
-    errors = [
-        [(found - true).norm() / true.norm() for found, true in zip(with_gradients(way, states), exact, strict=True)]
-        for way, states in ((in_blocks, states_of(shape, torch.bfloat16)), (fused, states_of(shape, torch.bfloat16)))
-    ]
-    for by_blocks, by_fused in zip(*errors, strict=True):
-        assert by_blocks < max(2.5 * by_fused, 0.004), "bfloat16 has 8 bits"
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_compiler_is_told_the_truth(shape: tuple[int, ...]) -> None:
-    """Shapes and strides for the compiler, and the gradient, are those of the operators."""
-    states = states_of(shape)
-    torch.library.opcheck(causal_attention, (*states, 0.5))
-    output, probabilities = causal_attention(*states, 0.5)
-    made = torch.randn_like(output), *(tensor.detach() for tensor in (*states, probabilities)), 0.5
-    torch.library.opcheck(causal_attention_backward, made)
-
-
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """The types of the queries of each call of attention in blocks from now on."""
-    calls: list[torch.dtype] = []
-    monkeypatch.setattr(
-        cpu_attention, "causal_attention", lambda *states: (calls.append(states[0].dtype), causal_attention(*states))[1]
-    )
+    for way, operator in list(OPERATORS.items()):
+        monkeypatch.setitem(OPERATORS, way, counting(way, operator))
     return calls
 
 
@@ -116,38 +37,42 @@ def learn(model: MiniForCausalLM, **inputs: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_model_learns_the_same(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", OPERATORS)
+def test_a_model_learns_the_same(way: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, model, other = counted(monkeypatch), a_model(), a_model()
     other.set_attn_implementation("eager")
     expected = learn(other)
     assert calls == []
     if checkpointing:
         model.activation_checkpointing_enable()
-    with attention_in_blocks(model):
+    with attention_by(model, way):
         found = learn(model)
-    assert calls == [torch.float32] * (4 if checkpointing else 2)
+    assert calls == [(way, torch.float32)] * (4 if checkpointing else 2)
     assert model.config._attn_implementation == "sdpa"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_autocast_reaches_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("way", "used"), [(BLOCKS, [(BLOCKS, torch.bfloat16)] * 2), (NATIVE, [])])
+def test_autocast(way: str, used: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reaches the blocks. The function in C++ has float32 alone, and is not called."""
     calls, model, other = counted(monkeypatch), a_model(), a_model()
     with torch.autocast("cpu", torch.bfloat16):
         expected = learn(other)
-        with attention_in_blocks(model):
+        with attention_by(model, way):
             found = learn(model)
-    assert calls == [torch.bfloat16] * 2
+    assert calls == used
     torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("reason", ["padding", "dropout", "no gradient", "too long", "eager", "one token"])
-def test_the_rest_is_left_to_other_kernels(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", OPERATORS)
+def test_the_rest_is_left_to_other_kernels(way: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted(monkeypatch)
     model = a_model(attention_dropout=0.1 if reason == "dropout" else 0.0)
     if reason == "eager":
         model.set_attn_implementation("eager")
     if reason == "too long":
-        monkeypatch.setattr(cpu_attention, "MOST_BYTES", 1000)
+        monkeypatch.setattr(block_attention, "MOST_BYTES", 1000)
     other = copy.deepcopy(model)
     mask = torch.ones(2, 90, dtype=torch.long)
     mask[1, :20] = 0
@@ -163,28 +88,40 @@ def test_the_rest_is_left_to_other_kernels(reason: str, monkeypatch: pytest.Monk
         return learn(model, **inputs)
 
     expected = run(other)
-    with attention_in_blocks(model):
+    with attention_by(model, way):
         found = run(model)
+    if reason == "too long" and way == NATIVE:  # it keeps no probabilities
+        assert calls == [(way, torch.float32)] * 2
+        return
     assert calls == []
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.slow
-def test_a_compiled_model_learns_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", OPERATORS)
+def test_a_compiled_model_learns_the_same(way: str) -> None:
     model, other = a_model(), a_model()
     for layer in model.model.layers:
         layer.compile()
     torch._dynamo.utils.counters.clear()
-    with attention_in_blocks(model):
+    with attention_by(model, way):
         found = learn(model)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1, "something was compiled"
     assert not torch._dynamo.utils.counters["graph_break"], "attention breaks no graph"
     torch.testing.assert_close(found, learn(other), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(("seconds", "faster"), [((1.0, 0.5), True), ((1.0, 0.95), False), ((0.5, 1.0), False)])
-def test_the_faster_one_is_taken(
-    seconds: tuple[float, float], faster: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("seconds", "fastest"),
+    [
+        ((1.0, 0.5, 0.6), BLOCKS),
+        ((1.0, 0.5, 0.4), NATIVE),
+        ((1.0, 0.95, 0.92), FUSED),
+        ((0.5, 1.0, 1.0), FUSED),
+    ],
+)
+def test_the_fastest_is_taken(
+    seconds: tuple[float, ...], fastest: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: 0.0)
@@ -197,15 +134,33 @@ def test_the_faster_one_is_taken(
 
     monkeypatch.setattr(cpu_attention, "shortest_seconds", timed)
     model = a_model(max_position_embeddings=80)
-    assert blocks_are_faster(model.config, 2, torch.bfloat16) == faster
-    for by_fused, by_blocks in zip(*computed, strict=True):
-        torch.testing.assert_close(by_blocks, by_fused, rtol=0.05, atol=0.05)
+    asked = model.config, 2, torch.float32, [BLOCKS, NATIVE]
+    assert fastest_attention(*asked) == fastest
+    for by_fused, by_blocks, by_native in zip(*computed, strict=True):
+        torch.testing.assert_close(by_blocks, by_fused, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(by_native, by_fused, rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(cpu_attention, "shortest_seconds", None)
-    assert blocks_are_faster(model.config, 2, torch.bfloat16) == faster, "it is measured once on a machine"
-    assert not blocks_are_faster(model.config, 100_000, torch.bfloat16), "too long for blocks"
+    assert fastest_attention(*asked) == fastest, "it is measured once on a machine"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ways"), [(torch.bfloat16, [BLOCKS]), (torch.float32, [NATIVE]), (torch.float32, [BLOCKS])], ids=str
+)
+def test_ways_that_do_not_fit_are_not_measured(
+    dtype: torch.dtype, ways: list[str], tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu_kernels, "seconds_of_others", lambda: 0.0)
+    monkeypatch.setattr(cpu_attention, "shortest_seconds", lambda found: dict.fromkeys(found, 1.0) | {ways[0]: 0.5})
+    model = a_model(max_position_embeddings=80)
+    given = [BLOCKS, NATIVE] if dtype == torch.bfloat16 else ways
+    assert fastest_attention(model.config, 2, dtype, given) == ways[0]
+    monkeypatch.setattr(cpu_attention, "shortest_seconds", None)
+    assert fastest_attention(model.config, 100_000, torch.bfloat16, given) == FUSED, "too long for blocks"
+    assert fastest_attention(model.config, 3, dtype, []) == FUSED
     model.set_attn_implementation("eager")
-    assert not blocks_are_faster(model.config, 2, torch.bfloat16), "the user chose"
-    assert not blocks_are_faster(nn.Module, 2, torch.bfloat16), "no transformer"
+    assert fastest_attention(model.config, 2, dtype, given) == FUSED, "the user chose"
+    assert fastest_attention(nn.Module, 2, dtype, given) == FUSED, "no transformer"
 
 
 def test_shortest_seconds_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

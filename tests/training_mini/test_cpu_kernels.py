@@ -122,11 +122,11 @@ def test_what_is_damaged_in_the_cache_is_measured_again(tmp_path: Path, monkeypa
 
     def choices() -> tuple[Any, ...]:
         products = measure_products(model, 4096)
-        in_blocks = cpu_attention.blocks_are_faster(model.config, 8, torch.float32)
-        return products, cpu_kernels.bfloat16_is_faster(model, 4096, products), in_blocks
+        attention = cpu_attention.fastest_attention(model.config, 8, torch.float32, ["blocks"])
+        return products, cpu_kernels.bfloat16_is_faster(model, 4096, products), attention
 
     expected = choices()
-    assert expected == ({"128 x 128": ["output"], "264 x 128": ["output"]}, True, True)
+    assert expected == ({"128 x 128": ["output"], "264 x 128": ["output"]}, True, "blocks")
     cache = tmp_path / "products.json"
     kept = json.loads(cache.read_text())
     for damage in (

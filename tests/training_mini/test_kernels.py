@@ -1,6 +1,7 @@
 """What a CPU computes with is chosen once in a run."""
 
 import functools
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from helpers.runs import QUICK, losses, train_here, weights
-from modeling_mini import MiniConfig, MiniForCausalLM, compiled_decoding
+from modeling_mini import MiniConfig, MiniForCausalLM, native_code
 from torch import nn
 from training_mini import build, kernels
+from training_mini import native_attention as native_attention_module
 from training_mini.arguments import parse_arguments
-from training_mini.checkpoints import TrainerState
+from training_mini.checkpoints import STATE, TrainerState, read_state
+from training_mini.cpu_attention import BLOCKS, FUSED, NATIVE, OPERATORS
 from training_mini.hooks import Hooks
 from training_mini.kernels import choose_kernels
 from training_mini.muon import Muon
+from training_mini.native_attention import native_attention
 from training_mini.trainer import Trainer
 from transformers import TrainerCallback
 
@@ -61,7 +65,7 @@ def test_a_new_run_measures_its_share_of_a_micro_batch(monkeypatch: pytest.Monke
     measured = []
     monkeypatch.setattr(kernels, "measure_products", lambda model, tokens: measured.append(tokens) or CHOICE)
     monkeypatch.setattr(kernels, "bfloat16_is_faster", lambda model, tokens, choice: False)
-    monkeypatch.setattr(kernels, "blocks_are_faster", lambda config, sequences, dtype: False)
+    monkeypatch.setattr(kernels, "fastest_attention", lambda config, sequences, dtype, ways: FUSED)
     run = run_with(TrainerState(corpus={}, architecture={}))
     choose_kernels(run)
     assert measured == [4 * 256]
@@ -101,7 +105,7 @@ def test_bfloat16_and_blocks(
     monkeypatch.setattr(kernels, "SMALLEST_STEP", 0)
     monkeypatch.setattr(kernels, "measure_products", lambda model, tokens: CHOICE)
     monkeypatch.setattr(kernels, "bfloat16_is_faster", lambda model, tokens, choice: situation != "slower")
-    monkeypatch.setattr(kernels, "blocks_are_faster", lambda config, *what: measured.append(what) or True)
+    monkeypatch.setattr(kernels, "fastest_attention", lambda config, *what: measured.append(what) or BLOCKS)
     run = run_with(TrainerState(corpus={}, architecture={}))
     if situation.startswith("--bf16"):
         run.arguments.run.bf16 = situation == "--bf16"
@@ -109,8 +113,9 @@ def test_bfloat16_and_blocks(
     run.parallel.is_sharded = situation == "sharded"
     run.unwrapped_model.is_quantized = situation == "quantized"
     choose_kernels(run)
-    assert run.state.is_bfloat16 == is_bfloat16 and run.state.has_blocks
-    assert measured == [(4, dtype)], "the share of a process in a micro-batch"
+    assert run.state.is_bfloat16 == is_bfloat16 and run.state.attention == BLOCKS
+    ways = [BLOCKS, NATIVE] if dtype == torch.float32 else [BLOCKS]
+    assert measured == [(4, dtype, ways)], "the share of a process in a micro-batch"
     assert is_by_onednn(run) == (dtype == torch.float32), "bfloat16 is left to torch"
     assert run.optimizers[0].dtype == (torch.bfloat16 if is_bfloat16 else None), "so does Muon"
     run.optimizers[0].dtype = torch.float32
@@ -137,8 +142,9 @@ def test_bfloat16_and_blocks(
     ids=str,
 )
 def test_long_runs_are_compiled(change: dict[str, Any], compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("measure_products", "bfloat16_is_faster", "blocks_are_faster"):
+    for name in ("measure_products", "bfloat16_is_faster"):
         monkeypatch.setattr(kernels, name, lambda *what: {})
+    monkeypatch.setattr(kernels, "fastest_attention", lambda *what: FUSED)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
     run = run_with(TrainerState(corpus={}, architecture={}))
     run.accelerator.num_processes = 1
@@ -153,14 +159,14 @@ def test_long_runs_are_compiled(change: dict[str, Any], compiled: bool, monkeypa
 @pytest.mark.parametrize(
     ("change", "left"),
     [
-        ({}, ["has_blocks", "is_bfloat16", "is_compiled"]),
-        ({"num_processes": 2}, ["has_blocks", "is_bfloat16"]),
-        ({"is_sharded": True}, ["has_blocks"]),
+        ({}, ["attention", "is_bfloat16", "is_compiled"]),
+        ({"num_processes": 2}, ["attention", "is_bfloat16"]),
+        ({"is_sharded": True}, ["attention"]),
         ({"tensor_size": 2}, []),
         ({"device": torch.device("cuda")}, []),
-        ({"bf16": False}, ["has_blocks", "is_compiled"]),
-        ({"mixed_precision": "bf16", "bf16": True}, ["has_blocks", "is_compiled"]),
-        ({"torch_compile": False}, ["has_blocks", "is_bfloat16"]),
+        ({"bf16": False}, ["attention", "is_compiled"]),
+        ({"mixed_precision": "bf16", "bf16": True}, ["attention", "is_compiled"]),
+        ({"torch_compile": False}, ["attention", "is_bfloat16"]),
     ],
     ids=str,
 )
@@ -168,7 +174,7 @@ def test_a_resumed_run_leaves_what_no_longer_fits(
     change: dict[str, Any], left: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "processor_name", lambda: "this one")
-    choice = dict.fromkeys(("is_bfloat16", "has_blocks", "is_compiled"), True)
+    choice = {"is_bfloat16": True, "attention": BLOCKS, "is_compiled": True}
     run = run_with(TrainerState(corpus={}, architecture={}, products=CHOICE, processor="this one", **choice))
     run.accelerator.num_processes = 1
     for name, value in change.items():
@@ -176,7 +182,7 @@ def test_a_resumed_run_leaves_what_no_longer_fits(
             if hasattr(part, name):
                 setattr(part, name, value)
     choose_kernels(run)
-    assert sorted(name for name in choice if getattr(run.state, name)) == left
+    assert sorted(name for name in choice if getattr(run.state, name) not in (False, FUSED)) == left
     # oneDNN's operator takes float32 alone, and a shared or moved model has products of its own.
     assert is_by_onednn(run) == (change.keys() & {"tensor_size", "device", "mixed_precision"} == set())
 
@@ -193,16 +199,18 @@ def test_a_run_leaves_bfloat16_where_no_instructions_are(
     assert run.optimizers[0].dtype == (torch.bfloat16 if capabilities else None)
 
 
-def chosen(monkeypatch: pytest.MonkeyPatch, **state: bool) -> None:
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, is_bfloat16: bool = False, attention: str = FUSED, is_compiled: bool = False
+) -> None:
     """Makes a new run choose this."""
-    choice = {}, *(state.get(name, False) for name in ("is_bfloat16", "has_blocks", "is_compiled"))
+    choice = {}, is_bfloat16, attention, is_compiled
     monkeypatch.setattr(kernels, "measured_choice", lambda run, sequences: choice)
 
 
 def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_here(tmp_path / "plain", "--max_steps", 4)
-    chosen(monkeypatch, is_bfloat16=True, has_blocks=True)
+    chosen(monkeypatch, is_bfloat16=True, attention=BLOCKS)
     trainer, _ = train_here(whole, "--max_steps", 4, "--save_steps", 2)
     assert "bf16" in " ".join(build.description_of(trainer.run, 1, None))
     shutil.copytree(whole, parts)
@@ -215,13 +223,81 @@ def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypa
         assert torch.equal(weights(parts)[name], tensor), name
 
 
+def test_a_run_with_attention_in_cpp_resumes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts, without = tmp_path / "whole", tmp_path / "parts", tmp_path / "without"
+    chosen(monkeypatch, attention=NATIVE)
+    calls = []
+    monkeypatch.setitem(OPERATORS, NATIVE, lambda *states: (calls.append(1), native_attention(*states))[1])
+    train_here(whole, "--max_steps", 4, "--save_steps", 2)
+    assert calls
+    for copy in (parts, without):
+        shutil.copytree(whole, copy)
+        shutil.rmtree(copy / "checkpoints" / "step_4")
+    chosen(monkeypatch)  # what a new run would choose now
+    train_here(parts, "--max_steps", 4, "--resume")
+    assert losses(parts) == losses(whole)
+    for name, tensor in weights(whole).items():
+        assert torch.equal(weights(parts)[name], tensor), name
+    monkeypatch.setattr(kernels, "has_native_attention", lambda: False)
+    trainer, _ = train_here(without, "--max_steps", 4, "--resume")
+    assert trainer.run.state.attention == BLOCKS
+    assert any(problem.startswith("Attention in C++ cannot be compiled here.") for problem in trainer.run.problems)
+    assert losses(without) == pytest.approx(losses(whole), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "ways"),
+    [
+        ({}, [BLOCKS, NATIVE]),
+        ({"max_steps": 200}, [BLOCKS]),
+        ({"max_minutes": 1}, [BLOCKS]),
+        ({"mixed_precision": "bf16"}, [BLOCKS]),
+        ({"num_processes": 2}, [BLOCKS, NATIVE]),
+        ({"torch_compile": False}, [BLOCKS, NATIVE]),
+        ({"compiler": None}, [BLOCKS]),
+    ],
+    ids=str,
+)
+def test_long_runs_compile_attention(change: dict[str, Any], ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    monkeypatch.setattr(kernels, "SMALLEST_STEP", 0)
+    for name in ("measure_products", "bfloat16_is_faster"):
+        monkeypatch.setattr(kernels, name, lambda *what: {})
+    monkeypatch.setattr(kernels, "fastest_attention", lambda *what: measured.append(what[-1]) or FUSED)
+    monkeypatch.setattr(kernels, "has_native_attention", lambda: True)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
+    run = run_with(TrainerState(corpus={}, architecture={}))
+    run.accelerator.num_processes = 1
+    for name, value in change.items():
+        for part in (run, run.accelerator, run.parallel, run.arguments.run, run.arguments.optimization):
+            if hasattr(part, name):
+                setattr(part, name, value)
+    choose_kernels(run)
+    assert measured == [ways]
+
+
+def test_a_compiler_that_fails_leaves_attention_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "native_library", native_attention_module.native_library.__wrapped__)
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert not kernels.has_native_attention()
+    assert kernels.has_native_attention()
+
+
+def test_a_state_of_before_there_were_three_ways(tmp_path: Path) -> None:
+    for has_blocks, attention in ((True, BLOCKS), (False, FUSED)):
+        state = {"corpus": {}, "architecture": {}, "has_blocks": has_blocks}
+        (tmp_path / STATE).write_text(json.dumps(state))
+        assert read_state(tmp_path).attention == attention
+
+
 def test_gradient_checkpointing_computes_attention_again_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen(monkeypatch, is_bfloat16=True, has_blocks=True)
+    chosen(monkeypatch, is_bfloat16=True, attention=BLOCKS)
     for name, flags in {"kept": [], "again": ["--gradient_checkpointing"]}.items():
         trainer, _ = train_here(tmp_path / name, "--max_steps", 3, *flags)
-        assert trainer.run.state.has_blocks
+        assert trainer.run.state.attention == BLOCKS
     assert losses(tmp_path / "again") == losses(tmp_path / "kept")
 
 
@@ -230,7 +306,7 @@ def test_gradient_checkpointing_computes_attention_again_in_blocks(
 def test_blocks_are_compiled_for_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = ["--max_steps", 4, "--eval_steps", 2, "--sample_every", 2, "--internals_steps", 2]
     train_here(tmp_path / "plain", *flags)
-    chosen(monkeypatch, has_blocks=True, is_compiled=True)
+    chosen(monkeypatch, attention=BLOCKS, is_compiled=True)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -261,14 +337,14 @@ class MixedForCausalLM(MiniForCausalLM):
 
 def test_a_model_that_fails_in_bfloat16_trains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {}
-    for name, choice in {"plain": {}, "chosen": {"is_bfloat16": True, "has_blocks": True}}.items():
+    for name, choice in {"plain": {}, "chosen": {"is_bfloat16": True, "attention": BLOCKS}}.items():
         chosen(monkeypatch, **choice)
         flags = [*QUICK, "--max_steps", "3", "--output_dir", str(tmp_path / name)]
         runs[name] = Trainer(parse_arguments(flags), Hooks(model=MixedForCausalLM))
         runs[name].train()
     assert losses(tmp_path / "chosen") == losses(tmp_path / "plain")
     state, run = runs["chosen"].state, runs["chosen"].run
-    assert not state.is_bfloat16 and not state.has_blocks and run.optimizers[0].dtype is None
+    assert not state.is_bfloat16 and state.attention == FUSED and run.optimizers[0].dtype is None
     assert sum(problem.startswith("The model trains in float32") for problem in run.problems) == 1
 
 
@@ -317,7 +393,7 @@ def test_a_compiler_that_hangs_is_not_used(tmp_path: Path, monkeypatch: pytest.M
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\nexec sleep 100\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(compiled_decoding, "SECONDS", 0.5)
+    monkeypatch.setattr(native_code, "SECONDS", 0.5)
     with torch._inductor.config.patch({"cpp.cxx": (None, str(compiler))}):
         trainer, _ = train_here(tmp_path / "run", "--max_steps", 3)
     assert not trainer.run.state.is_compiled
