@@ -18,7 +18,7 @@ SOURCE = (
     VECTORS
     + r"""
 #include <omp.h>
-#include <vector>
+#include <memory>
 
 // A tile is what one loop computes of a product of matrices: ROWS rows of COLUMNS columns. Its sums stay in registers,
 // 12 of 16 or 24 of 32.
@@ -46,7 +46,7 @@ static int64_t padded(int64_t size, int64_t multiple) { return (size + multiple 
 // also where fewer are left.
 struct Workspace {
     const int64_t width, length; // of head_dim and a sequence
-    std::vector<float> numbers;
+    std::unique_ptr<float[]> numbers;
     float *keys, *values, *key_gradients, *value_gradients; // (length, width)
     float *keys_t, *values_t;                               // (length / COLUMNS, width, COLUMNS)
     float *queries, *gradients, *results;                   // (BLOCK, width)
@@ -54,8 +54,8 @@ struct Workspace {
 
     explicit Workspace(const Sizes &sizes)
         : width(padded(sizes.head_dim, COLUMNS)), length(padded(sizes.length + ROWS, COLUMNS)) {
-        numbers.resize(6 * length * width + 3 * BLOCK * width + 2 * BLOCK * length);
-        float *next = numbers.data();
+        numbers.reset(new float[6 * length * width + 3 * BLOCK * width + 2 * BLOCK * length]);
+        float *next = numbers.get();
         for (float **each : {&keys, &values, &key_gradients, &value_gradients, &keys_t, &values_t})
             *each = next, next += length * width;
         for (float **each : {&queries, &gradients, &results}) *each = next, next += BLOCK * width;
