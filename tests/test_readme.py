@@ -88,7 +88,7 @@ def test_blocks(copy: Path, request: pytest.FixtureRequest) -> None:
     (go_on,) = re.findall(r"^Go on: +(python train_accelerate.py --resume .*)$", begun, flags=re.MULTILINE)
     if fork_server.IS_POSSIBLE:
         # What is installed now is imported once for all further blocks.
-        forks = fork_server.Server(f"{copy}/.venv/bin/python", environment)
+        forks = fork_server.Server(f"{copy}/.venv/bin/python", environment, copy)
         request.addfinalizer(forks.close)
         environment = {**environment, "PATH": f"{forks.executable.parent}:{environment['PATH']}"}
     outputs = []

@@ -2,9 +2,11 @@
 Starts a program of the repository in milliseconds, as a process of its own.
 
 Most of the time of a test that runs a program went into importing torch and transformers, four seconds of a core each
-time. A server, started once for each worker of pytest, has imported them, and forks for each program. It has imported
-nothing of Mini, and neither peft nor bitsandbytes, which say things when they are imported: what a program imports of
-those, it imports in its own process, as with plain `python`. Whoever tests the start itself asks for a fresh one.
+time. A server, started once for each worker of pytest, has imported them, and forks for each program: a program of Mini
+from a process that has imported Mini as well, from the folder where the program would find it, and any other from one
+that has imported nothing of Mini. None has imported peft or bitsandbytes, which say things when they are imported: what
+a program imports of those, it imports in its own process, as with plain `python`. Whoever tests the start itself asks
+for a fresh one.
 
 `python()` is an interpreter that does the same, for commands that a shell or another program starts.
 """
@@ -83,7 +85,7 @@ class Server:
         executable: the interpreter whose programs it forks; it is called `python`, in a folder of its own.
     """
 
-    def __init__(self, python: str, environment: dict[str, str]) -> None:
+    def __init__(self, python: str, environment: dict[str, str], root: Path) -> None:
         self.environment = environment
         self.folder = tempfile.mkdtemp(prefix="mini-server-")
         weakref.finalize(self, shutil.rmtree, self.folder)
@@ -94,15 +96,15 @@ class Server:
         self.executable.chmod(0o755)
         self._life, theirs = socket.socketpair()
         program = Path(__file__).with_name("fork_server_process.py")
-        command = [python, str(program), self.folder, str(theirs.fileno())]
+        command = [python, str(program), self.folder, str(theirs.fileno()), str(root)]
         # In a session of its own: Ctrl-C is for pytest, whose end closes the channel and with it the server.
         self.process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], start_new_session=True, stdin=subprocess.DEVNULL, env=environment
         )
         theirs.close()
         ready = b""
-        while len(ready) < 2:  # both servers
-            message = self._life.recv(2)
+        while len(ready) < 3:  # servers
+            message = self._life.recv(3)
             assert message, "the server that starts programs has ended"
             ready += message
 
@@ -121,7 +123,7 @@ def server() -> Server:
     """The server of this worker, which ends with it."""
     if not _servers:
         assert environment, "a test module must not start programs while it is imported"
-        _servers.append(Server(sys.executable, dict(environment)))
+        _servers.append(Server(sys.executable, dict(environment), Path(__file__).parents[2]))
     return _servers[0]
 
 

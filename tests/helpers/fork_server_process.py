@@ -1,11 +1,12 @@
 """
 The process that `fork_server` starts: it imports what programs need, and forks for each program.
 
-    python fork_server_process.py FOLDER DESCRIPTOR
+    python fork_server_process.py FOLDER DESCRIPTOR ROOT
 
-It becomes two servers, each with a socket in FOLDER: `libraries` has imported torch, transformers and accelerate,
-`torch` only what reads no variable of Hugging Face, for programs that set one. Both end with the other end of
-DESCRIPTOR. A request is a dictionary (`marshal`) behind its length, with the files of stdin, stdout and stderr.
+It becomes three servers, each with a socket in FOLDER: `libraries` has imported torch, transformers and accelerate,
+`torch` only what reads no variable of Hugging Face, for programs that set one, and `mini` also Mini as it is in ROOT,
+for programs of Mini that import it from there. All end with the other end of DESCRIPTOR. A request is a dictionary
+(`marshal`) behind its length, with the files of stdin, stdout and stderr.
 """
 
 import atexit
@@ -24,6 +25,8 @@ import signal
 import socket
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from multiprocessing import spawn
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +43,7 @@ TORCH = (
     "rich.progress",
     "scipy.sparse",
     "sentencepiece",
+    "tabulate",  # of what torch does at the end of a program
     "tokenizers",
     "torch",
     "torch._dynamo",
@@ -59,6 +63,18 @@ LIBRARIES = (
     "transformers.models.auto.modeling_auto",
     "transformers.models.auto.tokenization_auto",
 )
+# What trainings, generation and sharing import, and nothing that says things when it is imported.
+MINI = (
+    "generation_mini.program",
+    "modeling_mini.analysis.figures",
+    "sharing_mini.pushing",
+    "sharing_mini.reporting",
+    "torch.distributed.checkpoint._fsspec_filesystem",
+    "training_mini.from_python",
+    "training_mini.trainer",
+)
+PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
+PACKAGES = ("box_mini", "generation_mini", "modeling_mini", "sharing_mini", "training_mini")
 # Variables that are read by Mini, by what is not preloaded, by shells, or when processes find each other. Any other
 # might have been read when the server started. torch's compiler sets two in the process of the tests, once it is used.
 READ_LATE = (
@@ -77,9 +93,33 @@ def is_like(environment: dict[str, str], other: dict[str, str], read_late: tuple
     return all(environment.get(name) == other.get(name) for name in names if not name.startswith(read_late))
 
 
-def serve(address: str, life: socket.socket, read_late: tuple[str, ...]) -> dict:
-    """Forks for each request; returns the request in the process that shall run it."""
-    started_with = dict(os.environ)
+def searched(request: dict) -> list[str]:
+    """Where the program looks for modules before it looks where `python` is installed."""
+    flags, kind = request["flags"], request["kind"]
+    paths = []
+    if not flags & {"I", "P"}:
+        script = Path(request["cwd"], request["program"])
+        paths = [{"-c": "", "-m": request["cwd"], "script": str(script.resolve().parent)}[kind]]
+    if "I" not in flags and (listed := request["environment"].get("PYTHONPATH")):
+        paths += [os.path.join(request["cwd"], path) for path in listed.split(os.pathsep)]
+    return paths
+
+
+def is_of_mini(request: dict, files: list[int], root: str) -> bool:
+    """
+    Whether the program is one of Mini, which imports Mini from this root. With a terminal, or another width of one, it
+    needs a console that is made for it.
+    """
+    kind, program = request["kind"], request["program"]
+    is_known = {"script": Path(program).name in PROGRAMS, "-m": program.split(".")[0] in PACKAGES, "-c": False}[kind]
+    if not is_known or any(map(os.isatty, files)) or request["environment"].get("COLUMNS") != os.environ.get("COLUMNS"):
+        return False
+    has_mini = (path for path in searched(request) if os.path.exists(f"{path}/modeling_mini"))
+    return os.path.realpath(next(has_mini, "")) == os.path.realpath(root)
+
+
+def serve(address: str, life: socket.socket, can_run: Callable[[dict, list[int]], bool]) -> dict:
+    """Forks for each request that it can run; returns the request in the process that shall run it."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
@@ -109,7 +149,7 @@ def serve(address: str, life: socket.socket, read_late: tuple[str, ...]) -> dict
             client, _ = listener.accept()
             request, files = receive(client)
             process = 0
-            if request is not None and is_like(request["environment"], started_with, read_late):
+            if request is not None and can_run(request, files):
                 process = os.fork()
                 if process == 0:
                     for connection in (life, listener, client, *clients.values()):
@@ -164,16 +204,13 @@ def become(request: dict) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN if request["ignores_ctrl_c"] else signal.default_int_handler)
     sys.executable = request["executable"]
     spawn.set_executable(sys.executable)  # it remembers that of the server
-    flags, kind, program, sys.argv = request["flags"], request["kind"], request["program"], request["arguments"]
-    searched = [path for path in sys.path[1:] if path not in of_server]
-    if "I" not in flags and environment.get("PYTHONPATH"):
-        searched = [os.path.abspath(path) for path in environment["PYTHONPATH"].split(os.pathsep)] + searched
-    own = {"-c": "", "-m": os.getcwd(), "script": str(Path(program).resolve().parent)}[kind]
-    sys.path[:] = searched if flags & {"I", "P"} else [own, *searched]
+    kind, program, sys.argv = request["kind"], request["program"], request["arguments"]
+    sys.path[:] = [*searched(request), *(path for path in sys.path[1:] if path not in of_server)]
     if kind == "script":
         sys.argv[0] = program
         runpy.run_path(program, run_name="__main__")
     elif kind == "-m":
+        sys.modules.pop(program, None)  # or it warns that somebody has imported it
         runpy.run_module(program, run_name="__main__", alter_sys=True)
     else:
         sys.argv[0] = "-c"
@@ -211,33 +248,82 @@ def preload(names: tuple[str, ...]) -> None:
             importlib.import_module(name)
 
 
-def draw() -> None:
+def draw() -> bytes:
     """Draws a figure: the first one of a process loads fonts and more, which takes as long as to draw one."""
     from matplotlib.figure import Figure
 
-    figure = Figure()
+    figure, content = Figure(), io.BytesIO()
     figure.subplots().plot([1, 2], label="a line")
     figure.legend()
-    figure.savefig(io.BytesIO(), format="png")
+    figure.savefig(content, format="png")
+    return content.getvalue()
 
 
-def main(folder: str, descriptor: int) -> None:
+def find_conversions() -> None:
+    """Makes the table that transformers makes when a process loads its first model, in a third of a second."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    get_checkpoint_conversion_mapping("llama")
+
+
+def use_picture(picture: bytes) -> None:
+    """
+    A training makes the figures of its curves, and writes this picture for each: to draw them takes a third of a run of
+    three steps. With PYTEST_DRAWS it draws them.
+    """
+    from modeling_mini.analysis.figures import Picture
+
+    Picture._repr_png_ = lambda figure: picture
+
+
+def preload_mini(root: str) -> None:
+    """Imports Mini. Its consoles are those of a program without a terminal, whatever the server has."""
+    outputs = [(number, os.dup(number)) for number in (1, 2)]
+    with open(os.devnull, "w") as nowhere:
+        for number, _ in outputs:
+            os.dup2(nowhere.fileno(), number)
+        sys.path.insert(1, root)
+        preload(MINI)
+        sys.path.remove(root)
+        for number, original in outputs:
+            os.dup2(original, number)
+            os.close(original)
+
+
+def main(folder: str, descriptor: int, root: str) -> None:
     life = socket.socket(fileno=descriptor)
+    started_with = dict(os.environ)
     preload(TORCH)
-    draw()
+    picture = draw()
     kind, read_late = "torch", READ_LATE + OF_HUGGING_FACE
     if os.fork() == 0:
         kind, read_late = "libraries", READ_LATE
         preload(LIBRARIES)
-    # torch asks which module a frame is of when Mini defines an operator: this looks up the files of all modules once.
-    inspect.getmodule(inspect.currentframe())
-    # What programs import beyond this, most of it Mini, is compiled once, whatever the variables say, and nothing of it
-    # is left beside the sources. All workers share it.
+        find_conversions()
+        if os.fork() == 0:
+            kind = "mini"
+    # What is imported beyond this, most of it Mini, is compiled once, whatever the variables say, and nothing of it is
+    # left beside the sources. All workers share it.
     sys.dont_write_bytecode, sys.pycache_prefix = False, f"{os.environ.get('MINI_CACHE', folder)}/bytecode"
+    if kind == "mini":
+        preload_mini(root)
+    # torch asks which module a frame is of when Mini defines an operator: this looks up the files of all modules once.
+    # For a file that has no module: for another, the look-up ends before that.
+    inspect.getmodule(compile("", "a file without a module", "exec"))
+    # What ends with the server does not end with each program: torch takes back its thousands of operators, one by one.
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
     # The collector of a program leaves alone what it shares with the server, for the same reason as `end`.
     gc.collect()
     gc.freeze()
-    request = serve(f"{folder}/{kind}", life, read_late)
+
+    def can_run(request: dict, files: list[int]) -> bool:
+        is_possible = is_like(request["environment"], started_with, read_late)
+        return is_possible and (kind != "mini" or is_of_mini(request, files, root))
+
+    request = serve(f"{folder}/{kind}", life, can_run)
+    if kind == "mini" and request["program"].endswith(PROGRAMS[0]) and "PYTEST_DRAWS" not in request["environment"]:
+        use_picture(picture)
     try:
         become(request)
     except SystemExit as stopped:
@@ -253,4 +339,4 @@ def main(folder: str, descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

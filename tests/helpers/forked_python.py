@@ -41,7 +41,7 @@ def start(folder: str, request: dict, files: list[int]) -> tuple[socket.socket, 
     the numbers that `descriptors` in the request gives.
     """
     data = marshal.dumps(request)
-    for server in ("libraries", "torch"):
+    for server in ("mini", "libraries", "torch"):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(f"{folder}/{server}")
         socket.send_fds(connection, [len(data).to_bytes(4, "little")], files)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server
-from helpers.programs import run_program
+from helpers.programs import ROOT, run_program
 
 BEFORE = """
 import atexit, sys, threading, time
@@ -37,6 +37,17 @@ def test_a_start_is_not_forked_with_a_variable_that_a_library_has_read(tmp_path:
     started_with = fork_server.server().environment
     assert fork_server.can_start({**started_with, "RANK": "1", "MINI_CACHE": "elsewhere"})
     assert not fork_server.can_start({**started_with, "OMP_NUM_THREADS": "13"})
+
+
+@pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
+def test_only_a_program_that_would_import_this_mini_has_it_loaded(tmp_path: Path) -> None:
+    (tmp_path / "modeling_mini").mkdir()  # another Mini, beside the programs
+    (tmp_path / "modeling_mini" / "__init__.py").touch()
+    (tmp_path / "elsewhere").mkdir()
+    for path in (tmp_path / "generate.py", tmp_path / "elsewhere" / "generate.py", tmp_path / "elsewhere" / "other.py"):
+        path.write_text("import sys; print('modeling_mini' in sys.modules)")
+        result = run_program(path, cwd=tmp_path, PYTHONPATH=str(ROOT))
+        assert result.stdout == f"{path.relative_to(tmp_path).as_posix() == 'elsewhere/generate.py'}\n"
 
 
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
