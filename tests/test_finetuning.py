@@ -62,6 +62,7 @@ def test_from_a_checkpoint_in_full(quick_run: Path, tmp_path: Path) -> None:
     assert result.run.folder.name == "run"
 
 
+@pytest.mark.slow
 def test_adapter_as_a_user_types_it(quick_run: Path, tmp_path: Path) -> None:
     flags = "--lora_r 4 --max_steps 12 --eval_steps 6 --save_steps 6 --merge".split()
     result = run_program("train_accelerate.py", "--model", quick_run, *FLAGS, *flags, cwd=tmp_path)
@@ -157,6 +158,7 @@ def test_kinds_of_adapters_learn_and_merge(flags: list[object], quick_run: Path,
     assert [m["value"] for m in figures[1]] == pytest.approx([m["value"] for m in figures[0]])
 
 
+@pytest.mark.slow
 def test_rounded_base_learns_nearly_as_well_and_evaluation_does_not_end_it(quick_run: Path, tmp_path: Path) -> None:
     settings = ["--lora_r", 8, "--max_steps", 80, "--eval_steps", 20]
     _, full = tune(tmp_path / "lora", quick_run, *settings)

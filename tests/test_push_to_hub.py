@@ -74,6 +74,7 @@ def greedy(folder: Path) -> list[int]:
     return model.generate(**inputs, do_sample=False, max_new_tokens=40)[0].tolist()
 
 
+@pytest.mark.slow
 def test_the_command(server: HubServer, pushed: str, quick_run: Path) -> None:
     repository = server.model("user/name")
     assert repository.history() == ["Upload model", "initial commit"]

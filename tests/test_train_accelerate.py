@@ -198,6 +198,7 @@ def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> N
     assert losses(tmp_path / "parts1") == pytest.approx(losses(tmp_path / "parts4"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path) -> None:
     write_basic_config(save_location=tmp_path / "accelerate.json")
     environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}

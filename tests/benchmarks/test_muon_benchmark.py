@@ -1,20 +1,26 @@
 """benchmarks/muon.py: each optimizer trains with each seed, and torch's Muon is torch's."""
 
+import functools
 import json
 
 import pytest
 import torch
 from helpers.programs import ROOT, one_sentence_of, run_program
+from training_mini import TrainingSettings
 from training_mini.optimizers import OPTIMIZERS
 
 PROGRAM = "benchmarks/muon.py"
 
 
+@pytest.mark.slow
 def test_every_optimizer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     known = dict(OPTIMIZERS)
     import muon
 
+    # Models and evaluations of seconds.
+    small = {"size": "tiny", "train_batch_size": 4, "max_eval_tokens": 4096}
+    monkeypatch.setattr(muon, "TrainingSettings", functools.partial(TrainingSettings, **small))
     steps: list[str] = []
     for optimizer_class in (torch.optim.Muon, torch.optim.AdamW):
         step = optimizer_class.step

@@ -9,6 +9,7 @@ from helpers.programs import ROOT, one_sentence_of, run_program
 PROGRAM = "benchmarks/starting.py"
 
 
+@pytest.mark.slow
 def test_every_start_has_its_seconds(tmp_path: Path) -> None:
     result = run_program(PROGRAM, *"--only help --rounds 1 --output out.json".split(), cwd=tmp_path, fresh=True)
     assert result.returncode == 0, result.stderr

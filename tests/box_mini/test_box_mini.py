@@ -49,6 +49,7 @@ def test_a_space_at_the_end_of_a_prompt_is_better_left_out(tmp_path: Path) -> No
     assert read_card(BOX["box"] / "README.md").facts.prompts[0] == "def"
 
 
+@pytest.mark.slow
 def test_most_of_its_functions_are_valid_python() -> None:
     model, tokenizer = load_model("box", device="cpu")
     model.compile_decoding()

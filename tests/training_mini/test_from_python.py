@@ -97,6 +97,7 @@ def test_a_second_run_in_the_process_is_one_of_its_own(result: TrainingResult, t
     assert losses(again.folder) == losses(result.folder)
 
 
+@pytest.mark.slow
 def test_an_object_of_ones_own_is_plain_after_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=2, max_position_embeddings=64))

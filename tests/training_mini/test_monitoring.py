@@ -235,6 +235,7 @@ def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
+@pytest.mark.slow
 def test_curves_leave_the_drawing_of_others_alone(tmp_path: Path) -> None:
     """A notebook that trains has figures and a backend of its own."""
     append_text(tmp_path / "metrics.jsonl", json_lines([{"step": 1, **METRICS}, {"step": 2, **METRICS}]))

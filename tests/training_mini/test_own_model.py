@@ -97,6 +97,7 @@ def run(folder: Path) -> Path:
     return folder / "runs" / "SquareForCausalLM-tiny-sample"
 
 
+@pytest.mark.slow
 def test_the_command_generates_with_it_and_goes_on_with_it(run: Path, folder: Path) -> None:
     result = run_program("generate.py", "--prompt", "The ", "--trust_remote_code", "--seed", 1, cwd=folder)
     assert result.returncode == 0 and result.stdout.startswith("The "), result.stderr

@@ -10,6 +10,7 @@ from torch import nn
 from training_mini.sharded_start import OneAtATime, ShardedStart, WithoutMemory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shards", "tensor_size", "ranks"), [(4, 1, (0, 3)), (2, 2, (0, 1, 2))], ids=str)
 def test_every_part_is_that_of_the_whole_model(
     shards: int, tensor_size: int, ranks: tuple[int, ...], tmp_path: Path

@@ -33,6 +33,7 @@ def test_the_sweep_of_the_recipe_that_comes_with_mini() -> None:
     assert dict(settings)["adamw"].optimizer == "adamw" and dict(settings)["recipe"].optimizer == "muon"
 
 
+@pytest.mark.slow
 def test_runs_take_turns_and_are_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(file), "--seeds", "1", "2"])
     printed = capsys.readouterr().out
@@ -57,6 +58,7 @@ def test_runs_take_turns_and_are_compared(file: Path, capsys: pytest.CaptureFixt
         main([str(file), "--seeds", "1"])
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = metrics_of(file, "whole")
     train, calls = from_python.train, []

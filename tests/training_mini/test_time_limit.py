@@ -51,6 +51,7 @@ def test_rehearsing_leaves_the_weights_and_the_optimizers_as_they_are(tmp_path: 
         assert all(not one.state for one in trainer.run.optimizers)
 
 
+@pytest.mark.slow
 def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from training_mini.data.questions import Definition, definitions_in, python_questions
 
 SOURCE = '''"""What the module is for.
@@ -46,6 +47,7 @@ def test_definitions_are_those_with_a_docstring(tmp_path: Path) -> None:
     assert list(definitions_in(tmp_path / "wrong.py", "wrong")) == []
 
 
+@pytest.mark.slow
 def test_conversations_take_turns_and_are_the_same_each_time() -> None:
     examples = python_questions()
     assert len(examples) > 3000 and examples == python_questions()
