@@ -109,10 +109,10 @@ def test_an_object_of_ones_own_is_plain_after_training(tmp_path: Path, monkeypat
         train(TrainingSettings(**small, output_dir=str(tmp_path / name), **changes), model=model)
         return losses(tmp_path / name)
 
-    plain = {}, False, False, False
-    learn("onednn", model, (products, False, False, False))
+    plain = {}, False, "fused", False
+    learn("onednn", model, (products, False, "fused", False))
     learn("by accelerate", model, plain, bf16=True)  # oneDNN's operator would refuse bfloat16
-    learn("chosen", model, ({}, True, True, False))
+    learn("chosen", model, ({}, True, "blocks", False))
     assert not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules())
     assert learn("copy", copy.deepcopy(model), plain) == learn("again", model, plain)
 
