@@ -80,9 +80,9 @@ def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], boo
     dtype = torch.bfloat16 if is_bfloat16 or is_told_bfloat16 else torch.float32
     attention = FUSED
     if flops_of_step(model, tokens) >= SMALLEST_STEP:
-        is_for_native = dtype == torch.float32 and run_is_long(run, tokens) and has_native_attention()
+        is_for_native = dtype == torch.float32 and compiling_pays(run, tokens) and has_native_attention()
         attention = fastest_attention(run.config, sequences, dtype, [BLOCKS, *([NATIVE] if is_for_native else [])])
-    is_compiled = may_be_compiled(run) and blocks_may_be_compiled(run) and run_is_long(run, tokens)
+    is_compiled = may_be_compiled(run) and blocks_have_one_shape(run) and compiling_pays(run, tokens)
     return {} if is_bfloat16 else products, is_bfloat16, attention, is_compiled
 
 
@@ -104,13 +104,13 @@ def may_be_compiled(run: Run) -> bool:
     return is_plain(run) and run.accelerator.num_processes == 1 and is_left_to_mini and not run.has_own_code
 
 
-def blocks_may_be_compiled(run: Run) -> bool:
-    """Whether the blocks of the model are compiled once for the whole run."""
+def blocks_have_one_shape(run: Run) -> bool:
+    """Whether there are blocks, and one compilation of them serves the whole run."""
     has_one_shape = not isinstance(run.corpus, ExampleCorpus) and run.arguments.optimization.dropout_start is None
     return has_one_shape and bool(run.blocks)
 
 
-def run_is_long(run: Run, tokens: int) -> bool:
+def compiling_pays(run: Run, tokens: int) -> bool:
     """Whether there is a compiler, and it saves more time than it takes, with so many tokens in a micro-batch."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from modeling_mini.native_code import VECTORS, load_library
 
+from .block_attention import keep_for_backward
+
 SOURCE = (
     VECTORS
     + r"""
@@ -367,11 +369,6 @@ def _(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return tuple(new_output(each).transpose(1, 2) for each in (query, key, value))
-
-
-def keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    *states, ctx.scaling = inputs
-    ctx.save_for_backward(*states, output[1])
 
 
 def backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

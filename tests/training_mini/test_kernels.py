@@ -57,6 +57,14 @@ def run_with(state: TrainerState) -> Any:
     )
 
 
+def apply(change: dict[str, Any], run: Any) -> None:
+    """Changes what has these names in the run, wherever it is."""
+    for name, value in change.items():
+        for part in (run, run.accelerator, run.parallel, run.arguments.run, run.arguments.optimization):
+            if hasattr(part, name):
+                setattr(part, name, value)
+
+
 def is_by_onednn(run: Any) -> bool:
     return "forward" in vars(run.unwrapped_model.model.layers[0].self_attn.q_proj)
 
@@ -148,10 +156,7 @@ def test_long_runs_are_compiled(change: dict[str, Any], compiled: bool, monkeypa
     monkeypatch.setattr(kernels.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
     run = run_with(TrainerState(corpus={}, architecture={}))
     run.accelerator.num_processes = 1
-    for name, value in change.items():
-        for part in (run, run.accelerator, run.parallel, run.arguments.run, run.arguments.optimization):
-            if hasattr(part, name):
-                setattr(part, name, value)
+    apply(change, run)
     choose_kernels(run)
     assert run.state.is_compiled == compiled
 
@@ -177,10 +182,7 @@ def test_a_resumed_run_leaves_what_no_longer_fits(
     choice = {"is_bfloat16": True, "attention": BLOCKS, "is_compiled": True}
     run = run_with(TrainerState(corpus={}, architecture={}, products=CHOICE, processor="this one", **choice))
     run.accelerator.num_processes = 1
-    for name, value in change.items():
-        for part in (run.accelerator, run.parallel, run.arguments.run):
-            if hasattr(part, name):
-                setattr(part, name, value)
+    apply(change, run)
     choose_kernels(run)
     assert sorted(name for name in choice if getattr(run.state, name) not in (False, FUSED)) == left
     # oneDNN's operator takes float32 alone, and a shared or moved model has products of its own.
@@ -268,10 +270,7 @@ def test_long_runs_compile_attention(change: dict[str, Any], ways: list[str], mo
     monkeypatch.setattr(kernels.shutil, "which", lambda name: change.get("compiler", "/usr/bin/g++"))
     run = run_with(TrainerState(corpus={}, architecture={}))
     run.accelerator.num_processes = 1
-    for name, value in change.items():
-        for part in (run, run.accelerator, run.parallel, run.arguments.run, run.arguments.optimization):
-            if hasattr(part, name):
-                setattr(part, name, value)
+    apply(change, run)
     choose_kernels(run)
     assert measured == [ways]
 

@@ -33,6 +33,12 @@ def test_the_sweep_of_the_recipe_that_comes_with_mini() -> None:
     assert dict(settings)["adamw"].optimizer == "adamw" and dict(settings)["recipe"].optimizer == "muon"
 
 
+def test_the_sweep_of_the_rates_that_comes_with_mini() -> None:
+    planned = plan(ROOT / "benchmarks" / "rates.yaml", [1], Path("runs"))
+    settings = [(run.arguments.model.hidden_size or 128, run.arguments.optimization.learning_rate) for run in planned]
+    assert settings == [(width, rate) for width in (32, 64, 128) for rate in (0.01, 0.02, 0.04, 0.08)]
+
+
 @pytest.mark.slow
 def test_runs_take_turns_and_are_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(file), "--seeds", "1", "2"])
