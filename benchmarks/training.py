@@ -48,7 +48,7 @@ PEERS = ("Mini", "Llama")
 MOST_SEQUENCES = 64
 STEPS_FOR_MEMORY = 3
 # Side of the square matrices whose product stands for the peak of the device: about 0.1 s on two cores, 3 ms on a GPU.
-SQUARE_SIDE = {"cpu": 2048, "cuda": 8192}
+SQUARE_SIDE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass
