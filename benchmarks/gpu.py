@@ -122,7 +122,7 @@ def benchmark(settings: GpuSettings, part: str, program: str, on_gpu: str, on_cp
 
 def command_of_training(settings: GpuSettings, part: str, models: str) -> list[str]:
     on_gpu = "--size gpt2 --context 1024 --modes compiled --bf16 --batch_size 0 --rounds 5 --steps 4"
-    on_cpu = "--size tiny --context 16 --modes eager --bf16 --batch_size 0 --rounds 1 --steps 1"
+    on_cpu = "--size tiny --context 16 --modes eager --batch_size 0 --rounds 1 --steps 1"
     return [*benchmark(settings, part, "training.py", on_gpu, on_cpu), "--models", *models.split()]
 
 
