@@ -39,6 +39,12 @@ def test_the_sweep_of_the_rates_that_comes_with_mini() -> None:
     assert settings == [(width, rate) for width in (32, 64, 128) for rate in (0.01, 0.02, 0.04, 0.08)]
 
 
+def test_the_sweep_of_adamw_that_comes_with_mini() -> None:
+    planned = plan(ROOT / "benchmarks" / "adamw.yaml", [1], Path("runs"))
+    settings = [(run.arguments.optimization.optimizer, run.arguments.optimization.learning_rate) for run in planned]
+    assert settings == [("adamw", rate) for rate in (0.002, 0.004, 0.008)]
+
+
 @pytest.mark.slow
 def test_runs_take_turns_and_are_compared(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(file), "--seeds", "1", "2"])
