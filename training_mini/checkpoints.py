@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedConfig
 
-from .arguments import Arguments
+from .arguments import Arguments, OptimizationArguments
 from .cpu_attention import BLOCKS, FUSED
 from .distributed import Parallel
 from .lora import has_lora
@@ -91,6 +91,11 @@ class TrainerState:
     attention: str = FUSED
     is_compiled: bool = False
     processor: str = ""
+
+    def is_over(self, optimization: OptimizationArguments) -> bool:
+        """Whether the run has done all of its steps, or has ended early."""
+        ended_early = 0 < optimization.early_stopping_patience <= self.evaluations_since_best
+        return ended_early or self.step >= optimization.max_steps
 
 
 @dataclass

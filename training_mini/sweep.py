@@ -63,11 +63,14 @@ class PlannedRun:
 
     def is_finished(self) -> bool:
         """
-        Whether it was trained to its end before.
+        Whether it was trained to its end before. A folder `final` alone does not say so: a run that is stopped before
+        its first evaluation leaves one too.
 
         Raises:
             ValueError: if there is another run in its folder.
         """
+        from .checkpoints import read_state, states_of  # loads torch, which no help text needs
+
         if not (self.folder / SETTINGS).is_file():
             return False
         if not self.arguments.are_those_of(self.folder):
@@ -75,7 +78,15 @@ class PlannedRun:
                 f"There is a run in {str(self.folder)!r} whose settings are others than those of {self.label}: move it "
                 f"away, or name another --folder."
             )
-        return (self.folder / "final").is_dir()
+        if not (self.folder / "final").is_dir():
+            return False
+        if not (states := states_of(self.folder)):
+            return True  # a run that stops leaves a checkpoint; somebody has made room
+        steps = yaml.safe_load(read_text(self.folder / SETTINGS))["max_steps"]  # of max_minutes, those that fitted
+        try:
+            return read_state(states[-1]).is_over(self.arguments.with_max_steps(steps).optimization)
+        except (OSError, ValueError, TypeError):
+            return False  # damaged: the run goes back to the checkpoint before it
 
 
 def plan(path: Path, seeds: list[int], folder: Path) -> list[PlannedRun]:
@@ -127,7 +138,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 def sweep(planned: list[PlannedRun], out: Path) -> bool:
     """Trains what is not finished, and compares all; whether nobody stopped it."""
-    from .from_python import train  # loads torch, which no help text needs
+    from .checkpoints import states_of  # these load torch, which no help text needs
+    from .from_python import train
 
     finished = [run.is_finished() for run in planned]  # before any work: a run that is in the way is an error
     for number, (run, is_finished) in enumerate(zip(planned, finished, strict=True), start=1):
@@ -135,9 +147,11 @@ def sweep(planned: list[PlannedRun], out: Path) -> bool:
         if is_finished:
             continue
         given = {**run.given, "output_dir": str(run.folder)}
-        if (run.folder / SETTINGS).is_file():
+        if states_of(run.folder):
             given["resume"] = True
             given.pop("max_minutes", None)  # the run knows how many steps that are
+        elif (run.folder / SETTINGS).is_file():
+            given["overwrite"] = True  # it was killed before its first checkpoint
         result = train(TrainingSettings(**given))
         if result.stopped_by is not None:
             console.print("Stopped. The same command goes on from here.")

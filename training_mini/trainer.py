@@ -167,10 +167,7 @@ class Trainer:
         return every > 0 and step > 0 and step % every == 0
 
     def is_done(self) -> bool:
-        patience = self.arguments.optimization.early_stopping_patience
-        ended_early = 0 < patience <= self.state.evaluations_since_best
-        ended_early = ended_early or self.callbacks.asked("training_stop")
-        return ended_early or self.state.step >= self.arguments.optimization.max_steps
+        return self.state.is_over(self.arguments.optimization) or self.callbacks.asked("training_stop")
 
     def training_step(self) -> None:
         """One optimizer step on this process's share of the global batch."""

@@ -1,7 +1,10 @@
 """Several runs in one process, and their comparison."""
 
+import os
 import re
 import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import yaml
 from helpers.programs import ROOT
 from helpers.runs import QUICK
 from training_mini import from_python, trainer
-from training_mini.monitoring import read_metrics
+from training_mini.monitoring import Monitor, read_metrics
 from training_mini.sweep import main, plan
 
 FLAGS = dict(zip((flag.removeprefix("--") for flag in QUICK[::2]), QUICK[1::2], strict=True))
@@ -105,6 +108,54 @@ def test_minutes_are_the_steps_that_fitted(
     file.write_text(yaml.safe_dump({"common": common, "runs": {"timed": {"max_minutes": 1, "train_batch_size": 4}}}))
     with pytest.raises(ValueError, match="whose settings are others"):
         main([str(file)])
+
+
+def test_a_run_that_was_stopped_before_its_first_evaluation_goes_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(yaml.safe_dump({"common": {**COMMON, "eval_steps": 6, "save_steps": 6}, "runs": {"one": None}}))
+    folder = Path("runs/norms/one-seed-42")
+    stop_at(monkeypatch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit):
+        main([str(file)])
+    assert (folder / "final").is_dir(), "a model to write with"
+    main([str(file)])
+    assert "(finished before)" not in capsys.readouterr().out
+    assert read_metrics(folder)[-1]["step"] == 6
+    main([str(file)])
+    assert "(finished before)" in capsys.readouterr().out
+    shutil.rmtree(folder / "checkpoints")
+    main([str(file)])
+    assert "(finished before)" in capsys.readouterr().out, "somebody made room"
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file.write_text(yaml.safe_dump({"common": COMMON, "runs": {"one": None}}))
+    folder = Path("runs/norms/one-seed-42")
+
+    def die() -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        stop_at(patched, 2, die)
+        main([str(file)])
+    assert (folder / "config.yaml").is_file() and not (folder / "checkpoints").exists()
+    main([str(file)])
+    assert read_metrics(folder)[-1]["step"] == 6 and (folder / "final").is_dir()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int, stop: Callable[[], None]) -> None:
+    """Something happens to the process of a run at the end of a step."""
+    advance = Monitor.advance
+
+    def advance_or_stop(self: Monitor, done: int) -> None:
+        advance(self, done)
+        if done == step:
+            stop()
+
+    monkeypatch.setattr(Monitor, "advance", advance_or_stop)
 
 
 def metrics_of(file: Path, folder: str) -> list[float]:
