@@ -121,18 +121,22 @@ def assigned(
     document is asked for; their bytes are counted in `read_bytes`, by split.
     """
     for name, pieces in documents:
-        first = next(pieces, b"")
-        if first:
+        # Several, because those of a compressed file, or of one in UTF-16, are shorter than PIECE_SIZE.
+        read_ahead, length = [], 0
+        while length < PIECE_SIZE and (piece := next(pieces, None)) is not None:
+            read_ahead.append(piece)
+            length += len(piece)
+        if length:
             # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
-            held_out = read_bytes["validation"] + len(first) / 2
-            is_due = held_out <= ratio * (sum(read_bytes.values()) + len(first))
-            split = "validation" if is_due and len(first) < PIECE_SIZE else "train"
-            yield split, name, counted(first, pieces, read_bytes, split)
+            held_out = read_bytes["validation"] + length / 2
+            is_due = held_out <= ratio * (sum(read_bytes.values()) + length)
+            split = "validation" if is_due and length < PIECE_SIZE else "train"
+            yield split, name, counted(itertools.chain(read_ahead, pieces), read_bytes, split)
 
 
-def counted(first: bytes, rest: Iterator[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
-    """A piece that was read ahead and those behind it, their bytes counted under `split`."""
-    for piece in itertools.chain([first], rest):
+def counted(pieces: Iterable[bytes], counts: dict[str, int], split: str) -> Iterator[bytes]:
+    """The same pieces, their bytes counted under `split`."""
+    for piece in pieces:
         counts[split] += len(piece)
         yield piece
 
@@ -191,10 +195,10 @@ def move_tail(folder: Path, lengths: list[int], number: int, id_dtype: np.dtype)
         return
     left = number
     moves = []  # from the last shard backwards: which, and where to cut it
-    for number in reversed(range(len(lengths))):
-        part = min(left, lengths[number])
-        lengths[number] -= part
-        moves.append((folder / shard_name("train", number), lengths[number] * id_dtype.itemsize))
+    for shard in reversed(range(len(lengths))):
+        part = min(left, lengths[shard])
+        lengths[shard] -= part
+        moves.append((folder / shard_name("train", shard), lengths[shard] * id_dtype.itemsize))
         left -= part
         if not left:
             break

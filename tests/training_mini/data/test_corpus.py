@@ -3,8 +3,10 @@
 import gzip
 import json
 import os
+import random
 import re
 import signal
+import string
 import time
 from pathlib import Path
 
@@ -76,6 +78,23 @@ def test_few_documents_fall_back_to_position(load, tmp_path: Path) -> None:
         (tmp_path / f"{i}.md").write_bytes(b"%d" % i * 1000)
     corpus = load(f"{tmp_path}/*.md")
     assert 250 < len(corpus.validation) < 350
+
+
+@pytest.mark.parametrize("form", ["txt", "txt.gz", "txt.zst", "utf-16"])
+def test_long_files_are_split_by_position_however_short_their_pieces_are(
+    load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    for module in (documents_module, formats_module):
+        monkeypatch.setattr(module, "PIECE_SIZE", 150_000)
+    suffix, encoding = ("txt", form) if form.startswith("utf") else (form, "utf-8")
+    compress = {"txt.gz": gzip.compress, "txt.zst": zstandard.compress}.get(form, bytes)
+    generator, folder = random.Random(0), tmp_path / "long"
+    folder.mkdir()
+    for i in range(3):
+        text = "".join(generator.choices(string.ascii_letters, k=400_000))
+        (folder / f"{i}.{suffix}").write_bytes(compress(text.encode(encoding)))
+    corpus = load(folder, encoding=encoding)
+    assert len(corpus.validation) == int(0.1 * 3 * 400_001)
 
 
 def test_ids_equal_the_tokenizer(load, tmp_path: Path) -> None:
