@@ -61,10 +61,14 @@ class Trainer:
         self.accelerator, self.parallel, self.state = self.run.accelerator, self.run.parallel, self.run.state
         self.stop = StopRequest(self.accelerator)
         self.monitor = Monitor(self.run.folder, self.accelerator, hooks.is_quiet)
-        self.callbacks = Callbacks(self.run, hooks.callbacks)
+        try:
+            self.callbacks = Callbacks(self.run, hooks.callbacks)
+            self.saving = Saving(self.run, self.stop, self.monitor, self.callbacks)
+        except BaseException:
+            self.run.run_folder.release()
+            raise
         self.schedulers: list[LRScheduler] = []
         self.micro_batches = arguments.optimization.gradient_accumulation_steps
-        self.saving = Saving(self.run, self.stop, self.monitor, self.callbacks)
         self.window = make_log_window(self.run)
         self.learning_rate = 0.0
         self.dropout: float | None = None

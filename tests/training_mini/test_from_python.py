@@ -132,6 +132,18 @@ def test_an_interrupted_run_goes_on(result: TrainingResult, tmp_path: Path) -> N
     assert "\nTrained 6 steps before, and none now: max_steps is 5.\n" in report
 
 
+def test_a_run_that_cannot_begin_lets_its_folder_go(tmp_path: Path) -> None:
+    class Wrong(TrainerCallback):
+        def __init__(self) -> None:
+            raise ValueError("this callback is wrong")
+
+    # A notebook keeps the last error, and with it the objects of the run.
+    with pytest.raises(ValueError, match="this callback is wrong") as kept:
+        train(settings(tmp_path / "run"), callbacks=[Wrong])
+    assert kept.value is not None and not (tmp_path / "run").exists()
+    assert train(settings(tmp_path / "run", max_steps=3)).start_step == 0
+
+
 def test_wrong_input_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         train(settings(tmp_path / "run", dataset=str(tmp_path / "missing.txt")))
