@@ -16,6 +16,7 @@ from modeling_mini.loading.checkpoints import load_checkpoint, with_adapter
 from shape_mini import nearest_name
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2, with its weight transposed
 
 from .arguments import AdapterArguments, Arguments
 
@@ -48,6 +49,7 @@ def add_lora(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedM
     )
     leave_unpacked(model)
     with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft reads a deprecated name
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to False")  # for GPT-2, and peft corrects it
         return get_peft_model(model, config)
 
 
@@ -62,7 +64,8 @@ def has_lora(model: nn.Module) -> bool:
 
 def check_layers(model: PreTrainedModel, arguments: AdapterArguments) -> None:
     """Raises `ValueError` if a name matches nothing, the rank is too large, or a tied weight would be adapted twice."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
+    kinds = nn.Linear | Conv1D | nn.Embedding
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
     head = model.get_output_embeddings()
     chosen: dict[str, nn.Module] = {}
     for target in arguments.lora_target_modules:
@@ -80,7 +83,9 @@ def check_layers(model: PreTrainedModel, arguments: AdapterArguments) -> None:
         if not any(is_named(name, target) for name in modules):
             raise ValueError(f"lora_modules_to_save {target!r} matches nothing in the model{known(target, modules)}")
     if not chosen:
-        chosen = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear) and layer is not head}
+        chosen = {
+            name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding) and layer is not head
+        }
     sizes = {name: sizes_of(layer) for name, layer in chosen.items()}
     name, (rows, columns) = min(sizes.items(), key=lambda item: min(item[1]))
     if arguments.lora_r > min(rows, columns):
@@ -104,6 +109,8 @@ def known(target: str, modules: dict[str, nn.Module]) -> str:
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
+    if isinstance(layer, Conv1D):
+        return layer.nf, layer.nx
     return layer.out_features, layer.in_features  # of a quantized layer the weight has another shape
 
 

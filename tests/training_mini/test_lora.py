@@ -6,6 +6,7 @@ from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.analysis.cost import ModelCost
 from training_mini.arguments import AdapterArguments
 from training_mini.lora import add_lora, describe, in_mib, kept_by_adapters
+from transformers import GPT2Config, GPT2LMHeadModel
 
 ROWS, LENGTH = 4, 256
 
@@ -43,6 +44,17 @@ def test_memory_that_is_shown_is_kept(settings: dict[str, object]) -> None:
     learns = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     needed = model.get_memory_footprint() + 3 * learns + full.activations + full.working + by_adapters
     assert f"about {needed / 2**20:.1f} MiB of memory for {ROWS} x {LENGTH} tokens" in shown
+
+
+@pytest.mark.parametrize("targets", [[], ["c_attn"]])
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_the_linear_layers_of_gpt2_have_a_class_of_their_own(targets: list[str]) -> None:
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=16)
+    model = add_lora(GPT2LMHeadModel(config), AdapterArguments(lora_r=4, lora_target_modules=targets))
+    adapted = {name.split(".lora_A")[0].split(".")[-1] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert adapted == (set(targets) or {"c_attn", "c_proj", "c_fc"})
+    with pytest.raises(ValueError, match=r"^lora_r 33 is larger than transformer.h.0.attn.c_attn \(96 x 32\)"):
+        add_lora(GPT2LMHeadModel(config), AdapterArguments(lora_r=33, lora_target_modules=["c_attn"]))
 
 
 @pytest.mark.parametrize(("length", "saves_memory"), [(64, True), (1024, False)])
