@@ -12,9 +12,12 @@ import pytest
 import torch
 from helpers.programs import one_sentence, run_program
 from helpers.runs import QUICK, losses, metrics, train, train_here, weights
+from modeling_mini import MiniConfig, MiniForCausalLM
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_mini.arguments import parse_arguments
+from training_mini.hooks import Hooks
 from training_mini.trainer import Trainer
+from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
@@ -98,6 +101,16 @@ def test_internals(tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == losses(tmp_path / "plain"), "looking does not change the run"
 
 
+def test_internals_of_a_model_that_has_none_end_before_any_work(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=264, n_embd=32, n_layer=1, n_head=2, n_positions=32)
+    flags = "--dataset sample --max_steps 9 --train_batch_size 4 --max_eval_tokens 512 --internals_steps 8".split()
+    arguments = parse_arguments([*flags, "--output_dir", str(tmp_path / "run")])
+    sentence = r"^--internals_steps: GPT2LMHeadModel has no layers named as Llama's, .*\. Leave it out\.$"
+    with pytest.raises(ValueError, match=sentence):
+        Trainer(arguments, Hooks(model=GPT2LMHeadModel(config))).train()
+    assert not (tmp_path / "run").exists()
+
+
 def test_mfu_has_a_peak_that_it_assumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer, _ = train_here(tmp_path / "run", "--max_steps", 4, "--peak_tflops", 0.5)
     line = next(line for line in metrics(tmp_path / "run") if line["step"] == 3)
@@ -144,6 +157,19 @@ def test_batch_size_is_found(tmp_path: Path) -> None:
     trainer.train()
     assert sizes[:3] == [8, 4, 2] and trainer.micro_batches == 4
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
+
+
+def test_what_fits_is_tried_in_training_mode(tmp_path: Path) -> None:
+    """A checkpoint is loaded in evaluation mode, without dropout and gradient checkpointing."""
+    flags = "--dataset sample --max_steps 1 --train_batch_size 4 --max_eval_tokens 512 --find_batch_size".split()
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1, max_position_embeddings=32)).eval()
+    trainer = Trainer(parse_arguments([*flags, "--output_dir", str(tmp_path / "run")]), Hooks(model=model))
+    modes = []
+    model.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    trainer.begin()
+    assert modes == [True]
+    trainer.monitor.close()
+    trainer.run.run_folder.release()
 
 
 def test_one_sequence_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:

@@ -136,6 +136,14 @@ def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, fl
     return entropy | as_metrics("activations", recorder.statistics())
 
 
+def check_internals(run: Run) -> None:
+    """Raises `ValueError` if `inner_metrics` cannot look into the model of a run; it reads one window."""
+    try:
+        inner_metrics(run.unwrapped_model, run.held_out.windows(1))
+    except ValueError as error:
+        raise ValueError(f"--internals_steps: {error} Leave it out.") from None
+
+
 def own_metrics(run: Run, functions: Mapping[str, Metric]) -> dict[str, float]:
     """
     What functions of the caller measure on the whole model, as it is evaluated; `eval_` stands before each name. Every

@@ -18,7 +18,7 @@ from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
 from .kernels import check_choice, choose_kernels, compile_model, restore_model
-from .metrics import inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
+from .metrics import check_internals, inner_metrics, make_log_window, own_metrics, size_metrics, update_metrics
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
@@ -100,9 +100,11 @@ class Trainer:
         run, lines = self.run, []
         # 1. What the run needs to know before anything is written: does it fit into memory, and how long is it?
         choose_kernels(run)
+        if self.arguments.monitoring.internals_steps:
+            check_internals(run)
+        run.model.train()  # in evaluation mode, in which checkpoints are loaded, other tensors are kept
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
-        run.model.train()
         try_step = functools.partial(self.forward_and_backward, self.state.step)
         check_choice(run, try_step)
         if run.state.is_compiled:
