@@ -102,7 +102,14 @@ class CheckpointWriter:
     def _copy(self, weights: Weights) -> dict[str, Any]:
         """A copy of the tensors. Its memory is used again for the next checkpoint."""
         if self._stager is None:
-            self._stager = DefaultStager(StagingOptions(torch.cuda.is_available(), False, False, False))
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=torch.cuda.is_available(),
+                    use_shared_memory=False,
+                    use_async_staging=False,
+                    use_non_blocking_copy=False,
+                )
+            )
         return self._stager.stage(weights.tensors())
 
     def _begin(self, partial: Path) -> None:
@@ -171,7 +178,7 @@ def is_in_background(run: Run) -> bool:
         return False
     if parallel.is_deepspeed:
         raise ValueError("--async_save: DeepSpeed writes its checkpoints itself, and training waits; leave it out.")
-    needed = bytes_of_copy(run)
+    needed = max(parallel.gather(bytes_of_copy(run)))  # parts of a sharded model differ, and all decide alike
     on_machine, free = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), psutil.virtual_memory().available
     lacks_memory = parallel.anyone(on_machine > free)
     if lacks_memory and asked:
