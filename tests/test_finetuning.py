@@ -10,7 +10,7 @@ import transformers
 from cards_mini import CARD, read_card
 from datasets import Dataset
 from helpers.programs import ROOT, run_program
-from helpers.runs import forked, losses
+from helpers.runs import forked, losses, metrics
 from modeling_mini import MiniForCausalLM
 from modeling_mini.loading.checkpoints import load_checkpoint
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
@@ -60,6 +60,13 @@ def test_from_a_checkpoint_in_full(quick_run: Path, tmp_path: Path) -> None:
     before, after = (load_file(run / "best" / "model.safetensors") for run in (quick_run, tmp_path / "run"))
     assert all(not torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert result.run.folder.name == "run"
+
+
+def test_no_mfu_is_claimed_for_an_adapter(quick_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The formula counts the gradients of all weights."""
+    tune(tmp_path / "run", quick_run, "--lora_r", 4, "--max_steps", 3, "--peak_tflops", 0.5)
+    assert not any("mfu" in line for line in metrics(tmp_path / "run"))
+    assert "MFU" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

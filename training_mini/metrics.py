@@ -90,29 +90,35 @@ class LogWindow:
 
 
 def make_log_window(run: Run) -> LogWindow:
-    """The window of a run. It has MFU if the peak speed of the device is known or given."""
+    """The window of a run. It has MFU if the peak speed of the device is known or given, and the FLOPs are known."""
     arguments, accelerator, length = run.arguments, run.accelerator, run.config.max_position_embeddings
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     peak = peak_flops(accelerator.device, dtype, arguments.monitoring.peak_tflops)
+    flops = flops_per_token(run) if peak is not None else None
     return LogWindow(
         accelerator,
         tokens_per_step=arguments.optimization.train_batch_size * length,
         tokens_per_byte=len(run.held_out.ids) / run.held_out.bytes,
-        flops_per_token=flops_per_token(run) if peak is not None else None,
-        peak_flops=peak,
+        flops_per_token=flops,
+        peak_flops=peak if flops is not None else None,
     )
 
 
 def size_metrics(run: Run) -> dict[str, float]:
-    """The parameters of the model, and of a whole model of known shape the FLOPs of training on one token."""
+    """The parameters of the model, and the FLOPs of training on one token where they can be counted."""
     metrics: dict[str, float] = {"parameters": run.unwrapped_model.num_parameters()}
-    if not run.arguments.adapter.lora_r and (flops := flops_per_token(run)) is not None:
+    if (flops := flops_per_token(run)) is not None:
         metrics["training_flops_per_token"] = flops
     return metrics
 
 
 def flops_per_token(run: Run) -> int | None:
-    """The FLOPs of training on one token; `None` for a model of a shape that cannot be counted."""
+    """
+    The FLOPs of training on one token; `None` for a model of a shape that cannot be counted, and with an adapter: no
+    gradients of the other weights are computed then, which are a third of the formula.
+    """
+    if run.arguments.adapter.lora_r:
+        return None
     try:
         return ModelCost(run.config).training_flops_per_token(run.config.max_position_embeddings)
     except ValueError:
