@@ -563,7 +563,7 @@ def find_config(name: str) -> Path:
         ValueError: for a name of neither.
     """
     path = Path(name)
-    if path.exists() or path.suffix or len(path.parts) > 1:
+    if path.is_file() or path.suffix or len(path.parts) > 1:
         return path
     known = {file.stem: file for file in files_of_mini("configs/*.yaml")}
     if name not in known:

@@ -51,6 +51,12 @@ def repeated_names() -> set[str]:
     return {line.split(":")[0] for line in CONFIGS[-1].with_name("tiny.yaml").read_text().splitlines() if ":" in line}
 
 
+def test_a_folder_does_not_hide_the_configuration_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "small").mkdir()  # a run, say
+    monkeypatch.chdir(tmp_path)
+    assert parse_arguments(["--config", "small"]).model.size == "small"
+
+
 def test_small_configuration_is_the_full_default_run() -> None:
     arguments = parse_arguments(["--config", str(CONFIGS[-1].with_name("small.yaml"))])
     config = arguments.model.model_config()
