@@ -74,7 +74,8 @@ class RunFolder:
     def empty(self) -> None:
         """Removes what a run has written; last of all what shows that the folder is a run, if this is killed."""
         for path in sorted(contents(self.path), key=lambda path: path.name == SETTINGS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            # Checkpoints may lie elsewhere, by a link: what it leads to stays.
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def contents(folder: Path) -> list[Path]:

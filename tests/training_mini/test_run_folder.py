@@ -52,6 +52,18 @@ def test_what_is_there_is_safe(tmp_path: Path) -> None:
     folder.release()
 
 
+def test_checkpoints_that_lie_elsewhere_by_a_link_are_left_there(tmp_path: Path) -> None:
+    scratch, run = tmp_path / "scratch", tmp_path / "run"
+    (scratch / "step_2").mkdir(parents=True)
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 1")
+    (run / "checkpoints").symlink_to(scratch)
+    folder = claim(run, "--overwrite")
+    folder.empty()
+    folder.release()
+    assert not run.exists() and (scratch / "step_2").is_dir()
+
+
 def test_the_file_of_a_lock_of_a_run_that_was_killed_is_no_ones_work(tmp_path: Path) -> None:
     (tmp_path / ".lock").write_text("process 1 on another")
     (tmp_path / ".config.yaml.1.partial").write_text("size: ti")  # nor what it was about to write first
