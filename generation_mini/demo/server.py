@@ -126,7 +126,8 @@ def beginning_of(
     if "ids" in body:
         return ids_of(author, body["ids"]), ids_of(author, [body.get("first")])[0], []
     messages = body.get("messages")
-    roles = [message.get("role") for message in messages] if isinstance(messages, list) else []
+    are_messages = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    roles = [message.get("role") for message in messages] if are_messages else []
     if len(roles) % 2 == 0 or roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise ValueError("The messages must be of the user and the assistant in turns, and end with the user's.")
     contents = [message.get("content") for message in messages]

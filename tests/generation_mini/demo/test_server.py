@@ -78,6 +78,7 @@ def test_a_conversation_is_read_in_turns_and_the_oldest_leave(author: Author) ->
         ("write", '{"ids": []}', "at least one token"),
         ("write", '{"ids": [1, 9999], "first": 3}', "A token is a number from 0 to"),
         ("write", '{"ids": [1]}', "A token is a number from 0 to"),
+        ("write", '{"messages": ["go"]}', "messages must be of the user and the assistant in turns"),
         ("write", '{"messages": [{"role": "user", "content": 1}]}', "content of a message must be text"),
         ("write", '{"messages": [{"role": "assistant", "content": "a"}]}', "and end with the user's"),
         ("look", '{"ids": [1], "token": true}', "A token is a number"),
