@@ -81,8 +81,7 @@ class ExponentialMovingAverage:
 
     Args:
         decay: the share of the old average that each step keeps. In step n it is at most (1 + n) / (10 + n), so that
-        the
-            random weights of the start are soon forgotten.
+            the random weights of the start are soon forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
