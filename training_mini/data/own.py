@@ -52,7 +52,8 @@ def own_corpus(
             f"dataset in the settings, or one split of a DatasetDict."
         )
     is_dataset = datasets is not None and isinstance(data, datasets.Dataset | datasets.IterableDataset)
-    if is_dataset and "input_ids" not in (data.column_names or ()):
+    # A stream may not know its columns before it is read.
+    if is_dataset and "input_ids" not in (data.column_names or next(iter(data), {})):
         if isinstance(data, datasets.Dataset):
             return load_corpus(arguments, max_eval_tokens, show_progress, dataset_source(data, arguments))
         return stream_corpus(arguments, max_eval_tokens, [lambda: HubStream(arguments, data)])

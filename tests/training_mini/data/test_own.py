@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from helpers.runs import losses
 from training_mini import TrainingSettings, train
 from training_mini.arguments import DataArguments
@@ -46,11 +46,19 @@ def test_ids_that_are_all_there_are_one_text_with_its_end_held_out(data: Any) ->
     np.testing.assert_array_equal(corpus.validation, IDS[4800:])
 
 
+def records() -> Iterator[dict[str, list[int]]]:
+    for row in ROWS:
+        yield {"input_ids": row.tolist()}
+
+
 @pytest.mark.parametrize(
     "make",
-    [Again, lambda: iter(ROWS), lambda: iter(IDS), lambda: ({"input_ids": torch.from_numpy(row)} for row in ROWS)],
-    ids=["iterable", "iterator", "single ids", "records"],
-)
+    [
+        Again, lambda: iter(ROWS), lambda: iter(IDS), lambda: ({"input_ids": torch.from_numpy(row)} for row in ROWS),
+        lambda: IterableDataset.from_generator(records),
+    ],
+    ids=["iterable", "iterator", "single ids", "records", "stream without named columns"],
+)  # fmt: skip
 def test_an_iterable_is_read_in_its_order_with_its_beginning_held_out(make: Callable[[], Iterable[Any]]) -> None:
     corpus = corpus_of(make())
     assert type(corpus) is StreamCorpus and "its order is that of the batches" in corpus.problem
