@@ -141,7 +141,7 @@ class TextCorpus(Corpus):
         if not given and self.is_python:
             return [(python_prompt(self.tokenizer), ids_of_function(self.tokenizer))]
         given = given or self.beginnings(held_out)[:1] or ["\n"]
-        return [(prompt, self.tokenizer(prompt).input_ids) for prompt in given]
+        return [(prompt, self.tokenizer(prompt, verbose=False).input_ids) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
         ids = self.validation[:READ_FOR_BEGINNINGS]
@@ -216,7 +216,7 @@ class ExampleCorpus(Corpus):
         if not given:
             return list(self._different_prompts(held_out, HELD_OUT_PROMPTS).items())
         if not self.is_chat:
-            return [(prompt, tokenizer(prompt).input_ids) for prompt in given]
+            return [(prompt, tokenizer(prompt, verbose=False).input_ids) for prompt in given]
         conversations = [[{"role": "user", "content": prompt}] for prompt in given]
         ids = [encode_messages(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
         return list(zip(given, ids, strict=True))

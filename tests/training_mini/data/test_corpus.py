@@ -25,6 +25,7 @@ from training_mini.data.corpus import Corpus, load_corpus
 from training_mini.data.formats import decoded
 from training_mini.data.packing import ExampleCollator, HeldOutExamples
 from training_mini.data.sources import open_source
+from transformers import tokenization_utils_base
 
 
 @pytest.fixture
@@ -95,6 +96,20 @@ def test_long_files_are_split_by_position_however_short_their_pieces_are(
         (folder / f"{i}.{suffix}").write_bytes(compress(text.encode(encoding)))
     corpus = load(folder, encoding=encoding)
     assert len(corpus.validation) == int(0.1 * 3 * 400_001)
+
+
+def test_a_prompt_that_is_longer_than_the_context_is_read_without_a_warning(
+    load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would speak of indexing errors; a sample is begun with what fits."""
+    text, examples = load("sample"), load("instruction-sample")
+    warned: list[str] = []
+    monkeypatch.setattr(tokenization_utils_base.logger, "warning", lambda message, *_: warned.append(message))
+    for corpus in (text, examples):
+        corpus.tokenizer.model_max_length = 4
+        ((prompt, ids),) = corpus.make_prompts(None, ["longer than that"])
+        assert prompt == "longer than that" and len(ids) > 4
+    assert not warned
 
 
 def test_ids_equal_the_tokenizer(load, tmp_path: Path) -> None:
