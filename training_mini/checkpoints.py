@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,10 @@ PARTS_OF_AN_ADAPTER = (
 )  # fmt: skip
 CHECKSUMS = "checksums.json"
 STATE = "trainer_state.json"
+
+
+class NewerStateError(ValueError):
+    """A checkpoint was written by a version of Mini that records more than this one knows. It is not damaged."""
 
 
 @dataclass
@@ -210,7 +214,12 @@ def check_is_finite(run_folder: Path, state: TrainerState, parallel: Parallel, m
 
 
 def damage_of(folder: Path) -> str:
-    """What is wrong with a checkpoint, or an empty string."""
+    """
+    What is wrong with a checkpoint, or an empty string.
+
+    Raises:
+        NewerStateError: as `read_state`.
+    """
     try:
         sums = read_json(folder / CHECKSUMS)
         for name, expected in sums.items():
@@ -219,15 +228,29 @@ def damage_of(folder: Path) -> str:
         read_state(folder)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except NewerStateError:
+        raise
     except (OSError, ValueError, TypeError, AttributeError):
         return f"{CHECKSUMS} or {STATE} cannot be read"
     return ""
 
 
 def read_state(folder: Path) -> TrainerState:
+    """
+    The state in a checkpoint.
+
+    Raises:
+        NewerStateError: if it has something that this version does not know.
+        OSError, ValueError, TypeError: if it is damaged.
+    """
     state = {"sequences": None} | read_json(folder / STATE)
     if state.pop("has_blocks", False):  # as it was recorded when there were two ways
         state["attention"] = BLOCKS
+    if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
+        raise NewerStateError(
+            f"{folder} was written by a newer version of Mini, which records {' and '.join(unknown)}: go on with that "
+            f"version."
+        )
     return TrainerState(**state)
 
 
@@ -237,7 +260,7 @@ def find_state(run_folder: Path) -> tuple[Path, list[str]]:
     `step_N.damaged`.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or a newer version of Mini has written it.
     """
     problems = []
     for folder in reversed(states_of(run_folder)):

@@ -6,7 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.runs import losses, metrics, train_here
-from training_mini.checkpoints import CHECKSUMS, STATE, TrainerState, check_state, damage_of, read_state, sha256
+from training_mini.checkpoints import (
+    CHECKSUMS,
+    STATE,
+    TrainerState,
+    check_state,
+    damage_of,
+    find_state,
+    read_state,
+    sha256,
+)
 from training_mini.data.batches import Collator, TrainingBatches
 
 
@@ -23,6 +32,17 @@ def test_another_order_of_the_data_is_refused(tmp_path: Path) -> None:
     check_state(tmp_path, state, {}, {}, {}, {"seed": 42, "assistant_only_loss": True})
     with pytest.raises(ValueError, match=r"another order of its data, .*: seed \(was 42, now 43\); leave"):
         check_state(tmp_path, state, {}, {}, {}, {"seed": 43})
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step_2"
+    folder.mkdir(parents=True)
+    state = json.dumps({"corpus": {}, "architecture": {}, "step": 2, "phase": "cooldown"})
+    (folder / STATE).write_text(state)
+    (folder / CHECKSUMS).write_text(json.dumps({STATE: sha256(folder / STATE)}))
+    with pytest.raises(ValueError, match=r"step_2 was written by a newer version of Mini, which records phase: go on"):
+        find_state(tmp_path)
+    assert (folder / STATE).read_text() == state, "it stays where it is"
 
 
 @pytest.mark.parametrize("second", [2, 16])
