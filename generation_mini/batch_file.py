@@ -172,7 +172,7 @@ class BatchFile:
         weights = hashlib.sha256()
         for name, parameter in model.named_parameters():
             flat = parameter.detach().flatten()
-            ends = flat[[0, len(flat) // 2, -1]].double().tolist()
+            ends = flat[[0, len(flat) // 2, -1]].cpu().double().tolist()
             weights.update(f"{name} {tuple(parameter.shape)} {ends}".encode())
         settings["model"] = weights.hexdigest()
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

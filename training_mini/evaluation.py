@@ -133,7 +133,7 @@ def evaluate(
     # its weights together. In the last turn, some have nothing to add.
     turns = max(len(held_out.groups(process, processes, share)) for process in range(processes))
     idle = held_out.groups(0, processes, share)[0]
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    nats = [torch.zeros((), device=accelerator.device)]  # of each batch
     was_training = model.training
     model.eval()
     try:
@@ -145,12 +145,14 @@ def evaluate(
                 with accelerator.autocast():
                     logits = model(**batch.inputs, use_cache=False).logits
                 if turn < len(groups):
-                    nats += nn.functional.cross_entropy(
-                        logits.flatten(0, 1).float(), batch.targets.flatten(), reduction="sum"
-                    )
+                    targets = batch.targets.flatten()
+                    nats.append(nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum"))
     finally:
         model.train(was_training)
-    total_nats = accelerator.reduce(nats, reduction="sum").item() / tensor_size
+    total_nats = torch.stack(nats).cpu().double().sum()  # Apple's GPUs have no float64
+    if accelerator.num_processes > 1:
+        total_nats = accelerator.reduce(total_nats.to(accelerator.device), reduction="sum")
+    total_nats = total_nats.item() / tensor_size
     bits_per_byte = total_nats / math.log(2) / held_out.bytes
     return Evaluation(loss=total_nats / len(held_out.ids), bits_per_byte=bits_per_byte)
 

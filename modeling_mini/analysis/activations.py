@@ -93,7 +93,7 @@ class ActivationRecorder:
         result = {}
         # The moments of each call are about its own mean; the binomial theorem converts them to the common mean.
         for site, calls in self._moments.items():
-            means, second, third, fourth, largest, counts = torch.stack(calls).double().cpu().numpy().T
+            means, second, third, fourth, largest, counts = torch.stack(calls).cpu().double().numpy().T
             share = counts / counts.sum()
             mean = float((share * means).sum())
             offset = means - mean
