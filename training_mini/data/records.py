@@ -1,8 +1,7 @@
 """Finds the column of a record that is its text, and makes documents of the texts of records."""
 
-import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from shape_mini import nearest_name
@@ -22,16 +21,19 @@ class NoTextColumn(ValueError):
     """Records of which nobody said which column is the text. One such file stops a folder of good ones."""
 
 
-def file_documents(file: DataFile, arguments: DataArguments, first: int = 0) -> Iterator[Document]:
-    """The documents of a file of records, beginning with record `first`."""
+def file_documents(
+    file: DataFile,
+    arguments: DataArguments,
+    number: Callable[[Iterator[dict[str, Any]]], Iterator[tuple[int, dict[str, Any]]]] = enumerate,
+) -> Iterator[Document]:
+    """The documents of a file of records. `number` gives each record its number, and may leave out the first ones."""
     column = arguments.text_column
     if column is None:
         record = next(file.records(), None)
         if record is None:
             return
         column = find_text_column(str(file), record, None)
-    records = itertools.islice(enumerate(file.records((column,))), first, None)
-    yield from record_documents(str(file), records, column, arguments.errors)
+    yield from record_documents(str(file), number(file.records((column,))), column, arguments.errors)
 
 
 def record_documents(

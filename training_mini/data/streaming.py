@@ -50,11 +50,14 @@ class FileStream:
 
     def __iter__(self) -> Iterator[Document]:
         while self._file < len(self.files):
-            file = self.files[self._file]
-            for name, pieces in file_documents(file, self.arguments, self._record):
-                self._record = int(name.rpartition(" ")[2]) + 1
-                yield name, pieces
+            yield from file_documents(self.files[self._file], self.arguments, self._number)
             self._file, self._record = self._file + 1, 0
+
+    def _number(self, records: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbers the records from the position on, which goes along."""
+        for number, record in itertools.islice(enumerate(records), self._record, None):
+            self._record = number + 1
+            yield number, record
 
     def state_dict(self) -> dict[str, Any]:
         return {"file": self._file, "record": self._record}
