@@ -7,8 +7,11 @@ pass over in silence works or is refused with a reason.
 """
 
 import asyncio
+import contextlib
+import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,10 +23,17 @@ from jinja2 import TemplateError
 from modeling_mini.loading.checkpoints import find_checkpoint, load_model
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
+from tokenization.chat import text_of
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
 
-from .text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop
+from .text_generation import (
+    IncrementalDetokenizer,
+    StopStrings,
+    TextUntilStop,
+    check_characters,
+    failures_in_a_sentence,
+)
 
 # What OpenAI's protocol has and the server would ignore, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -31,6 +41,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "function_call": ("none",),
     "functions": ([],),
+    "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
     "n": (1,),
@@ -51,6 +62,10 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
 MOST_LOGPROBS = 5  # as in OpenAI's protocol
 MOST_CHOICES = 128
 MOST_TOKENS = 1 << 31
+# What the server itself tells `apply_chat_template`; a setting of the template has another name.
+TEMPLATE_ARGUMENTS = frozenset(
+    ("add_generation_prompt", "conversation", "messages", "return_dict", "return_tensors", "tokenize", "tools")
+)
 LARGEST_SEED = (1 << 63) - 1 - MOST_CHOICES  # each choice has the next one
 
 
@@ -65,6 +80,7 @@ def install() -> None:
 
 
 stock_build_server = server.build_server
+stock_processor_inputs = chat_completion.ChatCompletionHandler.get_processor_inputs_from_messages
 
 
 def build_server(*parts: Any, **settings: Any) -> FastAPI:
@@ -78,6 +94,18 @@ def build_server(*parts: Any, **settings: Any) -> FastAPI:
         return JSONResponse(content, status_code=error.status_code)
 
     return app
+
+
+@contextlib.contextmanager
+def wrong_input_is_refused() -> Iterator[None]:
+    """Status 400 and a sentence for wrong input, which would otherwise be an error of the server without a reason."""
+    try:
+        with failures_in_a_sentence():
+            yield
+    except TemplateError as error:
+        raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
 
 
 class ServedModels(model_manager.ModelManager):
@@ -155,6 +183,9 @@ class OneByOne(utils.GenerateManager):
     """
     Requests one after the other.
 
+    The seed of a request is set on the thread that writes, when its turn has come: set before, it would be that of the
+    text which is being written then.
+
     The stop strings of transformers would also be found where a prompt ends and the text begins, so the text alone is
     searched here. The server calls a text too long if it has `max_new_tokens`. So that one that ends by itself at that
     very position is not taken for it, `max_new_tokens` is cleared then.
@@ -165,6 +196,7 @@ class OneByOne(utils.GenerateManager):
     ) -> tuple[asyncio.Queue, utils.DirectStreamer]:
         limit_to_context(model, length_of(inputs), gen_config)
         inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        self.submit_seed(gen_config)
         queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **settings)
         text, passed_on = TextUntilStop(stop), asyncio.Queue()
 
@@ -191,12 +223,18 @@ class OneByOne(utils.GenerateManager):
     ) -> tuple[str, int, torch.Tensor]:
         limit_to_context(model, length_of(inputs), gen_config)
         inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        self.submit_seed(gen_config)
         whole, length, ids = await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
         text = TextUntilStop(stop)
         shown = text.feed(whole) + text.rest()
         if text.is_stopped or ends_by_itself(ids, gen_config):
             gen_config.max_new_tokens = None
         return shown, length, ids
+
+    def submit_seed(self, config: GenerationConfig) -> None:
+        """Directly before the text is submitted, with no `await` between, so that no other request comes between."""
+        if config.seed_of_request is not None:
+            self.submit(utils.set_torch_seed, config.seed_of_request)
 
 
 def with_stop_strings(
@@ -245,6 +283,8 @@ class InBatches(utils.CBGenerateManager):
         limit_to_context(model, length_of(inputs), gen_config)
         if gen_config.stop_strings:
             raise HTTPException(400, "stop does not work with --continuous-batching: start the server without it.")
+        if gen_config.seed_of_request is not None and gen_config.do_sample:
+            raise HTTPException(400, "seed does not work with --continuous-batching: start the server without it.")
         for name in self.shared:
             ours, asked = getattr(self.first, name), getattr(gen_config, name)
             if asked != ours:
@@ -270,11 +310,25 @@ class Checked:
             if body.get(name) is not None:
                 number_in(body, name, 1, self.fewest_tokens, MOST_TOKENS)
         number_in(body, "seed", 0, 0, LARGEST_SEED)
+        if not isinstance(suffix := body.get("suffix") or "", str):
+            raise HTTPException(400, f"suffix must be a text, got {suffix!r}.")
+        if (settings := body.get("generation_config")) is not None and not is_json_object(settings):
+            raise HTTPException(400, f"generation_config must be the text of a JSON object, got {settings!r:.80}.")
         for name, (fits, words) in NUMBERS.items():
             if (value := body.get(name)) is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
                 raise HTTPException(400, f"{name} must be {words}, got {value!r}.")
+            if value > sys.float_info.max:
+                raise HTTPException(400, f"{name} must be finite, got {value!r:.80}.")
+
+    def _build_generation_config(
+        self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
+    ) -> GenerationConfig:
+        # Without the seed, which transformers would set at once, whatever is being written.
+        config = super()._build_generation_config({**body, "seed": None}, model_generation_config, use_cb=use_cb)
+        config.seed_of_request = body.get("seed")
+        return config
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
         models = self.model_manager
@@ -296,10 +350,30 @@ class ChatCompletions(Checked, chat_completion.ChatCompletionHandler):
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
             raise HTTPException(400, "messages must be a list of objects with role and content, and not empty.")
-        try:
+        settings = body.get("chat_template_kwargs")
+        if settings is not None and not (isinstance(settings, dict) and TEMPLATE_ARGUMENTS.isdisjoint(settings)):
+            raise HTTPException(
+                400, f"chat_template_kwargs must be an object with settings of the chat template, got {settings!r:.80}."
+            )
+        with wrong_input_is_refused():
             return await super().handle_request(body, request_id)
-        except TemplateError as error:
-            raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict], modality: utils.Modality) -> list[dict]:
+        """
+        The messages for the chat template. Of a model of text, transformers would leave out a picture in silence.
+
+        Raises:
+            ValueError: for a message that is not text, and for one with tool calls.
+        """
+        if modality == utils.Modality.LLM:
+            for message in messages:
+                if message.get("tool_calls"):
+                    raise ValueError("tool_calls do not work here: leave out such messages.")
+                check_characters(text_of(message.get("content")), "A message")
+            # transformers leaves out the content of a message that has the key, and clients send it as null.
+            messages = [{"role": message["role"], "content": message["content"]} for message in messages]
+        return stock_processor_inputs(messages, modality)
 
 
 class Completions(Checked, completion.CompletionHandler):
@@ -317,6 +391,11 @@ class Completions(Checked, completion.CompletionHandler):
             HTTPException: 400, with a reason, for what does not work.
         """
         self._validate_request(body)
+        with wrong_input_is_refused():
+            return await self.answer(body, request_id)
+
+    async def answer(self, body: dict[str, Any], request_id: str) -> Any:
+        """The answer to a request whose settings are checked."""
         prompts = prompts_of(body.get("prompt"))
         choices = number_in(body, "n", 1, 1, MOST_CHOICES)
         echo, logprobs = bool(body.get("echo")), None
@@ -345,11 +424,21 @@ def prompts_of(given: Any) -> list[str]:
 
     Raises:
         HTTPException: 400, if they are not text.
+        ValueError: if they hold what is no character.
     """
     prompts = as_list("" if given is None else given)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise HTTPException(400, "prompt must be a text or a list of texts; token ids are not taken.")
+    for prompt in prompts:
+        check_characters(prompt, "The prompt")
     return prompts
+
+
+def is_json_object(text: Any) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (TypeError, ValueError):
+        return False
 
 
 def number_in(body: dict[str, Any], name: str, default: int, least: int, most: int) -> int:

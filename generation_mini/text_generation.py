@@ -167,6 +167,14 @@ def context_of(model: PreTrainedModel) -> int:
     return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
 
 
+def check_characters(text: str, name: str) -> None:
+    """Raises `ValueError` if a text, with a name for the sentence, holds what is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes of a command line, or half a pair of JSON's \\u
+        raise ValueError(f"{name} is not valid UTF-8 at character {error.start}.") from None
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """
     The ids of a prompt; where nothing is written before an empty one, a text begins as after the end of another.
@@ -174,10 +182,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     Raises:
         ValueError: if it holds what is no character.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line, or half a pair of JSON's \\u
-        raise ValueError(f"The prompt is not valid UTF-8 at character {error.start}.") from None
+    check_characters(prompt, "The prompt")
     return tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -227,11 +228,40 @@ def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
         ({"top_p": 0}, "top_p must be a number above 0, and 1 at most, got 0."),
         ({"frequency_penalty": -2}, "frequency_penalty must be a number above -1, got -2."),
         ({"seed": -1}, "seed must be a whole number from 0 to"),
+        ({"temperature": 1e-300}, "No token can be drawn, because the probabilities are not numbers"),
+        ({"temperature": 10**400}, "temperature must be finite, got 1000"),
+        ({"logit_bias": {"5": 100}}, "logit_bias does not work here, got {'5': 100}: leave it out."),
+        ({"suffix": ["a"]}, "suffix must be a text, got ['a']."),
+        ({"extra_body": {"generation_config": "x"}}, "generation_config must be the text of a JSON object, got 'x'."),
+        ({"extra_body": {"generation_config": {}}}, "generation_config must be the text of a JSON object, got {}."),
+        ({"extra_body": {"generation_config": '{"temperature": -5}'}}, "`temperature` (=-5) has to be a strictly pos"),
     ],
 )
 def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, settings: dict, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
         client.completions.create(**{"model": NAME, "prompt": "the ", "max_tokens": 2, **settings})
+
+
+def test_a_seed_is_that_of_its_request(client: openai.OpenAI) -> None:
+    """Also while others write: their seeds are not its own."""
+    arguments = {"model": NAME, "prompt": "the ", "max_tokens": 50, "temperature": 1}
+
+    def text(seed: int) -> str:
+        return client.completions.create(**arguments, seed=seed).choices[0].text
+
+    def streamed(seed: int) -> str:
+        chunks = client.completions.create(**arguments, seed=seed, stream=True)
+        return "".join(chunk.choices[0].text for chunk in chunks)
+
+    alone = [text(seed) for seed in range(8)]
+    assert len(set(alone)) == 8
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(text, range(8))) == alone
+        assert list(pool.map(streamed, range(8))) == alone
+
+
+def content(*parts: object) -> dict:
+    return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
 @pytest.mark.parametrize(
@@ -245,6 +275,14 @@ def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, sett
         ({"messages": "Hello"}, "messages must be a list of objects"),
         ({"messages": [{"role": "user"}]}, "messages must be a list of objects"),
         ({"messages": [{"role": "robot", "content": "Hello"}]}, "The chat template refuses the messages: .* got robot"),
+        ({"messages": [{"role": "user", "content": 5}]}, "A message needs a content: text, or a list of parts"),
+        (content("a"), "A message is text, and a part of it that is not cannot be read: 'a'"),
+        (content({"type": "text"}), "A message is text, and a part of it that is not cannot be read"),
+        (content({"type": "image_url", "image_url": {"url": "x"}}), "a part of it that is not cannot be read"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "tool_calls do not work here"),
+        ({"extra_body": {"chat_template_kwargs": "x"}}, "chat_template_kwargs must be an object with settings"),
+        ({"extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "chat_template_kwargs must be an object"),
+        ({"logit_bias": {"5": 100}}, "logit_bias does not work here"),
     ],
 )
 def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -> None:
@@ -252,6 +290,31 @@ def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -
         client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 2, **settings})
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "user": "me"}
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2, **neutral).choices
+
+
+@pytest.mark.parametrize(
+    ("path", "request_body", "reason"),
+    [
+        ("completions", {"prompt": "the \ud800"}, "The prompt is not valid UTF-8 at character 4."),
+        ("completions", {"prompt": "the \ud800", "stream": True}, "The prompt is not valid UTF-8 at character 4."),
+        ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "A message is not valid UTF-8 at"),
+    ],
+)
+def test_half_of_a_character_is_refused(server: str, path: str, request_body: dict, reason: str) -> None:
+    """Which the library `openai` does not send, and JSON can hold."""
+    body, kind = json.dumps({"model": NAME, **request_body}).encode(), {"Content-Type": "application/json"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{server}/v1/{path}", body, kind))
+    assert refused.value.code == 400 and json.load(refused.value)["error"]["message"].startswith(reason)
+
+
+def test_a_message_may_come_back_as_clients_send_it(client: openai.OpenAI) -> None:
+    """With the parts that OpenAI's protocol has, and with keys that hold nothing."""
+    arguments = {"model": NAME, "max_tokens": 9, "temperature": 0}
+    answer = client.chat.completions.create(messages=MESSAGES, **arguments)
+    message = {**MESSAGES[0], "content": [{"type": "text", "text": MESSAGES[0]["content"]}], "tool_calls": None}
+    again = client.chat.completions.create(messages=[message], **arguments)
+    assert again.choices[0].message.content == answer.choices[0].message.content
 
 
 def test_requests_that_share_batches(tmp_path: Path) -> None:
@@ -269,6 +332,7 @@ def test_requests_that_share_batches(tmp_path: Path) -> None:
         refused = {
             "stop does not work with --continuous-batching": {"stop": "x"},
             "logprobs do not work with --continuous-batching": {"logprobs": 1},
+            "seed does not work with --continuous-batching": {"seed": 1, "temperature": 1},
             "do_sample is False on this server, and cannot be True": {"temperature": 1},
         }
         for reason, settings in refused.items():
