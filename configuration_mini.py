@@ -13,6 +13,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ROPE_TYPES = ("default", *sorted(ROPE_INIT_FUNCTIONS))
+# What of `rope_parameters` is a number; transformers only warns of some that are none.
+NEEDED_ROPE_NUMBERS = (
+    "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
+ROPE_NUMBERS = (
+    *NEEDED_ROPE_NUMBERS, "factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+    "short_factor", "long_factor",
+)  # fmt: skip
 
 
 def unknown_norm(reader: str, norm: str) -> ValueError:
@@ -148,6 +156,18 @@ class MiniConfig(MiniShape, PreTrainedConfig):
 
     def validate_rope(self) -> None:
         """The checks of transformers for each RoPE type, and as errors what it only warns of or does not look at."""
+        for name, value in (self.rope_parameters or {}).items():
+            if name not in ROPE_NUMBERS:
+                continue
+            is_list = name in ("short_factor", "long_factor")
+            if is_list and not isinstance(value, list):
+                raise ValueError(f"{name} must be a list of numbers, got {value!r}.")
+            values = value if is_list else [value] if name in NEEDED_ROPE_NUMBERS or value is not None else []
+            for number in values:
+                if isinstance(number, bool) or not isinstance(number, int | float):
+                    raise ValueError(f"{name} of rope_parameters must be a number, got {number!r}.")
+                if name in ("factor", "original_max_position_embeddings") and number <= 0:
+                    raise ValueError(f"{name} of rope_parameters must be above 0, got {number}.")
         try:
             super().validate_rope()
         except KeyError as error:

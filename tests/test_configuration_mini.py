@@ -101,6 +101,22 @@ ROPE_THAT_CANNOT_WORK = {
     "more rotary features than features": rope("default", partial_rotary_factor=2.0),
     "negative theta": {"rope_parameters": {"rope_type": "default", "rope_theta": -5.0}},
     "infinite theta": {"rope_parameters": {"rope_type": "default", "rope_theta": float("inf")}},
+    "theta that is a list": {"rope_parameters": {"rope_type": "default", "rope_theta": [1, 2]}},
+    "theta that is nothing": {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+    "factor of 0": rope("linear", factor=0),
+    "negative factor": rope("dynamic", factor=-1.0),
+    "factor that is text": rope("yarn", factor="abc", original_max_position_embeddings=128),
+    "no original context": rope("yarn", factor=2.0, original_max_position_embeddings=0),
+    "beta that is text": rope("yarn", factor=2.0, original_max_position_embeddings=128, beta_fast="a"),
+    "frequency that is text": rope(
+        "llama3", factor=2.0, low_freq_factor="a", high_freq_factor=4.0, original_max_position_embeddings=128
+    ),
+    "longrope with text": rope(
+        "longrope", factor=2.0, short_factor=["a"] * 16, long_factor=[1.0] * 16, original_max_position_embeddings=128
+    ),
+    "longrope with a number": rope(
+        "longrope", factor=2.0, short_factor=2.0, long_factor=[1.0] * 16, original_max_position_embeddings=128
+    ),
     "longrope of another width": rope(
         "longrope", factor=2.0, short_factor=[1.0] * 3, long_factor=[1.0] * 3, original_max_position_embeddings=128
     ),
@@ -113,7 +129,9 @@ ROPE_THAT_CANNOT_WORK = {
 @pytest.mark.parametrize("fields", ROPE_THAT_CANNOT_WORK.values(), ids=ROPE_THAT_CANNOT_WORK)
 def test_rope_parameters_that_cannot_work_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(
-        ValueError, match=r"partial_rotary_factor must be|rope_theta must be|(short|long)_factor must"
+        ValueError,
+        match=r"partial_rotary_factor must be|rope_theta must be|(short|long)_factor must"
+        r"|: [a-z_]+ of rope_parameters must be (a number|above 0), got",
     ) as caught:
         MiniConfig(**fields)
     assert "\n" not in str(caught.value)
