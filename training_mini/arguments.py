@@ -497,7 +497,10 @@ class Arguments:
 
     def are_those_of(self, folder: Path) -> bool:
         """Whether the run in a folder has these settings. One that was given minutes has the steps that fitted."""
-        settings = yaml.safe_load(read_text(folder / "config.yaml"))
+        try:
+            settings = yaml.safe_load(read_text(folder / "config.yaml"))
+        except yaml.YAMLError:  # damaged
+            return False
         own = yaml.safe_load(yaml.safe_dump(self.as_dict(), allow_unicode=True))
         if own.pop("max_minutes", None) is not None and isinstance(settings, dict):
             for name in {"max_steps", "warmup_steps", "decay_ratio"} - own.keys():

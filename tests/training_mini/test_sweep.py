@@ -92,6 +92,15 @@ def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 3, "the finished one was not trained again"
 
 
+def test_a_run_whose_settings_are_damaged_is_another(file: Path) -> None:
+    file.write_text(yaml.safe_dump({"common": COMMON, "runs": {"one": None}}))
+    (run,) = plan(file, [], Path("parts"))
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text("learning_rate: [0.02\nseed: 42\n")
+    with pytest.raises(ValueError, match="whose settings are others"):
+        main([str(file), "--folder", "parts"])
+
+
 def test_minutes_are_the_steps_that_fitted(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
