@@ -21,7 +21,7 @@ from rich.table import Table
 
 from .monitoring import format_seconds, read_metrics
 
-console = Console(highlight=False)
+console = Console(highlight=False, markup=False)  # names of runs may hold brackets
 
 # Settings that decide on which text, and on how much of it, a run is evaluated.
 CORPUS = ("dataset", "dataset_config", "dataset_split", "validation_ratio", "max_eval_tokens", "text_column")
@@ -62,7 +62,8 @@ class RunRecord:
             self.settings: dict[str, Any] = yaml.safe_load(read_text(path))
         except yaml.YAMLError:
             self.settings = {}
-        if not isinstance(self.settings, dict) or not self.settings:
+        has_names = isinstance(self.settings, dict) and all(isinstance(name, str) for name in self.settings)
+        if not has_names or not self.settings:
             raise ValueError(f"{path} does not hold the settings of a run.")
         self.metrics = read_metrics(folder)
 
@@ -77,7 +78,7 @@ class RunRecord:
 
     def points(self, figure: str) -> list[tuple[int, float]]:
         """Steps and a figure of `metrics.jsonl`."""
-        return [(line["step"], line[figure]) for line in self.metrics if figure in line]
+        return [(line["step"], line[figure]) for line in self.metrics if math.isfinite(line.get(figure, math.nan))]
 
     @property
     def final(self) -> float | None:
@@ -185,9 +186,7 @@ def notes_on(groups: list[Group]) -> list[str]:
     """What a reader has to know before the figures are compared, a sentence each."""
     notes = []
     runs = [run for group in groups for run in group.runs]
-    corpora = {tuple(run.settings.get(name) for name in CORPUS): run.name for run in runs}
-    if len(corpora) > 1:
-        differing = [name for name in CORPUS if len({repr(run.settings.get(name)) for run in runs}) > 1]
+    if differing := [name for name in CORPUS if len({repr(run.settings.get(name)) for run in runs}) > 1]:
         notes.append(
             f"These runs were evaluated on different text ({', '.join(differing)} differ): their bits per byte cannot "
             f"be compared."
@@ -202,7 +201,7 @@ def notes_on(groups: list[Group]) -> list[str]:
     for run in runs:
         if not run.evaluations:
             notes.append(f"{run.name} has no evaluation yet.")
-        elif run.steps < (planned := run.settings.get("max_steps", 0)):
+        elif isinstance(planned := run.settings.get("max_steps"), int) and run.steps < planned:
             notes.append(f"{run.name} stands at step {run.steps} of {planned}.")
     return notes
 
@@ -266,7 +265,8 @@ def draw(groups: list[Group], path: Path) -> None:
         plot.set_xlabel(label)
         plot.grid(alpha=0.3)
         if plot.get_legend_handles_labels()[0]:
-            plot.legend(frameon=False, fontsize=8)
+            for text in plot.legend(frameon=False, fontsize=8).get_texts():
+                text.set_parse_math(False)  # names of runs may hold dollars
         else:
             plot.text(0.5, 0.5, "not recorded", ha="center", transform=plot.transAxes)
     held_out = [bits for group in groups for run in group.runs for _, bits in run.evaluations]

@@ -337,7 +337,7 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
             curve.yaxis.set_minor_locator(NullLocator())
         curve.set_ylim(min(shown) * 0.95, max(shown) * 1.05)
         curve.set_ylabel("bits per byte")
-        curve.set_title(title, loc="left")
+        curve.set_title(title, loc="left", parse_math=False)  # a name may hold dollars
         figure.legend(loc="upper right", ncols=2, frameon=False)
         write_beside(curve, labels)
         figure.supxlabel(BITS_PER_BYTE, fontsize=8, color="#525252")
@@ -347,7 +347,7 @@ def curves_of(folder: Path, title: str, compressors: dict[str, float]) -> "Pictu
         rate.grid(alpha=0.3)
         for axes, (name, points) in zip(others, own.items(), strict=True):
             axes.plot(*zip(*points, strict=True), color="#08519c", marker="o", markersize=3, linewidth=1.2)
-            axes.set_ylabel(name)
+            axes.set_ylabel(name, parse_math=False)
             axes.grid(alpha=0.3)
         figure.axes[-1].set_xlabel("step")
     return figure

@@ -291,4 +291,4 @@ def draw_activations(
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside lower center", ncols=len(KINDS), frameon=False)
-        figure.suptitle(title or "Activations", x=0.01, ha="left")
+        figure.suptitle(title or "Activations", x=0.01, ha="left", parse_math=False)

@@ -154,4 +154,4 @@ def draw_attention(
         bar.set_label("attention weight")
         bar.outline.set_visible(False)
         explanation = "Percentages: entropy as a share of uniform attention"
-        figure.suptitle(f"{title}\n{explanation}" if title else explanation, fontsize=10)
+        figure.suptitle(f"{title}\n{explanation}" if title else explanation, fontsize=10, parse_math=False)

@@ -121,3 +121,24 @@ def test_wrong_input(tmp_path: Path) -> None:
         main([str(run)])
     with pytest.raises(ValueError, match=r"out must end in \.png or \.svg, got 'a\.gif'"):
         main([str(run), "--out", "a.gif"])
+
+
+def test_names_that_mean_something_to_libraries(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Brackets are markup for rich, and dollars are formulas for matplotlib, of which some cannot be read."""
+    runs = [make_run(tmp_path / "a[bold]", 3.0), make_run(tmp_path / "$b_$", 2.0, dataset="[/c]")]
+    main([*map(str, runs), "--out", str(tmp_path / "curves.png")])
+    output = capsys.readouterr().out
+    assert "a[bold]" in output and "$b_$" in output and "dataset [/c]" in output
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_settings_that_somebody_has_changed_by_hand(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "a", 3.0, 2.0), make_run(tmp_path / "b", 3.0, float("nan"), max_steps="many")]
+    runs.append(make_run(tmp_path / "c", 3.0, 2.0, dataset=["d"]))
+    table, notes = shown(*runs)
+    assert "nan" not in table and "max_steps many" in table
+    (note,) = notes
+    assert note.startswith("These runs were evaluated on different text (dataset differ)")
+    (runs[0] / "config.yaml").write_text("5: 3\nseed: 1\n")
+    with pytest.raises(ValueError, match="does not hold the settings of a run"):
+        RunRecord(runs[0])

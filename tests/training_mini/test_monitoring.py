@@ -200,7 +200,7 @@ def test_curves(tmp_path: Path) -> None:
     assert [text.get_text() for text in curve.texts] == ["validation  1.900", "xz -9  1.900", "gzip -9  2.200"]
     assert all(box.x0 > curve.get_window_extent().x1 and box.x1 <= figure.bbox.x1 for box in boxes)
     assert all(above.y0 >= below.y1 - 1 for below, above in itertools.pairwise(boxes))
-    draw_curves(tmp_path, "a run", {"gzip": 2.2, "xz": 1.9})
+    draw_curves(tmp_path, "$a_$ is no formula", {"gzip": 2.2, "xz": 1.9})
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 600 and len(image.convert("L").getcolors()) > 20
 

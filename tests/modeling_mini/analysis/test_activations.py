@@ -252,7 +252,7 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     with record_activations(model) as recorder:
         model(input_ids=ids, labels=ids).loss.backward()
     path = tmp_path / "activations.png"
-    draw_activations(recorder.statistics(), gradient_norms(model), path, "A title")
+    draw_activations(recorder.statistics(), gradient_norms(model), path, "A $title_$")
     pixels = image.imread(path)[..., :3]
     assert pixels.shape[:2] == (744, 1320)
     for color in ("3182bd", "e6550d", "fdae6b"):  # a line for each kind of site

@@ -138,7 +138,7 @@ def test_picture_shows_every_head(tmp_path: Path, length: int, labelled: bool) -
     maps /= maps.sum(dim=-1, keepdim=True)
     summary = AttentionSummary(maps, torch.ones(2, 3), 2.0)
     path = tmp_path / "new" / "attention.png"
-    draw_attention(summary, path, ["$", "bos", "␍", "日", "\\frac", "a"] if labelled else ["x"] * length, "A $ title")
+    draw_attention(summary, path, ["$", "bos", "␍", "日", "\\frac", "a"] if labelled else ["x"] * length, "A $title_$")
     pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 300
     black = (pixels[..., :3] < 0.05).all(axis=-1)
