@@ -497,11 +497,18 @@ def checkpoint_and_out(argv: list[str], program: str) -> tuple[list[str], list[s
     return places, flags
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch says so; on a CPU, torch has no type for it."""
+    kinds = (MemoryError, getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError))
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
 @contextlib.contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """
-    Ends the program with exit code 2 and one sentence for wrong input, with 130 for Ctrl-C, and with 141 and no word
-    where its output is read no further (`| head`). Set MINI_TRACEBACK=1 to see where an error came from.
+    Ends the program with exit code 2 and one sentence for wrong input or too little memory, with 130 for Ctrl-C, and
+    with 141 and no word where its output is read no further (`| head`). Set MINI_TRACEBACK=1 to see where an error came
+    from.
     """
     try:
         yield
@@ -510,10 +517,13 @@ def one_sentence_errors() -> Iterator[None]:
         with contextlib.suppress(OSError):  # a stream that is no file has nothing to be flushed at the end
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_NOBODY_READS)
-    except (ValueError, OSError) as error:
-        if os.environ.get("MINI_TRACEBACK") == "1":
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        no_memory = is_out_of_memory(error)
+        if os.environ.get("MINI_TRACEBACK") == "1" or (isinstance(error, RuntimeError) and not no_memory):
             raise
-        if isinstance(error, OSError) and error.strerror:
+        if no_memory:
+            sentence = "There is not enough memory: make the model, the batch or the context smaller."
+        elif isinstance(error, OSError) and error.strerror:
             sentence = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         else:
             sentence = " ".join(str(error).split())

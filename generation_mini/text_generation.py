@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from entry_points_mini import imported
+from entry_points_mini import imported, is_out_of_memory
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -205,7 +205,7 @@ def failures_in_a_sentence() -> Iterator[None]:
                 "No token can be drawn, because the probabilities are not numbers: temperature or repetition_penalty "
                 "is too small, or the weights of the model are damaged."
             ) from error
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             raise ValueError(
                 "There is not enough memory: lower batch_size, num_return_sequences or num_beams."
             ) from error

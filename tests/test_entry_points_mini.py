@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from entry_points_mini import (
     OTHER_NAMES,
     ArgumentParser,
@@ -30,6 +31,7 @@ PROGRAMS = (
     "modeling_mini.analysis.arguments", "modeling_mini.export.__main__", "modeling_mini.export.quantized",
     "modeling_mini.export.formats",
 )  # fmt: skip
+NO_MEMORY = "error: There is not enough memory: make the model, the batch or the context smaller.\n"
 
 
 @dataclass
@@ -66,6 +68,9 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
         (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
         (OSError("plain words"), 2, "error: plain words\n"),
         (KeyboardInterrupt(), 130, "Interrupted.\n"),
+        (MemoryError(), 2, NO_MEMORY),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), 2, NO_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 36000 bytes."), 2, NO_MEMORY),
     ],
     ids=repr,
 )
@@ -88,6 +93,8 @@ def test_the_traceback_is_there_for_who_wants_it(monkeypatch: pytest.MonkeyPatch
 def test_faults_of_the_program_are_no_sentences() -> None:
     with pytest.raises(TypeError), one_sentence_errors():
         raise TypeError("a fault of ours")
+    with pytest.raises(RuntimeError), one_sentence_errors():
+        raise RuntimeError("a fault of ours")
 
 
 def test_programs_load_libraries_without_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
