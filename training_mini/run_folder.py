@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import socket
@@ -97,6 +98,14 @@ def check_contents(folder: Path, arguments: Arguments) -> None:
             f"There is a run in {str(folder)!r} already: go on with it by --resume, replace it by --overwrite, "
             f"or choose another --output_dir."
         )
+    sources = {"model": arguments.model.model, "dataset": arguments.data.dataset, "tokenizer": arguments.data.tokenizer}
+    for setting, name in sources.items():
+        for path in [name, *glob.iglob(name)] if name is not None else []:
+            if os.path.exists(path) and Path(path).resolve().is_relative_to(folder.resolve()):
+                raise ValueError(
+                    f"{setting} {name!r} lies in {str(folder)!r}, and --overwrite would remove it: choose another "
+                    f"--output_dir."
+                )
 
 
 def write_holder(descriptor: int) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -62,6 +63,21 @@ def test_checkpoints_that_lie_elsewhere_by_a_link_are_left_there(tmp_path: Path)
     folder.empty()
     folder.release()
     assert not run.exists() and (scratch / "step_2").is_dir()
+
+
+def test_what_a_run_reads_is_not_overwritten_by_it(tmp_path: Path, quick_run: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(quick_run, run)
+    (run / "text.txt").write_text("years of work")
+    tokenizer = str(run / "final")
+    for flags in (
+        ("--model", str(run)), ("--dataset", str(run / "text.txt")), ("--dataset", str(run / "*.txt")),
+        ("--dataset", str(run)), ("--tokenizer", tokenizer),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^(model|dataset|tokenizer) .* lies in .*run', and --overwrite would"):
+            claim(run, "--overwrite", *flags)
+    claim(run, "--overwrite", "--model", str(quick_run), "--dataset", str(tmp_path / "*.txt")).release()
+    assert (run / "best").is_dir()
 
 
 def test_the_file_of_a_lock_of_a_run_that_was_killed_is_no_ones_work(tmp_path: Path) -> None:
