@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from files_mini import read_json
@@ -11,6 +12,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..integrations import check_dora, misfit_of_vocabulary, vocabulary_of_adapter
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 
 def base_of_adapter(adapter: str) -> str:
     """
@@ -19,19 +23,31 @@ def base_of_adapter(adapter: str) -> str:
     Raises:
         ValueError: if there is no adapter, if peft does not know its type, or if it names no model.
     """
+    if not (base := config_of_adapter(adapter).base_model_name_or_path):
+        raise ValueError(
+            f"The adapter {adapter!r} does not say which model it belongs to: name that by --model, and the adapter by "
+            f"--adapter."
+        )
+    return base
+
+
+def config_of_adapter(adapter: str) -> "PeftConfig":
+    """
+    The configuration of an adapter.
+
+    Raises:
+        ValueError: if there is none, or peft does not know its type.
+    """
     from peft import PeftConfig, PeftType
 
     try:
-        config = PeftConfig.from_pretrained(adapter)
+        return PeftConfig.from_pretrained(adapter)
     except KeyError as error:
         known = ", ".join(sorted(PeftType))
         raise ValueError(f"The adapter {adapter!r} is of the type {error}, and peft knows {known}.") from None
     except (OSError, ValueError, TypeError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"No adapter could be loaded from {adapter!r}: {detail}") from None
-    if not config.base_model_name_or_path:
-        raise ValueError(f"The adapter {adapter!r} does not say which model it belongs to: name that by --model.")
-    return config.base_model_name_or_path
 
 
 def with_adapter(
@@ -50,16 +66,18 @@ def with_adapter(
     Raises:
         ValueError: if the adapter cannot be read, or does not fit the model.
     """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    base = base_of_adapter(adapter)
-    misfit = f"The adapter {adapter!r}, which was trained on {base!r}, does not fit {model.name_or_path!r}"
-    if is_another_model(model, base):
+    config = config_of_adapter(adapter)
+    base = config.base_model_name_or_path
+    trained_on = f", which was trained on {base!r}," if base else ""
+    misfit = f"The adapter {adapter!r}{trained_on} does not fit {model.name_or_path!r}"
+    if base and is_another_model(model, base):
         raise ValueError(f"{misfit}: the two models have other weights.")
     try:
         with warnings.catch_warnings():  # about deprecated names, and about keys, which are checked below
             warnings.simplefilter("ignore")
-            config, weights = PeftConfig.from_pretrained(adapter), load_peft_weights(adapter, device="cpu")
+            weights = load_peft_weights(adapter, device="cpu")
             check_dora(model, config)
             before, of_weights = len(model.get_input_embeddings().weight), vocabulary_of_adapter(model, weights, config)
             wanted = max(vocabulary, of_weights or 0)
@@ -75,7 +93,7 @@ def with_adapter(
             differing = (least - weights.keys()) | (weights.keys() - most)
     except SafetensorError as error:
         raise ValueError(f"The weights of the adapter {adapter!r} are damaged or cut short ({error}).") from None
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, TypeError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"{misfit}: {detail}") from None
     if differing:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from ..integrations import check_quantized_layers
-from .adapters import base_of_adapter, with_adapter
+from .adapters import base_of_adapter, config_of_adapter, with_adapter
 from .quantization import check_bitsandbytes, is_quantized, quantization_config
 
 
@@ -45,8 +45,10 @@ def load_model(
         checkpoint, adapter = None, checkpoint
     if adapter is not None and Path(adapter).is_dir():
         adapter = find_checkpoint(adapter)
-    named = base_of_adapter(adapter) if adapter is not None else None  # refuses what is no adapter, before any loading
+    if adapter is not None:
+        config_of_adapter(adapter)  # refuses what is no adapter, before any loading
     if checkpoint is None:
+        named = base_of_adapter(adapter)
         try:
             base, tokenizer = load_checkpoint(find_checkpoint(named), **loading)
         except ValueError as error:

@@ -310,6 +310,13 @@ def test_an_adapter_whose_configuration_is_damaged(broken: Path) -> None:
         load_model(str(broken))
 
 
+def test_an_adapter_with_a_rank_that_is_no_number(broken: Path) -> None:
+    config = json.loads((broken / "adapter_config.json").read_text())
+    (broken / "adapter_config.json").write_text(json.dumps({**config, "r": "two"}))
+    with pytest.raises(ValueError, match=r"The adapter '.*broken', which was trained on .*, does not fit"):
+        load_model(str(broken))
+
+
 def test_an_adapter_whose_generation_settings_are_damaged(broken: Path) -> None:
     (broken / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     model, _ = load_model(str(broken))
@@ -324,6 +331,7 @@ def test_an_adapter_that_names_no_base(broken: Path, base: Path) -> None:
     (broken / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
     with pytest.raises(ValueError, match="does not say which model it belongs to: name that by --model"):
         load_model(str(broken))
+    assert type(load_model(str(base), str(broken))[0]) is MiniForCausalLM
 
 
 TWO_MORE = ["<x>", "<y>"]
