@@ -254,7 +254,7 @@ def ids_of_function(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     very beginning, a model takes `def` for a part of `default`.
     """
     prompt = python_prompt(tokenizer)
-    return tokenizer(prompt if prompt == PYTHON_PROMPT else f"\n\n\n{prompt}").input_ids
+    return tokenizer(prompt if prompt == PYTHON_PROMPT else f"\n\n\n{prompt}", verbose=False).input_ids
 
 
 def beginning_of(line: str) -> str:
@@ -355,8 +355,19 @@ def open_corpus(name: str, folder: Path) -> Corpus:
     Opens an encoded corpus.
 
     Raises:
-        ValueError: if a file of it is missing or cut short.
+        ValueError: if a file of it is missing, damaged or cut short.
     """
+    try:
+        return read_corpus(name, folder)
+    except (OSError, ValueError, KeyError) as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(
+            f"The encoded text in {str(folder)!r} is damaged: remove that folder, and encode the text again. ({detail})"
+        ) from error
+
+
+def read_corpus(name: str, folder: Path) -> Corpus:
+    """What `open_corpus` returns, with any error of reading a file that is not as Mini has written it."""
     facts = read_json(folder / FACTS)
     tokenizer = load_tokenizer(folder / "tokenizer")
     about = {

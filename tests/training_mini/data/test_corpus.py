@@ -370,6 +370,18 @@ def test_encoded_folder_is_a_dataset_anywhere(load, tmp_path: Path) -> None:
     (moved / "train-00000.bin").unlink()
     with pytest.raises(ValueError, match=r"train-00000\.bin is missing"):
         load(moved)
+    # The file that is named is not always the one that is damaged, and in the cache nobody knows the folder.
+    (moved / "tokenizer" / "tokenizer.json").write_text("")
+    with pytest.raises(ValueError, match=r"^The encoded text in '.*moved' is damaged: remove that folder, and encode"):
+        load(moved)
+
+
+def test_a_long_prompt_of_a_sample_is_no_warning(load, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("some text " * 1000)
+    corpus = load(tmp_path / "a.txt")
+    corpus.tokenizer.model_max_length = 8
+    ((_, ids),) = corpus.make_prompts(corpus.validation, ["x" * 20])
+    assert len(ids) == 21 and not caplog.messages
 
 
 @pytest.mark.slow
