@@ -143,7 +143,8 @@ def sweep(planned: list[PlannedRun], out: Path) -> bool:
 
     finished = [run.is_finished() for run in planned]  # before any work: a run that is in the way is an error
     for number, (run, is_finished) in enumerate(zip(planned, finished, strict=True), start=1):
-        console.print(f"Run {number} of {len(planned)}: {run.label}{' (finished before)' if is_finished else ''}")
+        before = " (finished before)" if is_finished else ""
+        console.print(f"Run {number} of {len(planned)}: {run.label}{before}", markup=False)
         if is_finished:
             continue
         given = {**run.given, "output_dir": str(run.folder)}

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -90,6 +91,16 @@ def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch
     assert Path("parts/with-seed-42/final").is_dir() and not Path("parts/without-seed-42").exists()
     assert metrics_of(file, "parts") == whole
     assert len(calls) == 3, "the finished one was not trained again"
+
+
+def test_brackets_in_a_name_are_no_markup(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(yaml.safe_dump({"common": COMMON, "runs": {"one[bold]": None}}))
+    monkeypatch.setattr(from_python, "train", lambda settings: SimpleNamespace(stopped_by=2))
+    with pytest.raises(SystemExit):
+        main([str(file), "--folder", "parts"])
+    assert "Run 1 of 1: one[bold], seed 42" in capsys.readouterr().out
 
 
 def test_a_run_whose_settings_are_damaged_is_another(file: Path) -> None:
