@@ -84,7 +84,8 @@ def test_it_writes_by_the_function_that_was_compiled_before(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
-    monkeypatch.setattr(transformers, "MiniForCausalLM", MiniForCausalLM, raising=False)  # as the command does
+    # As the command does. By name: to import the server reloads transformers.
+    monkeypatch.setattr("transformers.MiniForCausalLM", MiniForCausalLM, raising=False)
     used = []
     for _ in range(2):
         models = ServedModels(force_model=str(checkpoint))
