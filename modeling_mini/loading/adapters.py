@@ -36,18 +36,23 @@ def config_of_adapter(adapter: str) -> "PeftConfig":
     The configuration of an adapter.
 
     Raises:
-        ValueError: if there is none, or peft does not know its type.
+        ValueError: if there is none, if peft does not know its type, or if its folder has no weights.
     """
     from peft import PeftConfig, PeftType
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
     try:
-        return PeftConfig.from_pretrained(adapter)
+        config = PeftConfig.from_pretrained(adapter)
     except KeyError as error:
         known = ", ".join(sorted(PeftType))
         raise ValueError(f"The adapter {adapter!r} is of the type {error}, and peft knows {known}.") from None
     except (OSError, ValueError, TypeError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"No adapter could be loaded from {adapter!r}: {detail}") from None
+    folder = Path(adapter)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ValueError(f"The adapter {adapter!r} has no weights: {SAFETENSORS_WEIGHTS_NAME} is missing.")
+    return config
 
 
 def with_adapter(
