@@ -46,6 +46,10 @@ class NewerStateError(ValueError):
     """A checkpoint was written by a version of Mini that records more than this one knows. It is not damaged."""
 
 
+class DivergedError(ValueError):
+    """Training cannot go on: gradients, weights or the loss on held-out text are not finite."""
+
+
 @dataclass
 class TrainerState:
     """
@@ -202,13 +206,13 @@ def check_is_finite(run_folder: Path, state: TrainerState, parallel: Parallel, m
     Every process calls it, with its part of the model.
 
     Raises:
-        ValueError: on every process, if a weight is NaN or infinite.
+        DivergedError: on every process, if a weight is NaN or infinite.
     """
     local = {name: p.to_local() if hasattr(p, "to_local") else p for name, p in model.named_parameters()}
     wrong = next((name for name, tensor in local.items() if not tensor.isfinite().all()), None)
     if parallel.anyone(wrong is not None):
         name = f" ({wrong})" if wrong is not None else ""
-        raise ValueError(
+        raise DivergedError(
             f"After step {state.step} the weights are not finite{name}; {advice_of_sound_state(run_folder, state)}."
         )
 

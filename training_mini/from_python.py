@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from . import trainer
 from .arguments import SHAPE
+from .checkpoints import DivergedError
 from .data.own import OWN_DATA
 from .hooks import Hooks, Metric
 from .monitoring import console
@@ -31,7 +32,7 @@ def words_of_python() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if type(error) is ValueError and len(error.args) == 1:  # others have no sentence of their own
+        if type(error) in (ValueError, DivergedError) and len(error.args) == 1:  # others have no sentence of their own
             sentence = str(error).replace("; --help lists the flags", "")
             error.args = (re.sub(r"(?<![\w-])--(\w+)( true| false)?\b", as_keyword, sentence),)
         raise

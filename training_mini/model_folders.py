@@ -34,7 +34,7 @@ def save_model(run: Run, name: str, evaluation: Evaluation | None) -> None:
         evaluation: the last one; `None` if there was none yet.
 
     Raises:
-        ValueError: if the weights are not finite.
+        DivergedError: if the weights are not finite.
         OSError: if the folder cannot be written.
     """
     state, error = run.state, None

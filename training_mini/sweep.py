@@ -8,8 +8,9 @@ The file is YAML: under `runs` the settings of each run by its name, under `comm
       with-qk-norm: {}
       without: {qk_norm: false}
 
-Seeds take turns, so that an hour in which the machine is slow does not fall on one run alone. The same command again
-goes on where the last one stopped, and finished runs are not trained again.
+Seeds take turns, so that an hour in which the machine is slow does not fall on one run alone. A run that diverges is
+compared as far as it came. The same command again goes on where the last one stopped, and finished runs are not trained
+again.
 """
 
 import os
@@ -25,7 +26,7 @@ from shape_mini import nearest_name
 
 from .arguments import Arguments
 from .compare import compare
-from .monitoring import console
+from .monitoring import console, warnings_console
 from .settings import TrainingSettings
 
 KEYS = ("common", "runs", "seeds")
@@ -138,7 +139,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
 
 def sweep(planned: list[PlannedRun], out: Path) -> bool:
     """Trains what is not finished, and compares all; whether nobody stopped it."""
-    from .checkpoints import states_of  # these load torch, which no help text needs
+    from .checkpoints import DivergedError, states_of  # these load torch, which no help text needs
     from .from_python import train
 
     finished = [run.is_finished() for run in planned]  # before any work: a run that is in the way is an error
@@ -153,7 +154,12 @@ def sweep(planned: list[PlannedRun], out: Path) -> bool:
             given.pop("max_minutes", None)  # the run knows how many steps that are
         elif (run.folder / SETTINGS).is_file():
             given["overwrite"] = True  # it was killed before its first checkpoint
-        result = train(TrainingSettings(**given))
+        try:
+            result = train(TrainingSettings(**given))
+        except DivergedError as error:
+            line = f"warning: {run.label} has diverged: {error}"
+            warnings_console.print(line, highlight=False, markup=False, soft_wrap=True)
+            continue
         if result.stopped_by is not None:
             console.print("Stopped. The same command goes on from here.")
             return False

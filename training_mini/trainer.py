@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from .arguments import Arguments
 from .build import build_run, description_of, find_micro_batches
 from .callbacks import Callbacks
-from .checkpoints import advice_of_sound_state
+from .checkpoints import DivergedError, advice_of_sound_state
 from .data.batches import Batch, key_of
 from .evaluation import Evaluation, evaluate
 from .hooks import NO_HOOKS, Hooks
@@ -249,7 +249,7 @@ class Trainer:
             self.monitor.warn(f"Step {step} is skipped: its gradients are not finite.")
         in_a_row = step - state.skipped_since + 1
         if in_a_row >= self.arguments.optimization.max_skipped_steps:
-            raise ValueError(
+            raise DivergedError(
                 f"The gradients of {in_a_row} steps in a row, from step {state.skipped_since} on, are not finite; "
                 f"{advice_of_sound_state(self.run.folder, state)}."
             )
@@ -288,7 +288,7 @@ class Trainer:
         if evaluation is None or state.evaluated_step == state.step:
             return evaluation  # the run was resumed at its end, and this evaluation is recorded already
         if not math.isfinite(evaluation.loss):
-            raise ValueError(
+            raise DivergedError(
                 f"After step {state.step} the validation loss is {evaluation.loss}; "
                 f"{advice_of_sound_state(run.folder, state)}."
             )

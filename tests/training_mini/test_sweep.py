@@ -93,6 +93,18 @@ def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 3, "the finished one was not trained again"
 
 
+def test_a_run_that_diverges_does_not_end_the_sweep(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # As the run of test_reliability.py that leaves the finite numbers.
+    diverges = {"norm_type": "layernorm", "qk_norm": False, "optimizer": "adamw", "learning_rate": 1e6}
+    file.write_text(yaml.safe_dump({"common": {**COMMON, "warmup_steps": 0}, "runs": {"wild": diverges, "tame": None}}))
+    main([str(file), "--folder", "runs"])
+    printed = capsys.readouterr()
+    assert re.search(r"warning: wild, seed 42 has diverged: After step \d the .* a lower learning_rate", printed.err)
+    assert Path("runs/tame-seed-42/final").is_dir() and not Path("runs/wild-seed-42/final").exists()
+    table = [line for line in printed.out.splitlines() if line.strip().startswith(("wild", "tame"))]
+    assert len(table) == 2 and Path("runs/comparison.png").is_file()
+
+
 def test_brackets_in_a_name_are_no_markup(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
