@@ -29,6 +29,7 @@ if (
 
 import pytest
 from helpers import fork_server
+from helpers.fork_server_process import OF_HUGGING_FACE, READ_LATE, is_like
 from helpers.programs import run_program
 
 # torch is not imported here: the process that hands the tests out to workers needs none, and workers wait for it.
@@ -61,6 +62,15 @@ def pytest_collection_finish() -> None:
 def pytest_unconfigure() -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
         shutil.rmtree(os.environ["MINI_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def no_variables_are_left() -> Iterator[None]:
+    """With other variables than the server that forks programs, each program of a later test would start afresh."""
+    yield
+    assert is_like(dict(os.environ), fork_server.environment, READ_LATE + OF_HUGGING_FACE), (
+        "the test has left variables of the environment behind"
+    )
 
 
 @pytest.fixture(autouse=True)
