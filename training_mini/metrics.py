@@ -145,7 +145,8 @@ def inner_metrics(model: PreTrainedModel, windows: torch.Tensor) -> dict[str, fl
 def check_internals(run: Run) -> None:
     """Raises `ValueError` if `inner_metrics` cannot look into the model of a run; it reads one window."""
     try:
-        inner_metrics(run.unwrapped_model, run.held_out.windows(1))
+        with run.uncompiled():
+            inner_metrics(run.unwrapped_model, run.held_out.windows(1))
     except ValueError as error:
         raise ValueError(f"--internals_steps: {error} Leave it out.") from None
 

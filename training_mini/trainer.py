@@ -100,8 +100,6 @@ class Trainer:
         run, lines = self.run, []
         # 1. What the run needs to know before anything is written: does it fit into memory, and how long is it?
         choose_kernels(run)
-        if self.arguments.monitoring.internals_steps:
-            check_internals(run)
         run.model.train()  # in evaluation mode, in which checkpoints are loaded, other tensors are kept
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
@@ -110,6 +108,8 @@ class Trainer:
         if run.state.is_compiled:
             self.monitor.say("Compiling the blocks of the model ...")
         compile_model(run, try_step)
+        if self.arguments.monitoring.internals_steps:
+            check_internals(run)
         if self.arguments.optimization.max_minutes is not None:
             self.monitor.say("Timing the first steps ...")
             self.arguments, line = fix_max_steps(run, self.forward_and_backward, self.micro_batches, self.started)
