@@ -47,7 +47,7 @@ PEERS = ("Mini", "Llama")
 # The most that is tried where the batch is to be found: beyond it, nothing of these sizes becomes faster.
 MOST_SEQUENCES = 64
 STEPS_FOR_MEMORY = 3
-# Side of the square matrices whose product stands for the peak of the device: about 0.1 s on two cores, 3 ms on a GPU.
+# Side of the square matrices whose product stands for the peak of the device: about 20 ms on two cores, 3 ms on a GPU.
 SQUARE_SIDE = {"cpu": 1024, "cuda": 8192}
 
 

@@ -29,7 +29,6 @@ if (
 
 import pytest
 from helpers import fork_server
-from helpers.fork_server_process import OF_HUGGING_FACE, READ_LATE, is_like
 from helpers.programs import run_program
 
 # torch is not imported here: the process that hands the tests out to workers needs none, and workers wait for it.
@@ -68,9 +67,8 @@ def pytest_unconfigure() -> None:
 def no_variables_are_left() -> Iterator[None]:
     """With other variables than the server that forks programs, each program of a later test would start afresh."""
     yield
-    assert is_like(dict(os.environ), fork_server.environment, READ_LATE + OF_HUGGING_FACE), (
-        "the test has left variables of the environment behind"
-    )
+    left = dict(os.environ)
+    assert fork_server.are_of_server(left, fork_server.environment), "the test has left variables behind"
 
 
 @pytest.fixture(autouse=True)

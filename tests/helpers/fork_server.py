@@ -134,4 +134,9 @@ def python() -> str:
 
 def can_start(variables: dict[str, str]) -> bool:
     """Whether the server was started with these variables, and forks."""
-    return IS_POSSIBLE and is_like(variables, server().environment, READ_LATE + OF_HUGGING_FACE)
+    return IS_POSSIBLE and are_of_server(variables, server().environment)
+
+
+def are_of_server(variables: dict[str, str], of_server: dict[str, str]) -> bool:
+    """Whether programs with these variables can be forked by a server that has those."""
+    return is_like(variables, of_server, READ_LATE + OF_HUGGING_FACE)
