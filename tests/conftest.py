@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ if (
 
 import pytest
 from helpers import fork_server
+from helpers.modules import lies_in
 from helpers.programs import run_program
 
 # torch is not imported here: the process that hands the tests out to workers needs none, and workers wait for it.
@@ -69,6 +71,16 @@ def no_variables_are_left() -> Iterator[None]:
     yield
     left = dict(os.environ)
     assert fork_server.are_of_server(left, fork_server.environment), "the test has left variables behind"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_modules_are_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A module that a test wrote would be taken for that of a later test which writes one of the same name."""
+    before = set(sys.modules)
+    yield
+    new = {name: sys.modules[name] for name in set(sys.modules) - before if not name.startswith("transformers_modules")}
+    left = [name for name, module in new.items() if lies_in(module, tmp_path_factory.getbasetemp())]
+    assert not left, f"the tests of this file have left modules behind: {left}"
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from files_mini import replace_folder
+from helpers.modules import importable
 from helpers.programs import ROOT
 from safetensors.torch import load_file, save_file
 from sharing_mini.staging import bytes_of, find_source, is_pickle, stage
@@ -86,19 +87,19 @@ def test_all_that_should_not_go_up_is_named(model: Path, tmp_path: Path) -> None
     assert all(f"'notes{number}.txt'" in sentence for number in range(5)) and " and 2 more in " in sentence
 
 
-def test_the_code_of_an_own_class_goes_along(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_an_own_class_goes_along(model: Path, tmp_path: Path) -> None:
     """The class of docs/EXTENDING.md, with its module and no other: it loads and writes in a process without Mini."""
     page = (ROOT / "docs" / "EXTENDING.md").read_text(encoding="utf-8")
     (tmp_path / "square_mini.py").write_text(
         re.search(r"^```python file=square_mini.py\n(.*?)^```$", page, re.M | re.S)[1]
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    square_mini = importlib.import_module("square_mini")
-    own = square_mini.SquareForCausalLM(square_mini.SquareConfig.from_pretrained(model, auto_map=None))
-    assert name_code(own) == ""
     folder = tmp_path / "own"
-    own.save_pretrained(folder)
-    write_code(own, folder)
+    with importable(tmp_path):
+        square_mini = importlib.import_module("square_mini")
+        own = square_mini.SquareForCausalLM(square_mini.SquareConfig.from_pretrained(model, auto_map=None))
+        assert name_code(own) == ""
+        own.save_pretrained(folder)
+        write_code(own, folder)
     ByteTokenizer().save_pretrained(folder)
     (tmp_path / "staged").mkdir()
     staged = stage(find_source(str(folder)), tmp_path / "staged")

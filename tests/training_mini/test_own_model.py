@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import fork_server
+from helpers.modules import importable
 from helpers.programs import one_sentence, run_program
 from helpers.runs import QUICK, losses
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -83,9 +83,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def module(folder: Path) -> Iterator[ModuleType]:
-    sys.path.append(str(folder))
-    yield importlib.import_module("square_mini")
-    sys.path.remove(str(folder))
+    with importable(folder):
+        yield importlib.import_module("square_mini")
 
 
 @pytest.fixture(scope="module")
