@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from .checkpoints import (
     states_of,
 )
 from .cpu_attention import attention_by
-from .data.batches import Batch, Batches
+from .data.batches import Batches
 from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
 from .data.encoding import make_tokenizer
 from .data.own import own_corpus
@@ -241,19 +241,6 @@ def load_state(run: Run) -> None:
     run.batches.start_at(state.step, state.sequences)
     run.batches.load_state_dict(state.stream)
     run.state, run.problems = state, run.problems + problems
-
-
-def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:
-    """How many micro-batches the share of a process in a batch is split into, so that one fits into memory."""
-
-    def try_micro_batch(sequences: int) -> None:
-        ids = torch.zeros(sequences, run.config.max_position_embeddings, dtype=torch.long).to(run.accelerator.device)
-        with run.parallel.no_sync(run.model):
-            run.accelerator.backward(loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
-
-    optimization = run.arguments.optimization
-    share = optimization.train_batch_size // run.parallel.data_processes
-    return run.parallel.find_micro_batches(run.model, share, optimization.gradient_accumulation_steps, try_micro_batch)
 
 
 def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> list[str]:

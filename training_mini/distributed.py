@@ -208,14 +208,14 @@ class Parallel:
         copy.load_state_dict(state)
         return copy
 
-    def find_micro_batches(
-        self, model: nn.Module, share: int, count: int, try_micro_batch: Callable[[int], None]
+    def double_until_it_fits(
+        self, model: nn.Module, share: int, count: int, try_micro_batches: Callable[[int], None]
     ) -> int:
         """
         Doubles `count` until `share` sequences in so many micro-batches fit into the memory of every process.
 
         Args:
-            try_micro_batch: forward and backward pass on so many sequences.
+            try_micro_batches: computes both passes on micro-batches of so many sequences.
 
         Raises:
             ValueError: if the smallest micro-batch does not fit.
@@ -223,7 +223,7 @@ class Parallel:
         while True:
             sequences, fits = share // count, True
             try:
-                try_micro_batch(sequences)
+                try_micro_batches(sequences)
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise

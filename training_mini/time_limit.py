@@ -1,26 +1,22 @@
 """
-Computes how many steps fit into `--max_minutes`. It times the first step with a learning rate of 0, so the weights do
-not change. Then it fixes the number of steps, so that schedules end when the time ends, and a resume is exact.
+Computes how many steps fit into `--max_minutes`, and fixes their number, so that schedules end when the time ends, and
+a resume is exact.
 """
 
 import bisect
-import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
 
 from .arguments import Arguments
 from .build import Run
 from .evaluation import evaluate
+from .rehearsal import seconds_of_step
 from .sampling import LONGEST_FUNCTION, share_of_valid_functions, write_samples
 
-UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
 REHEARSED_SHARE = 0.03  # the share of the time that is used to time steps
-MOST_STEPS = 50
 EVALUATED_BATCHES = 3
 SAMPLED_TOKENS = 16
 WRITTEN_BYTES_PER_SECOND = 100e6  # of a slow disk, with flushing
@@ -97,22 +93,7 @@ def fix_max_steps(
 def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batches: int, seconds: float) -> Costs:
     """Times the parts of a run on its own data; steps for about so many seconds. The run does not change."""
     accelerator, arguments = run.accelerator, run.arguments
-    with without_learning(run.optimizers):
-        for number in itertools.count(1 - UNTIMED_STEPS):
-            if number == 1:
-                began = time.monotonic()
-            forward_and_backward(0)
-            for optimizer in run.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            # The main process decides when all stop, so that every process does the same number of steps.
-            if number >= 1:
-                if accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()  # the GPU may not have finished yet
-                passed = time.monotonic() - began
-                if run.parallel.from_main(passed >= seconds or number == MOST_STEPS):
-                    break
-    step = passed / number
+    step = seconds_of_step(run, forward_and_backward, seconds)
     # Only the first batches of an evaluation are timed.
     processes, tensor_size = run.parallel.data_processes, run.parallel.tensor_size
     batch_size = arguments.optimization.train_batch_size // micro_batches
@@ -142,17 +123,3 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
     # A checkpoint has the weights and two moments for each of them.
     checkpoint = SECONDS_OF_A_FOLDER + 3 * size / WRITTEN_BYTES_PER_SECOND
     return Costs(step, evaluation, checkpoint, folder, samples, functions)
-
-
-@contextlib.contextmanager
-def without_learning(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Within the context, steps change no weight. After it, the optimizers are in their first state."""
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    rates = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = 0.0
-    yield
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-    for optimizer in optimizers:
-        optimizer.state.clear()

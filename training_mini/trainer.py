@@ -11,7 +11,7 @@ from entry_points_mini import quiet_libraries
 from torch.optim.lr_scheduler import LRScheduler
 
 from .arguments import Arguments
-from .build import build_run, description_of, find_micro_batches
+from .build import build_run, description_of
 from .callbacks import Callbacks
 from .checkpoints import DivergedError, advice_of_sound_state
 from .data.batches import Batch, key_of
@@ -22,6 +22,7 @@ from .metrics import check_internals, inner_metrics, make_log_window, own_metric
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
+from .rehearsal import find_micro_batches
 from .result import TrainingResult
 from .sampling import functions_of_run, samples_of_run
 from .saving import Saving

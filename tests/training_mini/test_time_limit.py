@@ -1,6 +1,7 @@
 """`--max_minutes`: how many steps fit, and a run that is as one to which the number of steps was given."""
 
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.runs import QUICK, forked, losses, metrics, train_here, weights
-from training_mini import time_limit
+from training_mini import rehearsal, time_limit
 from training_mini.arguments import parse_arguments
 from training_mini.optimization import share_of_peak
 from training_mini.time_limit import Costs, steps_that_fit
@@ -37,9 +38,12 @@ def test_as_many_steps_as_fit(seconds: float) -> None:
 
 
 def test_rehearsing_leaves_the_weights_and_the_optimizers_as_they_are(tmp_path: Path) -> None:
-    for optimizer in ("muon", "adamw"):
-        flags = ["--output_dir", str(tmp_path / optimizer), "--max_minutes", "1", "--optimizer", optimizer]
-        trainer = Trainer(parse_arguments([*WITHOUT_WARMUP, *flags]))
+    """Also where a gradient is not finite, whose step the trainer would skip."""
+    for optimizer, factor in (("muon", 1.0), ("adamw", 1.0), ("muon", math.nan), ("adamw", math.inf)):
+        flags = ["--output_dir", str(tmp_path / f"{optimizer} {factor}"), "--max_minutes", "1"]
+        trainer = Trainer(parse_arguments([*WITHOUT_WARMUP, *flags, "--optimizer", optimizer]))
+        for parameter in trainer.run.unwrapped_model.parameters():
+            parameter.register_hook(lambda gradient, factor=factor: gradient * factor)
         before = {name: tensor.clone() for name, tensor in trainer.run.unwrapped_model.state_dict().items()}
         rates = [group["lr"] for one in trainer.run.optimizers for group in one.param_groups]
         costs = time_limit.measure(trainer.run, trainer.forward_and_backward, trainer.micro_batches, seconds=0.2)
@@ -61,7 +65,8 @@ def test_a_run_of_minutes_is_the_run_of_the_steps_that_it_says(
     )
     ticks = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: trainer.started + 0.3 * next(ticks))
-    monkeypatch.setattr(time_limit, "time", clock)
+    for module in (time_limit, rehearsal):
+        monkeypatch.setattr(module, "time", clock)
     trainer.train()
     settings = yaml.safe_load((tmp_path / "minutes" / "config.yaml").read_text())
     steps = settings["max_steps"]

@@ -1,0 +1,92 @@
+"""Tries steps out before a run begins, for the memory and the time that they take. The run does not change."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from .build import Run
+from .data.batches import Batch
+
+UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
+MOST_STEPS = 50
+
+
+def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:
+    """
+    How many micro-batches the share of a process in a batch is split into, so that one fits into memory beside all that
+    is there from the second step on: the states of the optimizers, and the gradients of the micro-batches before it.
+    """
+    optimization = run.arguments.optimization
+    share = optimization.train_batch_size // run.parallel.data_processes
+
+    def try_micro_batches(sequences: int) -> None:
+        ids = torch.zeros(sequences, run.config.max_position_embeddings, dtype=torch.long).to(run.accelerator.device)
+        for _ in range(min(2, share // sequences)):
+            with run.parallel.no_sync(run.model):
+                run.accelerator.backward(loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
+
+    count = optimization.gradient_accumulation_steps
+    with optimizer_states(run.optimizers):
+        return run.parallel.double_until_it_fits(run.model, share, count, try_micro_batches)
+
+
+def seconds_of_step(run: Run, forward_and_backward: Callable[[int], object], seconds: float) -> float:
+    """The time of a step, from steps on the first batch for about so many seconds."""
+    with without_learning(run.optimizers):
+        for number in itertools.count(1 - UNTIMED_STEPS):
+            if number == 1:
+                began = time.monotonic()
+            forward_and_backward(0)
+            rehearse_step(run.optimizers)
+            # The main process decides when all stop, so that every process does the same number of steps.
+            if number >= 1:
+                if run.accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()  # the GPU may not have finished yet
+                passed = time.monotonic() - began
+                if run.parallel.from_main(passed >= seconds or number == MOST_STEPS):
+                    return passed / number
+
+
+@contextlib.contextmanager
+def optimizer_states(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Within the context, the optimizers have the states that their first step makes, if they have none yet."""
+    if any(optimizer.state for optimizer in optimizers):  # of a checkpoint
+        yield
+        return
+    with without_learning(optimizers):
+        for parameter in parameters_of(optimizers):
+            parameter.grad = torch.zeros_like(parameter)
+        rehearse_step(optimizers)
+        yield
+
+
+@contextlib.contextmanager
+def without_learning(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Within the context, steps by `rehearse_step` change no weight. After it, the optimizers have no state."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    yield
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
+    for optimizer in optimizers:
+        optimizer.state.clear()
+
+
+def rehearse_step(optimizers: list[torch.optim.Optimizer]) -> None:
+    """A step with gradients of zero, which takes as long as any: with others, 0 * NaN would be written into weights."""
+    gradients = [parameter.grad for parameter in parameters_of(optimizers) if parameter.grad is not None]
+    for gradient in gradients:
+        gradient.zero_()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def parameters_of(optimizers: list[torch.optim.Optimizer]) -> list[torch.Tensor]:
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    return [parameter for group in groups for parameter in group["params"]]
