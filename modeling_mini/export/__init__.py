@@ -87,8 +87,7 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{str(checkpoint)!r} is quantized: export the checkpoint that it was made of.")
 
-    if not beside:
-        model.name_or_path = find_checkpoint(str(checkpoint))  # of an adapter: it is merged, and no longer the base
+    model.name_or_path = find_checkpoint(str(checkpoint))  # of an adapter, and not that of its base
     write = getattr(module, f"export_{format}")
     with new_folder(target) as partial:
         card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})

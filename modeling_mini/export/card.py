@@ -76,8 +76,7 @@ def card_of_weights(checkpoint: str, model: "PreTrainedModel") -> Card:
     return card
 
 
-def name_for_files(model: "PreTrainedModel") -> str:
-    """A name for files: that of the run, of the checkpoint folder, or of the repository; of an adapter its base's."""
-    name_or_path = model.config.name_or_path
+def name_for_files(name_or_path: str) -> str:
+    """A name for files: that of the run, of the checkpoint or adapter folder, or of the repository."""
     name = display_name(name_or_path).split("/")
     return (name[0] if Path(name_or_path).is_dir() else name[-1]) or "mini"

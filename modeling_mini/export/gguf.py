@@ -43,15 +43,18 @@ def export_gguf(
     lora: bool = False,
 ) -> ExportCard:
     """
-    Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`, and with `lora` also `NAME-lora.gguf`: the
-    adapter that lies on `model`, beside its base.
+    Writes `NAME-TYPE.gguf` for each of `types` into the folder `out`. With `lora` these are of the base, and the
+    adapter that lies on it becomes `NAME-lora.gguf`, with its own name. A base that has modules from the adapter has
+    the adapter's name too: files of two adapters of a base can then lie in one folder.
 
     Raises:
         ValueError: if llama.cpp would compute something else or encode text differently. The error gives the reason.
     """
-    adapter = None
+    adapter, name = None, name_for_files(model.name_or_path)
     if lora:
         model, adapter = taken_off(model)
+        adapter_name, base_name = name, name_for_files(model.name_or_path)
+        name = f"{adapter_name}-base" if adapter.in_full else base_name
     native, _ = checked_native(model)
     config = native.config
     if config.hidden_act not in ("silu", "swish"):
@@ -60,7 +63,6 @@ def export_gguf(
         raise uncomputable("it has QK-norm and attention_bias, and qwen3 there has no bias in o_proj")
     rope = rope_of(native)
     vocabulary = Vocabulary.of(tokenizer, config.vocab_size)
-    name = name_for_files(model)
     for type_name in types:
         with writing(out):
             write_file(out / f"{name}-{type_name}.gguf", native, model.config, vocabulary, rope, name, type_name)
@@ -68,10 +70,10 @@ def export_gguf(
     files = [f"{name}-{type_name}.gguf" for type_name in types]
     facts, exactness = {}, ""
     if adapter is not None:
-        file = f"{name}-lora.gguf"
+        file = f"{adapter_name}-lora.gguf"
         with writing(out):
             write_adapter(
-                out / file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], name, adapter.alpha,
+                out / file, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]], adapter_name, adapter.alpha,
                 adapter_tensors(adapter, config.model_type, model.config),
             )  # fmt: skip
         files.append(file)

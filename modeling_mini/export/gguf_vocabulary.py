@@ -61,7 +61,10 @@ class Vocabulary:
             raise ValueError("gguf needs a fast tokenizer (tokenizer.json).")
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         if reason := obstacle(backend):
-            raise ValueError(f"llama.cpp cannot read text as this tokenizer does: {reason}.")
+            raise ValueError(
+                f"llama.cpp cannot read text as this tokenizer does: {reason}. Export the model as native or onnx "
+                f"instead."
+            )
         prefix = tokenizer("").input_ids
         if prefix not in ([], [tokenizer.bos_token_id]) or tokenizer("a").input_ids[:-1] != prefix:
             raise ValueError(
@@ -120,10 +123,9 @@ def obstacle(backend: dict[str, Any]) -> str | None:
     if splitter.get("type") == "Sequence" and len(splitter["pretokenizers"]) == 1:
         splitter = splitter["pretokenizers"][0]
     if model["type"] != "BPE" or splitter.get("type") != "ByteLevel":
-        return (
-            "it is no byte-level BPE (characters are none: none of its tokenizers has one <|unk|> for each unknown "
-            "character)"
-        )
+        has_characters = model["type"] == "BPE" and not model["merges"]
+        own = "single characters" if has_characters else "no bytes"
+        return f"its tokens are {own}, and there they are bytes or merged bytes, as those of --tokenizer byte and bpe"
     if missing := [byte for byte, character in bytes_to_unicode().items() if character not in model["vocab"]]:
         return f"it has no token for {len(missing)} of the 256 bytes"
     if backend["normalizer"] is not None:

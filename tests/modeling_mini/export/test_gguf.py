@@ -15,7 +15,8 @@ from helpers.exports import bpe_tokenizer, learned_merges, random_model, write, 
 from modeling_mini.export import export
 from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
 from tokenization import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, TokenizersBackend
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 
@@ -137,8 +138,13 @@ def test_what_llama_cpp_does_not_compute_is_refused(sentence: str, fields: dict[
 
 def test_tokenizers_that_llama_cpp_has_not_are_refused(tmp_path: Path) -> None:
     characters = CharTokenizer.from_text("abc")
-    with pytest.raises(ValueError, match="characters are none: none of its tokenizers has one"):
+    with pytest.raises(
+        ValueError, match=r"its tokens are single characters, and .* Export the model as native or onnx"
+    ):
         Vocabulary.of(characters, len(characters))
+    words = TokenizersBackend(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    with pytest.raises(ValueError, match="cannot read text as this tokenizer does: its tokens are no bytes, and there"):
+        Vocabulary.of(words, 2)
     with pytest.raises(ValueError, match="add_prefix_space"):
         Vocabulary.of(ByteTokenizer(add_prefix_space=True), 264)
     with pytest.raises(ValueError, match="264 tokens and the model 200"):
@@ -216,15 +222,16 @@ def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path
         modules_to_save=["embed_tokens"], ensure_weight_tying=True,
     )  # fmt: skip
     out = export("gguf", adapter, tmp_path / "out", types=["F32"], lora=True)
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "m-F32.gguf", "m-lora.gguf"]
-    reader = gguf.GGUFReader(out / "m-lora.gguf")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter-base-F32.gguf", "adapter-lora.gguf"]
+    reader = gguf.GGUFReader(out / "adapter-lora.gguf")
     for key, value in {
         "general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora", "adapter.lora.alpha": 6.0
     }.items():  # fmt: skip
         assert value_of(reader, key) == value, key
     assert {t.tensor_type.name for t in reader.tensors} == {"F32"}
-    matrices, base_tensors = tensors_of(reader), tensors_of(gguf.GGUFReader(out / "m-F32.gguf"))
-    merged = tensors_of(gguf.GGUFReader(export("gguf", adapter, tmp_path / "merged", types=["F32"]) / "m-F32.gguf"))
+    matrices, base_tensors = tensors_of(reader), tensors_of(gguf.GGUFReader(out / "adapter-base-F32.gguf"))
+    merged = export("gguf", adapter, tmp_path / "merged", types=["F32"])
+    merged = tensors_of(gguf.GGUFReader(merged / "adapter-F32.gguf"))
     assert len(matrices) == 2 * len(targets) * 2
     for name, weight in base_tensors.items():
         if f"{name}.lora_a" in matrices:
@@ -233,7 +240,19 @@ def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path
         np.testing.assert_allclose(weight, merged[name], atol=2e-6, err_msg=name)
     assert not matrices
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "--lora m-lora.gguf" in card and "together with `embed_tokens`" in card and "rsLoRA, alpha 6" in card
+    assert "-m adapter-base-F32.gguf" in card
+    assert "--lora adapter-lora.gguf" in card and "together with `embed_tokens`" in card and "rsLoRA, alpha 6" in card
+
+
+def test_files_of_two_adapters_of_a_base_can_lie_in_one_folder(checkpoint: Path, tmp_path: Path) -> None:
+    names: list[str] = []
+    for name, lora in (("one", True), ("two", True), ("one", False), ("two", False)):
+        adapter = write_adapter(checkpoint, tmp_path / name)
+        out = export("gguf", adapter, tmp_path / "out", overwrite=True, types=["F32"], lora=lora)
+        assert value_of(gguf.GGUFReader(next(out.glob(f"{name}-*.gguf"))), "general.name") == name
+        names += sorted(path.name for path in out.glob("*.gguf"))
+    beside = ["checkpoint-F32.gguf", "one-lora.gguf", "checkpoint-F32.gguf", "two-lora.gguf"]  # the same base
+    assert names == [*beside, "one-F32.gguf", "two-F32.gguf"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ def test_logits_of_an_adapter_beside_its_base(settings: dict[str, Any], fields: 
     with torch.no_grad():
         ours = merged(input_ids=torch.tensor([ids])).logits[0].numpy()
         of_base = model(input_ids=torch.tensor([ids])).logits[0].numpy()
-    with loaded(out / "m-F32.gguf", lora_path=str(out / "m-lora.gguf"), n_ctx=64, logits_all=True) as llama:
+    with loaded(
+        next(out.glob("*-F32.gguf")), lora_path=str(out / "adapter-lora.gguf"), n_ctx=64, logits_all=True
+    ) as llama:
         theirs = logits_of(llama, ids)
     assert np.abs(theirs - ours).max() / np.abs(ours).max() < 2e-5
     assert np.abs(theirs - of_base).max() / np.abs(ours).max() > 1e-2
