@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -252,16 +253,40 @@ def own_processors(arguments: GenerationArguments) -> list[Callable[..., torch.T
     What `logits_processor` names, in order. A class is made anew, without arguments.
 
     Raises:
-        ValueError: if there is no such thing, or it cannot be called.
+        ValueError: if there is no such thing, or it cannot be called with (input_ids, scores). What is called raises it
+            if it returns something else than scores.
     """
-    processors = []
-    for name in arguments.logits_processor:
-        found = imported(name, "logits_processor")
-        processor = found() if isinstance(found, type) else found
-        if not callable(processor):
-            raise ValueError(f"logits_processor {name!r} must be a function or a LogitsProcessor, got {processor!r}.")
-        processors.append(processor)
-    return processors
+    return [scores_of(name, imported(name, "logits_processor")) for name in arguments.logits_processor]
+
+
+def scores_of(name: str, found: Any) -> Callable[..., torch.Tensor]:
+    """The rule `found` of the name that a user gave; what it returns is looked at. Raises as `own_processors`."""
+    if isinstance(found, type) and not takes(found):
+        raise ValueError(f"logits_processor {name!r} needs arguments: write a class of your own without.")
+    rule = found() if isinstance(found, type) else found
+    if not callable(rule) or not takes(rule, "input_ids", "scores"):
+        raise ValueError(
+            f"logits_processor {name!r} must be a function of (input_ids, scores) or a LogitsProcessor, got {rule!r}."
+        )
+
+    def processor(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        result = rule(input_ids, scores)
+        if not isinstance(result, torch.Tensor) or result.shape != scores.shape:
+            got = tuple(result.shape) if isinstance(result, torch.Tensor) else type(result).__name__
+            raise ValueError(f"logits_processor {name!r} must return scores {tuple(scores.shape)}, got {got}.")
+        return result
+
+    return processor
+
+
+def takes(function: Callable, *arguments: object) -> bool:
+    """Whether a function or class can be called so; `True` where Python does not know, as of some written in C."""
+    with contextlib.suppress(ValueError):
+        try:
+            inspect.signature(function).bind(*arguments)
+        except TypeError:
+            return False
+    return True
 
 
 def write_on(

@@ -2,6 +2,8 @@
 
 import copy
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from generation_mini.text_generation import (
     Continuation,
     IncrementalDetokenizer,
     generation_config,
+    own_processors,
     write_on,
 )
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -363,32 +366,53 @@ number = 3
 """
 
 
+@pytest.fixture
+def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """These in a module of the current folder, which is found there and forgotten after the test."""
+    (tmp_path / "rules_of_a_test.py").write_text(PROCESSORS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    sys.modules.pop("rules_of_a_test", None)
+
+
+@pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize("name", ["only_x", "OnlyX"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "loop"])
 def test_a_rule_of_ones_own_decides_what_is_written(
-    model: MiniForCausalLM, tokenizer: ByteTokenizer, name: str, fast: bool, tmp_path: Path, monkeypatch
+    model: MiniForCausalLM, tokenizer: ByteTokenizer, name: str, fast: bool
 ) -> None:
-    (tmp_path / "rules_of_a_test.py").write_text(PROCESSORS)
-    monkeypatch.chdir(tmp_path)  # a module of the current folder is found
     arguments = GenerationArguments(logits_processor=[f"rules_of_a_test:{name}"], max_new_tokens=2 * CONTEXT)
     (result,) = write_on(model, tokenizer, [tokenizer("ab").input_ids], arguments, lambda _: None, fast_decoding=fast)
     assert result.text == "x" * 2 * CONTEXT
 
 
+@pytest.mark.parametrize(("name", "got"), [("builtins:print", "NoneType"), ("torch:kron", r"\(2, 528\)")])
+def test_a_rule_that_returns_no_scores_is_one_sentence(name: str, got: str) -> None:
+    (processor,) = own_processors(GenerationArguments(logits_processor=[name]))
+    with pytest.raises(ValueError, match=rf"^logits_processor '{name}' must return scores \(1, 264\), got {got}\.$"):
+        processor(torch.zeros(2, 2), torch.zeros(1, 264))
+
+
+@pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("only_x", "must have the form package.module:NAME"),
         ("rules_of_a_test:only_y", "has no 'only_y', did you mean 'only_x'"),
-        ("rules_of_a_test:number", "must be a function or a LogitsProcessor, got 3"),
+        ("rules_of_a_test:number", r"must be a function of \(input_ids, scores\) or a LogitsProcessor, got 3"),
+        (
+            "os:getcwd",
+            r"must be a function of \(input_ids, scores\) or a LogitsProcessor, got <built-in function getcwd>",
+        ),
+        ("decimal:Decimal", r"must be a function of .* got Decimal\('0'\)"),
+        ("transformers:TopKLogitsWarper", "needs arguments: write a class of your own without"),
         ("no_such_module:f", "cannot be imported: No module named 'no_such_module'"),
     ],
 )
 def test_a_rule_that_is_none_is_one_sentence_before_a_model_is_loaded(
-    name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "rules_of_a_test.py").write_text(PROCESSORS)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(program, "load_model", lambda *arguments, **loading: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"^logits_processor.*{sentence}"):
         program.run(parse_arguments(["--prompt", "a", "--logits_processor", name]))
