@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from configuration_mini import MiniConfig
 from files_mini import (
     ADAPTER_CONFIG,
     BOX,
     MODEL_CONFIG,
     find_checkpoint,
-    is_box,
     read_json,
     run_of,
     write_text,
     writing,
 )
 from huggingface_hub import save_torch_state_dict
+from modeling_mini.loading.checkpoints import check_generation_config
 from modeling_mini.remote_code import AUTO_MAP, remote_code_files, write_remote_code
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -158,15 +159,15 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
             shutil.copyfile(path, into / name)
     if not source.folder.is_dir() or source.folder.stat().st_ino != state:
         raise ValueError(f"{str(source.folder)!r} was replaced by a newer one meanwhile: give the same command again.")
-    if source.kind == "model" and is_box(str(source.folder)):
-        # Here its code is that of Mini itself.
-        write_remote_code(into)
-        config = {**read_json(into / MODEL_CONFIG), "auto_map": AUTO_MAP}
-        write_text(into / MODEL_CONFIG, json.dumps(config, indent=2) + "\n")
     staged = Staged(into, source.kind)
     name = {"adapter": ADAPTER_CONFIG, "gguf": None}.get(source.kind, MODEL_CONFIG)
     if name is not None:
         staged.config = read_json(into / name)
+    if source.kind == "model" and staged.config.get("model_type") == MiniConfig.model_type and not staged.has_code:
+        # As the model that comes with Mini: here its code is that of Mini itself.
+        write_remote_code(into)
+        staged.config["auto_map"] = AUTO_MAP
+        write_text(into / MODEL_CONFIG, json.dumps(staged.config, indent=2) + "\n")
     for path in staged.files.values():
         if path.suffix == ".safetensors":
             check_weights(path)
@@ -197,6 +198,10 @@ def check_files(source: Source) -> None:
     for path in source.folder.rglob("*"):
         if path.is_symlink() and not path.is_file():
             raise ValueError(f"{str(path)!r} is a link to a folder or to nothing: put what it means in its place.")
+    for name, path in files.items():
+        if path.suffix == ".json" and any(re.fullmatch(pattern, name) for pattern in LOADED):
+            read_json(path)  # from_pretrained passes over some that are cut short
+    check_generation_config(source.folder)
     needed = {
         "model": ("tokenizer.json",), "adapter": ("adapter_model.safetensors",), "onnx": ("tokenizer.json",)
     }  # fmt: skip

@@ -90,7 +90,7 @@ def with_adapter(
                 resize(model, wanted)
             if reason := misfit_of_vocabulary(model, of_weights):
                 raise ValueError(reason)
-            adapted = PeftModel.from_pretrained(model, adapter)
+            adapted = PeftModel.from_pretrained(model, adapter, config=config)
             # The file may also contain embedding and head: see `vocabulary_of_adapter`.
             least, most = (
                 set(get_peft_model_state_dict(adapted, save_embedding_layers=each)) for each in (False, True)

@@ -1,7 +1,9 @@
 """Finds and loads the model and the tokenizer that a user names."""
 
+import contextlib
 import logging
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,6 +24,12 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from ..integrations import check_quantized_layers
 from .adapters import base_of_adapter, config_of_adapter, with_adapter
 from .quantization import check_bitsandbytes, is_quantized, quantization_config
+
+# Of the generation settings, with which transformers would fail in the midst of a text.
+WHOLE_NUMBERS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
+    "num_beams", "num_return_sequences", "no_repeat_ngram_size", "top_k",
+)  # fmt: skip
 
 
 def load_model(
@@ -45,8 +53,6 @@ def load_model(
         checkpoint, adapter = None, checkpoint
     if adapter is not None and Path(adapter).is_dir():
         adapter = find_checkpoint(adapter)
-    if adapter is not None:
-        config_of_adapter(adapter)  # refuses what is no adapter, before any loading
     if checkpoint is None:
         named = base_of_adapter(adapter)
         try:
@@ -57,14 +63,14 @@ def load_model(
                 f"it by --model and the adapter by --adapter. {error}"
             ) from None
     else:
+        if adapter is not None:
+            config_of_adapter(adapter)  # refuses what is no adapter, before any loading
         base, tokenizer = load_checkpoint(checkpoint, **loading)
     if adapter is None:
         return base, tokenizer
-    try:  # an adapter that was trained on chats has settings that end a turn
+    check_generation_config(Path(adapter))
+    with contextlib.suppress(OSError):  # most adapters have none; one that was trained on chats ends a turn by them
         base.generation_config = GenerationConfig.from_pretrained(adapter)
-    except OSError:  # most adapters have no such file; if there is one, it is damaged
-        if (Path(adapter) / GENERATION_CONFIG_NAME).is_file():
-            raise
     vocabulary = 0
     if has_tokenizer(adapter):
         own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
@@ -107,6 +113,7 @@ def load_checkpoint(
         for name in (MODEL_CONFIG, GENERATION_CONFIG_NAME, "tokenizer.json", "tokenizer_config.json"):
             if (folder / name).is_file():
                 read_json(folder / name)  # if it is cut short, transformers' error says less, or there is none
+        check_generation_config(folder)
     options: dict[str, Any] = {}
     logger = logging.getLogger("transformers.modeling_utils")
     was_disabled, logger.disabled = logger.disabled, True  # it prints a table of what `check_complete` checks
@@ -132,6 +139,25 @@ def load_checkpoint(
     check_complete(name_or_path, config, found)
     check_quantized_layers(model)  # for models other than Mini, which does this itself
     return (model if options else model.to(place)).eval(), tokenizer
+
+
+def check_generation_config(folder: Path) -> None:
+    """
+    Raises ValueError if a folder has generation settings that are no JSON, or none that transformers takes: it would
+    leave out the first without a word, and of others say nothing before it writes.
+    """
+    path = folder / GENERATION_CONFIG_NAME
+    if not path.is_file():
+        return
+    settings = read_json(path)
+    for name in WHOLE_NUMBERS:
+        value = settings.get(name)
+        if any(type(number) not in (int, NoneType) for number in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{path} must have a whole number as {name}, got {value!r:.40}.")
+    try:
+        GenerationConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has settings that do not fit: {' '.join(str(error).split())}") from None
 
 
 def check_complete(name_or_path: str, config: PreTrainedConfig, found: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 from files_mini import replace_folder
 from helpers.modules import importable
 from helpers.programs import ROOT
+from modeling_mini.loading.checkpoints import load_model
 from safetensors.torch import load_file, save_file
 from sharing_mini.staging import bytes_of, find_source, is_pickle, stage
 from sharing_mini.verification import prove
@@ -206,11 +207,47 @@ def forget_a_shard(folder: Path) -> None:
         (forget_a_shard, "model-00002-of-00002.safetensors is missing"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (
+            lambda folder: (folder / "generation_config.json").write_text("{"),
+            "generation_config.json is not valid JSON",
+        ),
+        (lambda folder: (folder / "tokenizer_config.json").write_text(""), "tokenizer_config.json is not valid JSON"),
+        (lambda folder: (folder / "generation_config.json").write_text("[]"), "must hold a JSON object"),
     ],
 )
 def test_what_is_incomplete(model: Path, tmp_path: Path, change: Callable[[Path], object], words: str) -> None:
     change(model)
     assert words in refusal(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"max_new_tokens": "many"}, "must have a whole number as max_new_tokens, got 'many'"),
+        ({"eos_token_id": [2, "x"]}, "must have a whole number as eos_token_id, got [2, 'x']"),
+        ({"cache_implementation": "best"}, "has settings that do not fit: Invalid `cache_implementation` (best)"),
+    ],
+)
+def test_generation_settings_that_do_not_fit(
+    model: Path, tmp_path: Path, settings: dict[str, object], words: str
+) -> None:
+    path = model / "generation_config.json"
+    path.write_text(json.dumps(settings))
+    assert f"{path} {words}" in refusal(model, tmp_path)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load_model(str(model))
+
+
+def test_a_folder_of_mini_without_its_code_goes_up_with_it(model: Path, tmp_path: Path) -> None:
+    """As a copy of the model that comes with Mini is."""
+    for path in model.glob("*.py"):
+        path.unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({name: config[name] for name in config if name != "auto_map"}))
+    (tmp_path / "staged").mkdir()
+    staged = stage(find_source(str(model)), tmp_path / "staged")
+    assert staged.has_code and "modeling_mini.py" in staged.files
+    assert prove(staged, str(staged.folder), "def ") is not None
 
 
 @pytest.mark.parametrize("is_sharded_last", [True, False])

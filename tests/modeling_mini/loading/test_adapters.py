@@ -322,7 +322,7 @@ def test_an_adapter_whose_generation_settings_are_damaged(broken: Path) -> None:
     model, _ = load_model(str(broken))
     assert model.generation_config.eos_token_id == [2, 7]
     (broken / "generation_config.json").write_text('{"eos_token_id": [2,')
-    with pytest.raises(OSError, match=r"generation_config\.json"):
+    with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
         load_model(str(broken))
 
 
