@@ -17,15 +17,17 @@ from typing import Any, ClassVar
 
 import torch
 from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from files_mini import ADAPTER_CONFIG, BOX
 from jinja2 import TemplateError
 from modeling_mini.loading.checkpoints import find_checkpoint, load_model
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
+from starlette.exceptions import HTTPException as AnyHTTPException
 from tokenization.chat import text_of
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cli.serving import chat_completion, completion, model_manager, server, utils
+from transformers.cli.serving import chat_completion, completion, model_manager, response, server, transcription, utils
 
 from .text_generation import (
     IncrementalDetokenizer,
@@ -53,6 +55,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "web_search_options": (),
 }
+# The same of `/v1/responses` alone.
+NEUTRAL_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "conversation": (),
+    "include": ([],),
+    "max_tool_calls": (),
+    "previous_response_id": (),
+    "prompt": (),
+    "reasoning": ({},),
+    "text": ({}, {"format": {"type": "text"}}),
+    "truncation": ("disabled",),
+}
 # What other values would end in an error of the server.
 NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "temperature": (lambda value: value >= 0, "a number that is not negative"),
@@ -74,26 +88,49 @@ def install() -> None:
     model_manager.ModelManager = ServedModels
     completion.CompletionHandler = Completions
     chat_completion.ChatCompletionHandler = ChatCompletions
+    response.ResponseHandler = Responses
+    transcription.TranscriptionHandler = Transcriptions
     server.build_server = build_server
+    server.split_model_id = split_model_id
     utils.GenerateManager = OneByOne
     utils.CBGenerateManager = InBatches
 
 
 stock_build_server = server.build_server
 stock_processor_inputs = chat_completion.ChatCompletionHandler.get_processor_inputs_from_messages
+stock_audio_inputs = transcription.TranscriptionHandler._prepare_audio_inputs
 
 
 def build_server(*parts: Any, **settings: Any) -> FastAPI:
     """The server of transformers, whose refusals have the form in which clients of OpenAI look for a reason."""
     app = stock_build_server(*parts, **settings)
 
-    @app.exception_handler(HTTPException)
-    async def refuse(request: Request, error: HTTPException) -> JSONResponse:
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        content = {"error": {"message": error.detail, "type": kind, "param": None, "code": None}}
-        return JSONResponse(content, status_code=error.status_code)
+    def refusal(status: int, message: str) -> JSONResponse:
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+        return JSONResponse(content, status_code=status)
+
+    @app.exception_handler(AnyHTTPException)
+    async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:
+        message = error.detail
+        if error.status_code == 404 and message == "Not Found":
+            message = f"There is no {request.url.path} here; docs/SERVING.md says what there is."
+        elif isinstance(message, list):  # of pydantic, for each field that is wrong
+            message = "; ".join(f"{'.'.join(map(str, each['loc'][1:]))}: {each['msg']}" for each in message)
+        return refusal(error.status_code, message)
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Request, error: RequestValidationError) -> JSONResponse:
+        return refusal(400, "The request must be a JSON object.")
 
     return app
+
+
+def split_model_id(model: Any) -> tuple[str, str | None]:
+    """As the server's own; HTTPException 400 for a name that is no text."""
+    if not isinstance(model, str):
+        raise HTTPException(400, f"model must be a text, got {model!r:.80}.")
+    return utils.split_model_id(model)
 
 
 @contextlib.contextmanager
@@ -106,6 +143,10 @@ def wrong_input_is_refused() -> Iterator[None]:
         raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise HTTPException(404, f"There is no such model: {' '.join(str(error).split())}") from None
 
 
 class ServedModels(model_manager.ModelManager):
@@ -119,9 +160,19 @@ class ServedModels(model_manager.ModelManager):
         super().__init__(force_model=force_model, **settings)
 
     def process_model_name(self, model_id: str) -> str:
-        """The key of a model: its name, for the one that was named at the start, also where its folder is meant."""
-        is_served = self.force_model is not None and model_id in (self.force_model, self.checkpoint)
-        return self.force_model if is_served else super().process_model_name(model_id)
+        """
+        The key of a model: its name, for the one that was named at the start, also where its folder is meant.
+
+        Raises:
+            HTTPException: 400, for another one than was named at the start.
+        """
+        if self.force_model is None:
+            return super().process_model_name(model_id)
+        if model_id in (self.force_model, self.checkpoint):
+            return self.force_model
+        if model_id != utils.split_model_id(self.force_model)[0]:
+            raise HTTPException(400, f"This server has the model {self.force_model!r}, and not {model_id!r}.")
+        return super().process_model_name(model_id)
 
     def with_revision(self, key: str) -> str:
         return super().process_model_name(self.checkpoint) if key == self.force_model else key
@@ -295,18 +346,19 @@ class InBatches(utils.CBGenerateManager):
 class Checked:
     """For handlers: refuses, with a reason, what they would ignore."""
 
+    neutral = NEUTRAL
     supported: frozenset[str] = frozenset()
     fewest_tokens = 1
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)
-        for name in NEUTRAL.keys() & body.keys() - self.supported:
-            if body[name] is not None and body[name] not in NEUTRAL[name]:
+        for name in self.neutral.keys() & body.keys() - self.supported:
+            if body[name] is not None and body[name] not in self.neutral[name]:
                 raise HTTPException(400, f"{name} does not work here, got {body[name]!r}: leave it out.")
         stop = body.get("stop")
         if stop is not None and not all(isinstance(text, str) and text for text in as_list(stop)):
             raise HTTPException(400, f"stop must be a text or a list of texts that are not empty, got {stop!r}.")
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if body.get(name) is not None:
                 number_in(body, name, 1, self.fewest_tokens, MOST_TOKENS)
         number_in(body, "seed", 0, 0, LARGEST_SEED)
@@ -337,26 +389,16 @@ class Checked:
         return super()._resolve_model(body)
 
 
-class ChatCompletions(Checked, chat_completion.ChatCompletionHandler):
-    """The endpoint `/v1/chat/completions`."""
+class InTurns(Checked):
+    """For handlers of conversations."""
 
-    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
-        """
-        The answer, as JSON or as a stream.
-
-        Raises:
-            HTTPException: 400, with a reason, for what does not work.
-        """
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
-            raise HTTPException(400, "messages must be a list of objects with role and content, and not empty.")
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
         settings = body.get("chat_template_kwargs")
         if settings is not None and not (isinstance(settings, dict) and TEMPLATE_ARGUMENTS.isdisjoint(settings)):
             raise HTTPException(
                 400, f"chat_template_kwargs must be an object with settings of the chat template, got {settings!r:.80}."
             )
-        with wrong_input_is_refused():
-            return await super().handle_request(body, request_id)
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict], modality: utils.Modality) -> list[dict]:
@@ -374,6 +416,105 @@ class ChatCompletions(Checked, chat_completion.ChatCompletionHandler):
             # transformers leaves out the content of a message that has the key, and clients send it as null.
             messages = [{"role": message["role"], "content": message["content"]} for message in messages]
         return stock_processor_inputs(messages, modality)
+
+
+class ChatCompletions(InTurns, chat_completion.ChatCompletionHandler):
+    """The endpoint `/v1/chat/completions`."""
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """
+        The answer, as JSON or as a stream.
+
+        Raises:
+            HTTPException: 400, with a reason, for what does not work.
+        """
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
+            raise HTTPException(400, "messages must be a list of objects with role and content, and not empty.")
+        with wrong_input_is_refused():
+            return await super().handle_request(body, request_id)
+
+
+class Responses(InTurns, response.ResponseHandler):
+    """The endpoint `/v1/responses`: a conversation in text, of which the server keeps nothing."""
+
+    neutral = NEUTRAL | NEUTRAL_IN_RESPONSES
+
+    async def handle_request(self, body: dict[str, Any], request_id: str) -> Any:
+        """
+        The answer, as JSON or as a stream.
+
+        Raises:
+            HTTPException: 400, with a reason, for what does not work.
+        """
+        with wrong_input_is_refused():
+            # Without the field, the server would answer by a stream, which is not what the protocol says.
+            return await super().handle_request({**body, "stream": bool(body.get("stream"))}, request_id)
+
+    @staticmethod
+    def _normalize_input(body: dict[str, Any]) -> list[dict[str, Any]]:
+        """
+        The messages of `instructions` and `input`, which is a text, a list of messages, or the parts of one.
+
+        Raises:
+            HTTPException: 400, if it is something else.
+        """
+        messages, instructions = body.get("input"), body.get("instructions") or ""
+        if isinstance(messages, str) or (isinstance(messages, list) and not any("role" in as_map(m) for m in messages)):
+            messages = [{"role": "user", "content": messages or None}]
+        if not isinstance(messages, list) or not all(map(is_message, messages)):
+            raise HTTPException(400, "input must be a text or a list of objects with role and content, and not empty.")
+        if not isinstance(instructions, str):
+            raise HTTPException(400, f"instructions must be a text, got {instructions!r:.80}.")
+        plain = [{"role": message["role"], "content": as_parts_of_chats(message["content"])} for message in messages]
+        return [{"role": "system", "content": instructions}, *plain] if instructions else plain
+
+
+class Transcriptions(transcription.TranscriptionHandler):
+    """The endpoint `/v1/audio/transcriptions`, for a server that has models of speech beside those of Mini."""
+
+    async def handle_request(self, request: Request) -> Any:
+        """
+        The text of a recording.
+
+        Raises:
+            HTTPException: 400, with a reason, for what does not work.
+        """
+        models = self.model_manager
+        if models.force_model is not None:
+            check_hears(models.load_model_and_processor(models.process_model_name(models.force_model))[1])
+        with wrong_input_is_refused():
+            return await super().handle_request(request)
+
+    def _validate_request(self, form_keys: set[str]) -> None:
+        super()._validate_request(form_keys)
+        if missing := {"file", "model"} - form_keys:
+            raise HTTPException(400, f"The form must have the fields file and model: {min(missing)} is missing.")
+
+    @staticmethod
+    def _prepare_audio_inputs(file_bytes: bytes, audio_processor: Any, audio_model: PreTrainedModel) -> dict:
+        check_hears(audio_processor)
+        return stock_audio_inputs(file_bytes, audio_processor, audio_model)
+
+
+def check_hears(processor: Any) -> None:
+    if not hasattr(processor, "feature_extractor"):
+        raise HTTPException(400, "This is a model of text: it cannot transcribe speech.")
+
+
+def as_map(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_parts_of_chats(content: Any) -> Any:
+    """A content of `/v1/responses` as one of chats, where parts that are text have another type."""
+    if not isinstance(content, list):
+        return content
+    kinds = {"input_text": "text", "output_text": "text"}
+    return [
+        {**part, "type": kinds.get(part.get("type"), part.get("type"))} if isinstance(part, dict) else part
+        for part in content
+    ]
 
 
 class Completions(Checked, completion.CompletionHandler):

@@ -48,14 +48,14 @@ def checkpoint(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @contextlib.contextmanager
-def serving(name: str, place: Path, folder: Path, *flags: str) -> Iterator[str]:
+def serving(name: str | None, place: Path, folder: Path, *flags: str) -> Iterator[str]:
     """The address of a server that was started in `place`, while it runs; its log goes to `folder`."""
     port = free_port()
     log = folder / "log"
     environment = {**with_mini(), "HF_HOME": str(folder)}
     with log.open("w") as file:
         process = subprocess.Popen(
-            [fork_server.python(), *COMMAND, "serve", name, "--port", str(port), *flags],
+            [fork_server.python(), *COMMAND, "serve", *([name] if name else []), "--port", str(port), *flags],
             cwd=place, env=environment, stdout=file, stderr=file,
         )  # fmt: skip
     try:
@@ -291,6 +291,94 @@ def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -
         client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 2, **settings})
     neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "user": "me"}
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2, **neutral).choices
+
+
+def test_responses_are_what_chats_are(client: openai.OpenAI, checkpoint: Path) -> None:
+    arguments = {"model": NAME, "max_output_tokens": 20, "temperature": 0}
+    expected = continuation(checkpoint, MESSAGES)
+    parts = [{"type": "input_text", "text": "the "}, {"type": "input_text", "text": "cat"}]
+    for given in ("the cat", MESSAGES, parts, [{"role": "user", "content": parts}]):
+        assert client.responses.create(input=given, **arguments).output_text == expected
+    with client.responses.stream(input="the cat", **arguments) as stream:
+        assert "".join(each.delta for each in stream if each.type == "response.output_text.delta") == expected
+    with_system = continuation(checkpoint, [{"role": "system", "content": "Answer."}, *MESSAGES])
+    assert client.responses.create(input="the cat", instructions="Answer.", **arguments).output_text == with_system
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"input": ""}, "input must be a text or a list of objects with role and content, and not empty"),
+        ({"input": [5]}, "a part of it that is not cannot be read: 5"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+            "that is not cannot be",
+        ),
+        ({"input": [{"role": "user", "content": "a"}, {"type": "function_call_output"}]}, "input must be a text or a"),
+        ({"instructions": 5}, "instructions must be a text, got 5"),
+        ({"previous_response_id": "a"}, "previous_response_id does not work here, got 'a': leave it out"),
+        ({"text": {"format": {"type": "json_object"}}}, "text does not work here"),
+        ({"max_output_tokens": 0}, "max_output_tokens must be a whole number from 1"),
+        ({"temperature": -1}, "temperature must be a number that is not negative"),
+        ({"model": "other/model"}, "other/model"),
+    ],
+)
+def test_so_it_is_in_responses(client: openai.OpenAI, settings: dict, reason: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=reason):
+        client.responses.create(**{"model": NAME, "input": "a", **settings})
+
+
+JSON = "application/json"
+FORM = "multipart/form-data; boundary=x"
+SPEECH = b"""--x\r
+Content-Disposition: form-data; name="model"\r
+\r
+model\r
+--x\r
+Content-Disposition: form-data; name="file"; filename="a.wav"\r
+\r
+RIFF\r
+--x--\r
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "status", "reason"),
+    [
+        ("v1/audio/transcriptions", b"", FORM, 400, "This is a model of text: it cannot transcribe speech."),
+        ("v1/audio/transcriptions", SPEECH, FORM, 400, "This is a model of text: it cannot transcribe speech."),
+        ("load_model", b'{"model": 5}', JSON, 400, "model must be a text, got 5."),
+        ("load_model", b'{"model": "other/model"}', JSON, 400, "This server has the model 'model', and not 'other/"),
+        ("load_model", b"{}", JSON, 422, "Missing `model` field"),
+        ("v1/systemone", b"{}", JSON, 422, "state: Field required; questions: Field required"),
+        ("v1/completions", b"[1]", JSON, 400, "The request must be a JSON object."),
+        ("v1/completions", b"{", JSON, 400, "The request must be a JSON object."),
+        ("v1/embeddings", b"{}", JSON, 404, "There is no /v1/embeddings here"),
+    ],
+)
+def test_other_addresses_answer_with_a_reason(
+    server: str, path: str, body: bytes, kind: str, status: int, reason: str
+) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(f"{server}/{path}", body, {"Content-Type": kind}))
+    assert refused.value.code == status and json.load(refused.value)["error"]["message"].startswith(reason)
+
+
+def test_a_server_of_any_model_says_where_there_is_none(tmp_path: Path) -> None:
+    """One that was started without a name loads what a request names."""
+    with serving(None, tmp_path, tmp_path) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.NotFoundError, match="There is no such model: "):
+            client.completions.create(model="other/model", prompt="a")
+        with pytest.raises(openai.NotFoundError, match="There is no such model: "):
+            client.audio.transcriptions.create(model="other/model", file=("a.wav", b"RIFF"))
+        with pytest.raises(openai.BadRequestError, match="The form must have the fields file and model: file is miss"):
+            client.post(
+                "/audio/transcriptions",
+                cast_to=object,
+                body={"model": "a"},
+                options={"headers": {"Content-Type": "multipart/form-data"}},
+            )
 
 
 @pytest.mark.parametrize(
