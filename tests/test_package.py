@@ -26,7 +26,7 @@ print(type(model).__name__, len(tokenization.ByteTokenizer()))
 
 @pytest.mark.slow
 def test_installed_package_works_outside_the_repository(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    temporary = tempfile.TemporaryDirectory(prefix="mini-package-")  # on the disk: it takes gigabytes
+    temporary = tempfile.TemporaryDirectory(prefix="mini-package-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
     request.addfinalizer(temporary.cleanup)
     venv.create(temporary.name)
     python = Path(temporary.name, "bin", "python")

@@ -28,8 +28,8 @@ BLOCKS, QUICKSTART_BLOCKS = (
 
 @pytest.fixture(scope="module")
 def copy() -> Iterator[Path]:
-    """What git has, and what is not ignored. On the disk: what will be installed in it takes gigabytes."""
-    temporary = tempfile.TemporaryDirectory(prefix="mini-readme-")
+    """What git has, and what is not ignored."""
+    temporary = tempfile.TemporaryDirectory(prefix="mini-readme-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
     folder = Path(temporary.name)
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
