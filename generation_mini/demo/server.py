@@ -167,6 +167,8 @@ def serve(arguments: DemoArguments, held: socket.socket) -> None:
     model, tokenizer = load_model(
         arguments.model, adapter=arguments.adapter, trust_remote_code=arguments.trust_remote_code
     )
+    if hasattr(model, "compile_decoding"):
+        model.compile_decoding(only_kept=True)
     checkpoint = find_checkpoint(arguments.adapter or arguments.model)
     app = make_app(Author(model, tokenizer), display_name(checkpoint), checkpoint)
     # Texts that are still being written when Ctrl-C comes would keep it alive.

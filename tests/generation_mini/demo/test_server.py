@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from cards_mini import Facts, render
 from generation_mini import demo
 from generation_mini.demo import server
+from generation_mini.demo.arguments import DemoArguments
 from generation_mini.demo.server import MOST_TOKENS, make_app, public_link
 from generation_mini.demo.writing import Author
+from modeling_mini import compiled_decoding
+from modeling_mini.native_code import compile_library
 from starlette.testclient import TestClient
 from tokenization import CHAT_TEMPLATE
 
@@ -123,6 +127,30 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     with demo.listen("127.0.0.1", port), pytest.raises(OSError) as refused:
         socket.create_server(("127.0.0.1", port)).close()
     assert refused.value.errno == errno.EADDRINUSE
+
+
+def test_it_writes_by_the_function_that_was_compiled_before(
+    quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINI_CACHE", str(tmp_path))
+    monkeypatch.setattr(uvicorn.Server, "run", lambda *arguments, **sockets: None)
+    authors: list[Author] = []
+
+    def keep(author: Author, *others: object) -> object:
+        authors.append(author)
+        return make_app(author, *others)
+
+    monkeypatch.setattr(server, "make_app", keep)
+    texts = []
+    for _ in range(2):
+        with demo.listen("127.0.0.1", 0) as held:
+            server.serve(DemoArguments(model=str(quick_run)), held)
+        body = {"prompt": "the ", "max_new_tokens": 100, "seed": 1}
+        events = lines(TestClient(make_app(authors[-1], "name")).post("/write", json=body))
+        texts.append([piece["text"] for event in events for piece in event.get("pieces", [])])
+        compile_library(compiled_decoding.NAME, compiled_decoding.SOURCE)
+    assert [author.model.compiled_step is not None for author in authors] == [False, True]
+    assert texts[0] == texts[1] and len(texts[0]) > 20
 
 
 def test_a_run_without_a_model_yet(
