@@ -302,9 +302,9 @@ def json_records(file: DataFile, columns: Collection[str] | None) -> Iterator[di
         beginning = text.lstrip()
     rest = (text for part in ([beginning], texts) for text in part)
     values = json_values_of_list(file, rest) if beginning.startswith("[") else json_values_of_lines(file, rest)
-    for number, (place, value) in enumerate(values):
+    for place, value in values:
         if not isinstance(value, dict):
-            raise unreadable(file, "json", f"record {number} ({place}) is no object but {str(value)[:40]!r}")
+            raise unreadable(file, "json", f"{place} is no object but {str(value)[:40]!r}")
         yield value
 
 
@@ -333,21 +333,21 @@ def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[
                 value, end = decoder.raw_decode(text, at)
                 break
             except RecursionError as error:
-                raise unreadable(file, "json", f"record {number}: {error}") from None
+                raise unreadable(file, "json", f"record {number + 1}: {error}") from None
             except json.JSONDecodeError as error:
                 # The value may be cut: if the error is at the end of what was read, or a string does not end, read
                 # more.
                 may_be_cut = error.pos > len(text) - 16 or error.msg.startswith("Unterminated string")
                 more = next(texts, None) if may_be_cut else None
                 if more is None:
-                    detail = f"record {number}, character {gone + error.pos + 1}: {error.msg}"
+                    detail = f"record {number + 1}, character {gone + error.pos + 1}: {error.msg}"
                     raise unreadable(file, "json", detail) from None
                 gone, text, at = gone + at, text[at:] + more, 0
         if text[at] == "]":
             if text[at + 1 :].strip() or any(more.strip() for more in texts):
                 raise unreadable(file, "json", f"there is something behind the list of {number} records")
             return
-        yield f"record {number}", value
+        yield f"record {number + 1}", value
         at, number = end, number + 1
 
 

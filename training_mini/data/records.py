@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from shape_mini import nearest_name
 
@@ -15,16 +15,22 @@ EXAMPLE_COLUMNS = ("messages", "prompt", "completion")
 
 Document = tuple[str, Iterator[bytes]]  # its name in errors, and its text as UTF-8, in pieces
 Record = tuple[str, dict[str, Any]]  # its name in errors, and its columns
+T = TypeVar("T")
 
 
 class NoTextColumn(ValueError):
     """Records of which nobody said which column is the text. One such file stops a folder of good ones."""
 
 
+def numbered(records: Iterable[T]) -> Iterator[tuple[int, T]]:
+    """Records with the numbers that errors name them by: from 1, as an editor counts lines."""
+    return enumerate(records, start=1)
+
+
 def file_documents(
     file: DataFile,
     arguments: DataArguments,
-    number: Callable[[Iterator[dict[str, Any]]], Iterator[tuple[int, dict[str, Any]]]] = enumerate,
+    number: Callable[[Iterator[dict[str, Any]]], Iterator[tuple[int, dict[str, Any]]]] = numbered,
 ) -> Iterator[Document]:
     """The documents of a file of records. `number` gives each record its number, and may leave out the first ones."""
     column = arguments.text_column
@@ -66,7 +72,7 @@ def record_documents(
             if errors == "strict":
                 raise ValueError(
                     f"Record {number} of {name} has half of a character (U+{ord(text[error.start]):04X}) at character "
-                    f"{error.start} of {column!r}: --errors replace reads it as U+FFFD."
+                    f"{error.start + 1} of {column!r}: --errors replace reads it as U+FFFD."
                 ) from None
             data = re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
         size = formats.PIECE_SIZE

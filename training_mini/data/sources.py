@@ -20,7 +20,7 @@ from .files import FoundFiles, find_files, quick_look
 from .formats import DataFile
 from .packages import package_files, standard_library_files, without_copies
 from .questions import python_questions
-from .records import EXAMPLE_COLUMNS, Document, NoTextColumn, Record, file_documents, record_documents
+from .records import EXAMPLE_COLUMNS, Document, NoTextColumn, Record, file_documents, numbered, record_documents
 from .samples import chat_examples, instruction_examples, sample_documents
 
 BUILT_IN = ("python-stdlib", "python-packages", "python-questions", "sample", "chat-sample", "instruction-sample")
@@ -87,7 +87,7 @@ def sample_of_examples(name: str) -> DocumentSource:
     digest = hashlib.sha256(content.encode()).hexdigest()
 
     def records() -> Iterator[Record]:
-        for number, example in enumerate(examples):
+        for number, example in numbered(examples):
             yield f"{name} record {number}", example
 
     return DocumentSource(name, digest, lambda advance: digest, lambda: iter(()), records=records)
@@ -118,7 +118,7 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
 
     def records() -> Iterator[Record]:
         for file in files:
-            for number, record in enumerate(file.records(EXAMPLE_COLUMNS)):
+            for number, record in numbered(file.records(EXAMPLE_COLUMNS)):
                 yield f"{file} record {number}", record
 
     has_records = all(file.record_format is not None for file in files)
@@ -157,14 +157,14 @@ def dataset_source(dataset: "datasets.Dataset", arguments: DataArguments) -> Doc
     name = arguments.dataset
 
     def documents() -> Iterator[Document]:
-        yield from record_documents(name, enumerate(dataset), arguments.text_column, arguments.errors)
+        yield from record_documents(name, numbered(dataset), arguments.text_column, arguments.errors)
 
     return DocumentSource(
         name=name,
         quick_key=f"{key} {arguments.text_column}",
         digest=lambda advance: key,
         read=documents,
-        records=lambda: ((f"{name} record {number}", record) for number, record in enumerate(dataset)),
+        records=lambda: ((f"{name} record {number}", record) for number, record in numbered(dataset)),
     )
 
 

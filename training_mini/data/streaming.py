@@ -18,7 +18,7 @@ from ..arguments import DataArguments
 from .batches import Batch, Batches, Collator, key_of, permute
 from .files import FoundFiles, find_files, number_of_files
 from .formats import RECORD_FORMATS, DataFile
-from .records import Document, file_documents, record_documents
+from .records import Document, file_documents, numbered, record_documents
 from .sources import BUILT_IN, load_hub_dataset
 
 # How many windows are shuffled together. Neighbours in a stream often come from one document. With this number, a batch
@@ -55,8 +55,8 @@ class FileStream:
 
     def _number(self, records: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbers the records from the position on, which goes along."""
-        for number, record in itertools.islice(enumerate(records), self._record, None):
-            self._record = number + 1
+        for number, record in itertools.islice(numbered(records), self._record, None):
+            self._record = number
             yield number, record
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,14 +110,14 @@ class HubStream:
         yield from record_documents(name, self._records(), self.arguments.text_column, self.arguments.errors)
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        number = -1
+        number = 0
         try:
-            for number, record in enumerate(self.dataset):
+            for number, record in numbered(self.dataset):
                 yield number, record
         except Exception as error:  # any library may be reading this format from the network
             detail = " ".join(str(error.__cause__ or error).split())[:200]
             raise ValueError(
-                f"The stream of {self.arguments.dataset!r} broke off after {number + 1:,} records of this run "
+                f"The stream of {self.arguments.dataset!r} broke off after {number:,} records of this run "
                 f"({type(error).__name__}: {detail})."
             ) from error
 

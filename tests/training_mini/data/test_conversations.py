@@ -207,7 +207,7 @@ def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
 def test_record_that_is_no_example(record: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
         corpus_of(tmp_path, [record] * 3)
-    assert message in str(error.value) and "examples.jsonl record 0" in str(error.value)
+    assert message in str(error.value) and "examples.jsonl record 1" in str(error.value)
 
 
 def test_examples_in_csv_are_text_whatever_they_look_like(tmp_path: Path) -> None:

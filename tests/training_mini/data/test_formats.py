@@ -116,7 +116,7 @@ def test_dates_in_examples_are_text_and_numbers_are_refused(data: Path) -> None:
     assert examples(write(data / "a.jsonl", jsonl(*records))) == records
     for wrong in (5, 1.5, True, {"a": 1}):
         path = write(data / "a.jsonl", jsonl({"prompt": "when?", "completion": wrong}))
-        with pytest.raises(ValueError, match=r"a\.jsonl record 0 must have messages, or a prompt and a completion"):
+        with pytest.raises(ValueError, match=r"a\.jsonl record 1 must have messages, or a prompt and a completion"):
             load(path)
 
 
@@ -125,7 +125,7 @@ def test_dates_in_examples_are_text_and_numbers_are_refused(data: Path) -> None:
 def test_what_is_no_text_is_refused(data: Path, read: Callable, wrong: object) -> None:
     path = write(data / "a.jsonl", jsonl({"text": "fine"}, {"text": wrong}))
     with pytest.raises(
-        ValueError, match=rf"Record 1 of .*a\.jsonl has no text in column 'text' but {type(wrong).__name__}"
+        ValueError, match=rf"Record 2 of .*a\.jsonl has no text in column 'text' but {type(wrong).__name__}"
     ):
         read(path)
 
@@ -173,10 +173,10 @@ def test_files_may_have_other_columns_and_formats(data: Path, read: Callable) ->
 def test_missing_column_is_named_with_file_and_record(data: Path, read: Callable) -> None:
     write(data / "a.jsonl", jsonl({"text": "one"}))
     write(data / "b.jsonl", jsonl({"text": "two"}, {"txet": "three"}))
-    with pytest.raises(ValueError, match=r"Record 1 of .*b\.jsonl has no column 'text', did you mean 'txet'"):
+    with pytest.raises(ValueError, match=r"Record 2 of .*b\.jsonl has no column 'text', did you mean 'txet'"):
         read(data)
     write(data / "b.jsonl", jsonl({"title": "two"}, {"title": "three"}))
-    with pytest.raises(ValueError, match=r"Record 0 of .*b\.jsonl has no column 'text'; its columns are title"):
+    with pytest.raises(ValueError, match=r"Record 1 of .*b\.jsonl has no column 'text'; its columns are title"):
         read(data, text_column="text")
 
 
@@ -223,14 +223,14 @@ def test_several_frames_and_members_are_one_file(data: Path) -> None:
 def test_cut_records_are_refused(data: Path, compression: str) -> None:
     cases = {
         "a.jsonl": ('{"text": "fine"}\n{"text": "cu', "line 2: Unterminated string"),
-        "a.json": ('[{"text": "fine"}, {"text": "cu', "record 1, character 29: Unterminated string"),
+        "a.json": ('[{"text": "fine"}, {"text": "cu', "record 2, character 29: Unterminated string"),
         "b.json": ('[{"text": "fine"},', "the list does not end"),
         "c.json": ('[{"text": "fine"}] {"text": "more"}', "behind the list of 1 records"),
         "d.json": ('{\n"text": "one object"\n}', "needed is one object a line, or one list of objects"),
-        "e.jsonl": ("[1, 2]\n", "record 0 .* is no object"),
+        "e.jsonl": ("[1, 2]\n", "record 1 is no object but '1'"),
         "f.jsonl": ('{"n": ' + "1" * 5000 + "}", "line 1: Exceeds the limit"),
         "g.jsonl": ('{"n": ' + "[" * 100_000, "line 1: maximum recursion depth"),
-        "g.json": ('[{"n": ' + "[" * 100_000, "record 0: maximum recursion depth"),
+        "g.json": ('[{"n": ' + "[" * 100_000, "record 1: maximum recursion depth"),
         "a.csv": ('text,label\nfine,1\n"cut', "a quote .* is never closed"),
         "b.csv": ("text,label\nfine,1\na,b,c\n", "line 3 has 3 cells, and the header 2"),
         "a.parquet": ("PAR1", "could not be read as parquet"),
@@ -287,7 +287,7 @@ def test_numbers_of_csv_are_not_taken_for_the_text(data: Path) -> None:
 @READERS
 def test_half_a_character(data: Path, read: Callable) -> None:
     path = write(data / "a.jsonl", '{"text": "fine"}\n{"text": "cut \\ud83d"}\n')
-    with pytest.raises(ValueError, match=r"Record 1 of .*a\.jsonl has half of a character \(U\+D83D\) at character 4"):
+    with pytest.raises(ValueError, match=r"Record 2 of .*a\.jsonl has half of a character \(U\+D83D\) at character 5"):
         read(path)
     assert read(path, errors="replace") == ["fine", "cut \ufffd"]
 
