@@ -2,7 +2,7 @@
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from .distributed import Parallel, blocks_of, check_mesh
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .hooks import NO_HOOKS, Hooks
 from .lora import add_lora, describe
+from .memory import check_memory
 from .optimization import ExponentialMovingAverage, make_optimizers
 from .own_model import config_class_of, has_own_code, name_code
 from .run_folder import RunFolder
@@ -160,8 +161,7 @@ def build_run(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> Run:
         show_progress = accelerator.is_local_main_process and not hooks.is_quiet
         corpus = own_corpus(hooks.data, arguments.data, arguments.monitoring.max_eval_tokens, show_progress)
         set_seed(arguments.run.seed)
-        is_sharded = parallel.is_sharded and not arguments.adapter.lora_r
-        model, start = make_model(arguments, corpus, config_class, hooks, is_sharded)
+        model, start = make_model(arguments, corpus, config_class, hooks, parallel)
         batches, held_out = corpus.make_batches(arguments, model.config)
         held_out_text = corpus.text_of(held_out.ids)
         state = TrainerState(
@@ -323,29 +323,35 @@ def make_model(
     corpus: Corpus,
     config_class: type[PreTrainedConfig] | None,
     hooks: Hooks,
-    is_sharded: bool = False,
+    parallel: Parallel,
 ) -> tuple[PreTrainedModel, ShardedStart | None]:
     """
     The model to train: a new one for the vocabulary of the corpus, the one of `--model`, or that of the caller, with an
     adapter if that was asked for. The tokens that end an answer in the corpus also end what the model generates.
 
-    Args:
-        is_sharded: it will be sharded, and should have no numbers before that.
-
     Returns:
-        The model, and what will give it its numbers if it has none yet.
+        The model, and what will give it its numbers: one that will be sharded has none before that.
 
     Raises:
-        ValueError: if the model cannot be loaded, cannot read the corpus, or has a context of one token.
+        ValueError: if the model cannot be loaded, cannot read the corpus, has a context of one token, or needs more
+            memory than there is.
     """
     start: ShardedStart | None = None
+    is_sharded = parallel.is_sharded and not arguments.adapter.lora_r
+
+    def check(config: PreTrainedConfig) -> None:
+        if not isinstance(corpus, ExampleCorpus):  # examples may be much shorter than the context
+            check_memory(arguments, parallel, config)
+
     if hooks.has_model:
         model = given_model(hooks.model, corpus)
+        check(model.config)
     elif arguments.model.model is not None:
         start = ShardedStart.of_checkpoint(arguments.model.model) if is_sharded else None
         model = trained_model(arguments, start)
+        check(model.config)
     else:
-        model, start = new_model(arguments, corpus, config_class, is_sharded)
+        model, start = new_model(arguments, corpus, config_class, is_sharded, check)
     if model.config.max_position_embeddings < 2:
         raise ValueError("max_position_embeddings must be at least 2: with 1, a model cannot continue what it reads.")
     corpus.tokenizer.model_max_length = model.config.max_position_embeddings
@@ -359,11 +365,16 @@ def make_model(
 
 
 def new_model(
-    arguments: Arguments, corpus: Corpus, config_class: type[PreTrainedConfig] | None, is_sharded: bool
+    arguments: Arguments,
+    corpus: Corpus,
+    config_class: type[PreTrainedConfig] | None,
+    is_sharded: bool,
+    check: Callable[[PreTrainedConfig], None],
 ) -> tuple[PreTrainedModel, ShardedStart | None]:
-    """A model with new weights, and settings for sampling that suit small models."""
+    """A model with new weights, and settings for sampling that suit small models; `check` may refuse its shape."""
     token_ids = token_ids_of(corpus.tokenizer)
     config = arguments.model.model_config(config_class, vocab_size=len(corpus.tokenizer), **token_ids)
+    check(config)
     start = ShardedStart(lambda: AutoModelForCausalLM.from_config(config)) if is_sharded else None
     model = start.model if start is not None else AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(**token_ids, **SAMPLING)

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from modeling_mini.analysis.cost import ModelCost
 
 from .build import Run
 from .data.batches import Batch
+from .memory import free_memory, memory_of_micro_batch
 
 UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
 MOST_STEPS = 50
@@ -17,12 +19,21 @@ MOST_STEPS = 50
 def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor, torch.Tensor]]) -> int:
     """
     How many micro-batches the share of a process in a batch is split into, so that one fits into memory beside all that
-    is there from the second step on: the states of the optimizers, and the gradients of the micro-batches before it.
+    is there from the second step on: the states of the optimizers, and the gradients of the micro-batches before it. On
+    a CPU, where trying too much would kill the process, it is computed what fits, for a model that is Llama-shaped.
     """
     optimization = run.arguments.optimization
     share = optimization.train_batch_size // run.parallel.data_processes
 
+    cost = None
+    if run.accelerator.device.type == "cpu":
+        with contextlib.suppress(ValueError):
+            cost = ModelCost(run.config)
+    dtype = "bfloat16" if run.accelerator.mixed_precision == "bf16" or run.state.is_bfloat16 else "float32"
+
     def try_micro_batches(sequences: int) -> None:
+        if cost is not None and memory_of_micro_batch(cost, run.arguments, sequences, dtype) > free_memory():
+            raise torch.OutOfMemoryError("The CPU would be out of memory.")
         ids = torch.zeros(sequences, run.config.max_position_embeddings, dtype=torch.long).to(run.accelerator.device)
         for _ in range(min(2, share // sequences)):
             with run.parallel.no_sync(run.model):

@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.runs import QUICK, train_here
+from modeling_mini.analysis.cost import ModelCost
+from training_mini import rehearsal
 from training_mini.arguments import parse_arguments
+from training_mini.memory import memory_of_micro_batch
 from training_mini.trainer import Trainer
 
 
@@ -50,6 +53,20 @@ def test_a_micro_batch_is_tried_beside_states_and_gradients(optimizer: str, tmp_
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(one.state for one in trainer.run.optimizers)
     assert [group["lr"] for one in trainer.run.optimizers for group in one.param_groups] == rates
+
+
+def test_on_a_cpu_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
+    one = memory_of_micro_batch(ModelCost(trainer.run.config), trainer.arguments, 1, "float32")
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: 2.5 * one)
+    sizes: list[int] = []
+    trainer.run.unwrapped_model.register_forward_pre_hook(
+        lambda module, arguments, named: sizes.append(len(named["input_ids"])), with_kwargs=True
+    )
+    trainer.begin()
+    trainer.monitor.close()
+    trainer.run.run_folder.release()
+    assert trainer.micro_batches == 4 and sizes == [2, 2]
 
 
 def test_a_run_that_is_resumed_keeps_its_states(tmp_path: Path) -> None:
