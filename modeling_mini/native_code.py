@@ -119,14 +119,14 @@ def check_compiler() -> None:
     from torch._inductor import config
 
     compiler = config.cpp.cxx if isinstance(config.cpp.cxx, str) else config.cpp.cxx[-1]
-    command = [compiler, "-x", "c++", "-fsyntax-only", os.devnull]
-    try:
-        # Without pipes, which processes of the compiler could hold open.
-        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"the C++ compiler {compiler!r} gave no answer in {SECONDS} seconds.") from None
-    except OSError:
-        pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
+        # To the end, for the assembler and the linker can hang too.
+        command = [compiler, "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", f"{folder}/empty.so"]
+        try:
+            # Without pipes, which processes of the compiler could hold open.
+            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"the C++ compiler {compiler!r} gave no answer in {SECONDS} seconds.") from None
 
 
 def library_path(name: str, source: str, content: str) -> Path:

@@ -436,11 +436,13 @@ def test_without_a_compiler_one_warning(
     assert torch.equal(text, model.generate(PROMPT, max_new_tokens=9, do_sample=False, fast_decoding=False))
 
 
-def test_a_compiler_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("but_for", ["", "--version -fsyntax-only"], ids=["always", "when it compiles to the end"])
+def test_a_compiler_that_hangs_is_not_waited_for(but_for: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config
 
     compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\nexec sleep 100\n")
+    answers = "".join(f'case "$*" in *{flag}*) exit;; esac\n' for flag in but_for.split())
+    compiler.write_text(f"#!/bin/sh\n{answers}exec sleep 100\n")
     compiler.chmod(0o755)
     warnings: list[str] = []
     monkeypatch.setattr("modeling_mini.fast_generation.logger.warning", warnings.append)
