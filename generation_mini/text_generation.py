@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
+from configuration_mini import MiniConfig
 from entry_points_mini import imported, is_out_of_memory
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import SAMPLING, SHAPING, GenerationArguments
+
+GIB = 2**30
 
 
 class TextUntilStop:
@@ -289,6 +293,35 @@ def takes(function: Callable, *arguments: object) -> bool:
     return True
 
 
+def check_memory(model: PreTrainedModel, sequences: int, length: int, copies_of_scores: int) -> None:
+    """
+    Refuses what would be killed for its memory, or work for very long before it is. Only what is in memory for certain
+    counts: the cache of so many sequences of `length` tokens, and the scores of their next tokens.
+
+    Raises:
+        ValueError: if that is more than the device has, other programs or not.
+    """
+    config = model.config.get_text_config()
+    needed = 4 * sequences * copies_of_scores * config.vocab_size
+    if config.model_type == MiniConfig.model_type:  # the caches of some others are smaller
+        size = model.get_input_embeddings().weight.element_size()
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        needed += sequences * length * numbers * size
+    there = memory_of(model.device)
+    if needed > there:
+        raise ValueError(
+            f"{sequences:,} sequences at once need at least {needed / GIB:,.0f} GiB of memory, and there are "
+            f"{there / GIB:,.1f} GiB: lower batch_size, num_return_sequences or num_beams."
+        )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that the device has, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total + psutil.swap_memory().total
+
+
 def write_on(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -315,6 +348,9 @@ def write_on(
     """
     context = context_of(model)
     config = generation_config(model, arguments)
+    at_once = len(prompts) * max(arguments.num_return_sequences, config.num_beams or 1)
+    is_greedy = not config.do_sample and (config.num_beams or 1) == 1
+    check_memory(model, at_once, min(context, max(map(len, prompts))), 1 if is_greedy else 2)
     end_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     keep = max(1, context // 2)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_mini import program
+from generation_mini import program, text_generation
 from generation_mini.arguments import SAMPLING, GenerationArguments, parse_arguments
 from generation_mini.text_generation import (
     CharacterStreamer,
@@ -416,3 +416,37 @@ def test_a_rule_that_is_none_is_one_sentence_before_a_model_is_loaded(
     monkeypatch.setattr(program, "load_model", lambda *arguments, **loading: pytest.fail("too late"))
     with pytest.raises(ValueError, match=f"^logits_processor.*{sentence}"):
         program.run(parse_arguments(["--prompt", "a", "--logits_processor", name]))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 10**9},
+        {"num_beams": 10**9, "num_return_sequences": 10**8, "max_new_tokens": 1},
+        {"num_return_sequences": 10**9},
+    ],
+)
+def test_more_sequences_than_any_memory_holds_are_refused_at_once(
+    settings: dict[str, int], model: MiniForCausalLM, tokenizer: ByteTokenizer
+) -> None:
+    reason = "^1,000,000,000 sequences at once need at least [0-9,]+ GiB of memory, and there are .* num_beams.$"
+    with pytest.raises(ValueError, match=reason):
+        write_on(model, tokenizer, [tokenizer("ab").input_ids], GenerationArguments(**settings), lambda _: None)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
+def test_only_what_is_hopeless_is_refused(
+    name: str, model: MiniForCausalLM, tokenizer: ByteTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of the prompt, and two copies of the scores: with that much memory it is tried."""
+    config, ids = model.config, tokenizer("ab").input_ids
+    cache = len(ids) * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    needed = 3 * 4 * (cache + 2 * config.vocab_size)
+    arguments = GenerationArguments(**{name: 3}, max_new_tokens=2)
+    for there in (needed, needed - 1):
+        monkeypatch.setattr(text_generation, "memory_of", lambda device, there=there: there)
+        if there == needed:
+            assert write_on(model, tokenizer, [ids], arguments, lambda _: None)
+        else:
+            with pytest.raises(ValueError, match="3 sequences at once need at least"):
+                write_on(model, tokenizer, [ids], arguments, lambda _: None)
