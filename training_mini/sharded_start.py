@@ -241,7 +241,9 @@ def named_as_in(model: nn.Module, known: dict[str, Any]) -> dict[str, nn.Paramet
 
 
 def fits(model: nn.Module, folder: Path) -> bool:
-    """Whether the weights in a folder are exactly the parameters of a model, by name and shape."""
+    """Whether the weights in a folder are exactly the parameters of a model, by name and shape, and are no integers."""
     known = metadata_of(folder)
+    if not all(tensor.properties.dtype.is_floating_point for tensor in known.values()):
+        return False
     shapes = {name: parameter.shape for name, parameter in named_as_in(model, known).items()}
     return shapes == {name: tensor.size for name, tensor in known.items()}

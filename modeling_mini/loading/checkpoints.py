@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from configuration_mini import MiniConfig
 from files_mini import MODEL_CONFIG, find_checkpoint, read_json
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from ..integrations import check_quantized_layers
 from .adapters import base_of_adapter, config_of_adapter, with_adapter
@@ -30,6 +30,9 @@ WHOLE_NUMBERS = (
     "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "max_new_tokens", "min_length", "min_new_tokens",
     "num_beams", "num_return_sequences", "no_repeat_ngram_size", "top_k",
 )  # fmt: skip
+
+# For `cached_file`: of a file that is not there, on the Hub or at all.
+WITHOUT_ERRORS = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 
 def load_model(
@@ -81,8 +84,7 @@ def load_model(
 
 def has_tokenizer(adapter: str) -> bool:
     """Whether an adapter, in a folder or on the Hub, has a tokenizer of its own; many have none."""
-    without_errors = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(adapter, "tokenizer.json", **without_errors) is not None
+    return cached_file(adapter, "tokenizer.json", **WITHOUT_ERRORS) is not None
 
 
 def load_checkpoint(
@@ -137,6 +139,8 @@ def load_checkpoint(
     finally:
         logger.disabled = was_disabled
     check_complete(name_or_path, config, found)
+    if not is_quantized(config):
+        check_numbers(name_or_path, model)
     check_quantized_layers(model)  # for models other than Mini, which does this itself
     return (model if options else model.to(place)).eval(), tokenizer
 
@@ -173,6 +177,27 @@ def check_complete(name_or_path: str, config: PreTrainedConfig, found: dict[str,
                 f"The weights in {name_or_path!r} do not fit its {MODEL_CONFIG}: {len(names)} are {words}, first "
                 f"{first}."
             )
+
+
+def check_numbers(name_or_path: str, model: PreTrainedModel) -> None:
+    """
+    Raises ValueError if a weight is saved as integers, as another quantization does it. `from_pretrained` would take
+    them for the numbers that they stand for. Buffers, such as the masks of older models, may be integers.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        files = sorted(folder.glob("*.safetensors"))
+    else:
+        files = list(filter(None, [cached_file(name_or_path, SAFE_WEIGHTS_NAME, **WITHOUT_ERRORS)]))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in parameters.keys() & file.keys():
+                if (dtype := file.get_slice(name).get_dtype()).startswith(("I", "U", "BOOL")):
+                    raise ValueError(
+                        f"The weights in {name_or_path!r} are integers ({name}: {dtype}), and its {MODEL_CONFIG} names "
+                        f"no quantization that says what they stand for: save them as float32, float16 or bfloat16."
+                    )
 
 
 def load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 import files_mini
 import pytest
 import torch
+from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.loading.checkpoints import existing_device, find_checkpoint, load_checkpoint
 from safetensors.torch import load_file, save_file
 from tokenization import ByteTokenizer
@@ -85,3 +86,17 @@ def test_another_model_may_have_weights_that_belong_to_nothing_and_must_have_its
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"do not fit its config\.json: 1 are not there, first model\.norm\.weight\.$"):
         load_checkpoint(str(tmp_path))
+
+
+def test_weights_that_are_integers_are_refused(tmp_path: Path) -> None:
+    """transformers converts them, and the model writes noise."""
+    MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1)).save_pretrained(tmp_path)
+    ByteTokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights, name = load_file(file), "model.layers.0.self_attn.q_proj.weight"
+    for dtype, word in ((torch.int32, "I32"), (torch.uint8, "U8"), (torch.bool, "BOOL")):
+        save_file({**weights, name: weights[name].to(dtype)}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf"are integers \({name}: {word}\), and its config.json names no quant"):
+            load_checkpoint(str(tmp_path))
+    save_file({**weights, name: weights[name].half()}, file, metadata={"format": "pt"})
+    load_checkpoint(str(tmp_path))
