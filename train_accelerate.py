@@ -28,6 +28,12 @@ from training_mini.processes import check_count, start_processes
 if TYPE_CHECKING:
     from training_mini.result import TrainingResult
 
+# A process that was started again cannot know whether an earlier start has written the run.
+KEPT_AT_RESTART = (
+    "The run in {folder!r} has the same settings and goes on: where torchrun restarts processes, --overwrite replaces "
+    "a run of other settings only. To begin anew, remove the folder first."
+)
+
 
 def report(result: "TrainingResult", arguments: Arguments) -> str:
     """What came out, where it lies, and how to go on. The commands work as they stand, in the folder of the user."""
@@ -93,7 +99,10 @@ def hear_ctrl_c() -> None:
 def main() -> None:
     hear_ctrl_c()
     with one_sentence_errors():
-        arguments = after_restart(parse_arguments(sys.argv[1:]), sys.argv[1:])
+        given = parse_arguments(sys.argv[1:])
+        arguments = after_restart(given, sys.argv[1:])
+        if given.run.overwrite and arguments.run.resume and os.environ.get("RANK", "0") == "0":
+            print(KEPT_AT_RESTART.format(folder=str(arguments.output_dir)), flush=True)
         check_count(count := arguments.run.num_processes)
         if count > 1 and "WORLD_SIZE" not in os.environ:
             sys.exit(start_processes(count, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]))

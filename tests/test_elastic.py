@@ -15,7 +15,7 @@ import psutil
 import pytest
 from helpers import fork_server
 from helpers.programs import ROOT, free_port, start_program
-from helpers.runs import ON_CPU, QUICK, environments_of, forked, losses, metrics, train_here, wait_for_steps
+from helpers.runs import ON_CPU, QUICK, environments_of, forked, losses, metrics, train, train_here, wait_for_steps
 from training_mini.arguments import after_restart, parse_arguments
 from training_mini.checkpoints import states_of
 from training_mini.launch import check_launch
@@ -45,6 +45,20 @@ def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for state in states_of(folder):
         state.rename(state.with_name(f".{state.name}.partial"))
     assert again().overwrite and not again().resume, "killed before its first checkpoint"
+
+
+def test_a_restart_says_that_it_does_not_overwrite_a_run_of_its_own_settings(tmp_path: Path) -> None:
+    """The process that writes it again would lose what the start before it has learned."""
+    flags = ["--max_steps", 4, "--save_steps", 2, "--output_dir", "run"]
+    assert train(tmp_path, *flags).returncode == 0
+    (tmp_path / "run" / "note").touch()
+    again = train(tmp_path, *flags, "--overwrite", TORCHELASTIC_RESTART_COUNT="1")
+    assert again.returncode == 0, again.stderr
+    assert "The run in 'run' has the same settings and goes on: where torchrun restarts" in again.stdout
+    assert (tmp_path / "run" / "note").exists() and "Resuming at step 4" in again.stdout
+    other = train(tmp_path, *flags, "--overwrite", "--seed", 7, TORCHELASTIC_RESTART_COUNT="1")
+    assert other.returncode == 0 and "goes on" not in other.stdout and "Resuming" not in other.stdout
+    assert not (tmp_path / "run" / "note").exists()
 
 
 @pytest.mark.slow

@@ -664,6 +664,10 @@ def after_restart(arguments: Arguments, argv: list[str]) -> Arguments:
     (`--max_restarts`): the run goes on from its newest checkpoint, or begins again if it has none. Another run in the
     folder, whose settings are others, is left to the checks of every start.
 
+    This holds with `--overwrite` too. Whether an earlier start wrote the run, or it was there before the first one,
+    cannot be told on several machines: clocks differ, and a torchrun that joins is new. An old run of equal
+    settings that goes on becomes the run that was asked for; a new one that is removed is lost.
+
     On several machines each torchrun counts its own restarts only, and one that joins has none. So there, a run goes
     on whenever the folder holds it already.
     """
