@@ -1,4 +1,4 @@
-"""docs/ARCHITECTURE.md is a map of what is there: each file and name on it exists, and no package or module is left out."""
+"""docs/ARCHITECTURE.md is a map of what is there: what it names exists, and no package or module is left out."""
 
 import re
 from pathlib import PurePosixPath
