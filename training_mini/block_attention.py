@@ -41,7 +41,7 @@ def causal_attention(
     probabilities = queries.new_empty(number_of_probabilities(len(queries), group, length))
     # What a query must not see in the square of the keys of its own block.
     later = torch.full((BLOCK, BLOCK), -torch.inf, dtype=query.dtype).triu_(1).repeat_interleave(group, dim=0)
-    for pairs, rows, block in blocks_of(queries, keys, probabilities):
+    for pairs, rows, block in blocks_of_scores(queries, keys, probabilities):
         end, size = block.shape[2], block.shape[1] // group
         torch.bmm(queries[pairs, rows], keys[pairs, :end].mT, out=block)
         block[..., end - size :] += later[: size * group, :size]
@@ -71,7 +71,7 @@ def causal_attention_backward(
     queries, keys, values = pack_all(query, key, value, scaling)
     gradients = pack(gradient.transpose(1, 2), key.shape[1])
     of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-    for pairs, rows, block in blocks_of(queries, keys, probabilities):
+    for pairs, rows, block in blocks_of_scores(queries, keys, probabilities):
         end = block.shape[2]
         of_values[pairs, :end].baddbmm_(block.mT, gradients[pairs, rows])
         of_block = gradients[pairs, rows] @ values[pairs, :end].mT
@@ -137,7 +137,7 @@ def number_of_probabilities(pairs: int, group: int, length: int) -> int:
     return sum(pairs * (end - begin) * group * end for begin, end in spans_of(length))
 
 
-def blocks_of(
+def blocks_of_scores(
     queries: torch.Tensor, keys: torch.Tensor, probabilities: torch.Tensor
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """

@@ -41,7 +41,7 @@ from .data.own import own_corpus
 from .distributed import Parallel, blocks_of, check_mesh
 from .evaluation import HeldOut, compressor_bits_per_byte
 from .hooks import NO_HOOKS, Hooks
-from .lora import add_lora, describe
+from .lora import add_lora, describe_training
 from .memory import check_memory
 from .optimization import ExponentialMovingAverage, make_optimizers
 from .own_model import config_class_of, has_own_code, name_code
@@ -270,7 +270,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     if arguments.model.model is not None:
         sequences = arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
         length, checkpointing = run.config.max_position_embeddings, arguments.run.gradient_checkpointing
-        about = describe(run.unwrapped_model, sequences, length, is_bfloat16, checkpointing)
+        about = describe_training(run.unwrapped_model, sequences, length, is_bfloat16, checkpointing)
         lines.append(f"From {arguments.model.model}: {about}.")
     if notes := run.batches.notes():
         lines.append(notes)

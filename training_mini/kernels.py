@@ -16,7 +16,7 @@ from .cpu_attention import BLOCKS, FUSED, NATIVE, fastest_attention
 from .cpu_kernels import SMALLEST_STEP, bfloat16_is_faster, flops_of_step, has_bfloat16, measure_products, use_products
 from .data.corpus import ExampleCorpus
 from .muon import Muon
-from .native_attention import native_library
+from .native_attention import attention_library
 
 # From so many FLOPs on, which are about 100 seconds of a CPU, compiling saves more time than it takes.
 LONG_RUN = 1e13
@@ -125,7 +125,7 @@ def compiling_pays(run: Run, tokens: int) -> bool:
 def has_native_attention() -> bool:
     """Whether attention in C++ has been compiled on this machine, or can be."""
     try:
-        native_library()
+        attention_library()
     except (RuntimeError, OSError):
         return False
     return True

@@ -160,7 +160,9 @@ def trainable_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def describe(model: PreTrainedModel, sequences: int, length: int, bf16: bool, gradient_checkpointing: bool) -> str:
+def describe_training(
+    model: PreTrainedModel, sequences: int, length: int, bf16: bool, gradient_checkpointing: bool
+) -> str:
     """
     A line for the user: what share of a model is trained, and the memory for it. For an adapter also the memory for
     training all of the model, and a second line if the two hardly differ.

@@ -73,7 +73,7 @@ def save_sharded(run: Run, folder: Path, evaluation: Evaluation | None) -> None:
     """
     parallel, partial = run.parallel, folder.with_name(f".{folder.name}.partial")
 
-    def describe() -> None:
+    def write_all_but_weights() -> None:
         if not run.accelerator.is_main_process:
             return
         shutil.rmtree(partial, ignore_errors=True)
@@ -86,7 +86,7 @@ def save_sharded(run: Run, folder: Path, evaluation: Evaluation | None) -> None:
         complete_folder(model, run.corpus.tokenizer, partial, card_of(run, model, run.state, evaluation))
 
     try:
-        parallel.together(folder, describe)
+        parallel.together(folder, write_all_but_weights)
         write_weights(run, partial, folder)
         parallel.together(folder, lambda: run.accelerator.is_main_process and replace_folder(partial, folder))
     except OSError:

@@ -300,7 +300,7 @@ class StatesStruct(ctypes.Structure):
 
 
 @functools.cache
-def native_library() -> ctypes.CDLL:
+def attention_library() -> ctypes.CDLL:
     """Raises RuntimeError or OSError, as `load_library`."""
     return load_library("attention", SOURCE)
 
@@ -325,7 +325,7 @@ def native_attention(
     """
     states = with_contiguous_heads(query, key, value)
     output, log_sums = new_output(query), query.new_empty(query.shape[:3])
-    native_library().attention_forward(
+    attention_library().attention_forward(
         ctypes.byref(SizesStruct.of(query, key, scaling)),
         *(ctypes.byref(StatesStruct.of(each)) for each in (*states, output.transpose(1, 2))),
         ctypes.c_void_p(log_sums.data_ptr()),
@@ -350,7 +350,7 @@ def native_attention_backward(
     """The gradients of `native_attention` by query, key and value, from that by its output."""
     *states, gradient = with_contiguous_heads(query, key, value, gradient.transpose(1, 2))
     gradients = [new_output(each).transpose(1, 2) for each in (query, key, value)]
-    native_library().attention_backward(
+    attention_library().attention_backward(
         ctypes.byref(SizesStruct.of(query, key, scaling)),
         *(ctypes.byref(StatesStruct.of(each)) for each in states),
         ctypes.c_void_p(log_sums.data_ptr()),

@@ -117,7 +117,7 @@ def show_attention(arguments: AttentionArguments) -> None:
     summary = summarize_attention(model, windows)
     console.print(fitting_table(summary))
     labels = token_labels(tokenizer, windows[0].tolist()) if arguments.prompt is not None else None
-    draw_attention(summary, arguments.output, labels, f"Attention of {name} on {describe(arguments, windows)}")
+    draw_attention(summary, arguments.output, labels, f"Attention of {name} on {describe_text(arguments, windows)}")
     console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
 
 
@@ -156,7 +156,7 @@ def show_activations(arguments: ActivationArguments) -> None:
             (model(input_ids=ids, labels=ids, use_cache=False).loss / len(windows)).backward()
     statistics, gradients = recorder.statistics(), gradient_norms(model)
 
-    table = Table("site", title=f"Activations of {name} on {describe(arguments, windows)}", title_justify="left")
+    table = Table("site", title=f"Activations of {name} on {describe_text(arguments, windows)}", title_justify="left")
     for column in ("mean", "rms", "kurtosis", "largest", "dead"):
         table.add_column(column, justify="right")
     for site, values in statistics.items():
@@ -174,7 +174,7 @@ def show_activations(arguments: ActivationArguments) -> None:
     for group, value in gradients.items():
         norms.add_row(group, f"{value:.4f}")
     console.print(norms)
-    title = f"{name} on {describe(arguments, windows)}"
+    title = f"{name} on {describe_text(arguments, windows)}"
     draw_activations(statistics, gradients, arguments.output, title)
     console.print(f"Wrote {arguments.output}", soft_wrap=True, markup=False)
 
@@ -223,7 +223,7 @@ def length_within(length: int | None, config: PreTrainedConfig) -> int:
     return length or context_length
 
 
-def describe(arguments: AttentionArguments | ActivationArguments, windows: torch.Tensor) -> str:
+def describe_text(arguments: AttentionArguments | ActivationArguments, windows: torch.Tensor) -> str:
     """The text in a few words."""
     if arguments.prompt is not None:
         return f"a prompt of {windows.shape[1]} tokens"

@@ -13,7 +13,7 @@ from cards_mini import CARD, PROMPT, Card, parse_card
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from ..loading.checkpoints import is_chat_model
+from ..loading.checkpoints import WITHOUT_ERRORS, is_chat_model
 
 FOLDER = Path(__file__).parent
 TEMPLATE = FOLDER / "index.html"
@@ -22,10 +22,9 @@ PAGE_FILES = (FOLDER / "page.css", FOLDER / "page.js", FOLDER / "details.js")
 
 def card_of(name_or_path: str) -> Card:
     """The card of a folder or of a model on the Hub; an empty one where there is none, or it cannot be read."""
-    without_errors = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     path = Path(name_or_path, CARD)
     if not Path(name_or_path).is_dir():
-        found = cached_file(name_or_path, CARD, **without_errors)
+        found = cached_file(name_or_path, CARD, **WITHOUT_ERRORS)
         path = Path(found) if found is not None else path
     return parse_card(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else Card()
 

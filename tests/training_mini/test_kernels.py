@@ -276,7 +276,7 @@ def test_long_runs_compile_attention(change: dict[str, Any], ways: list[str], mo
 
 
 def test_a_compiler_that_fails_leaves_attention_to_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "native_library", native_attention_module.native_library.__wrapped__)
+    monkeypatch.setattr(kernels, "attention_library", native_attention_module.attention_library.__wrapped__)
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert not kernels.has_native_attention()

@@ -5,7 +5,7 @@ import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.analysis.cost import ModelCost
 from training_mini.arguments import AdapterArguments
-from training_mini.lora import add_lora, describe, in_mib, kept_by_adapters
+from training_mini.lora import add_lora, describe_training, in_mib, kept_by_adapters
 from transformers import GPT2Config, GPT2LMHeadModel
 
 ROWS, LENGTH = 4, 256
@@ -40,7 +40,7 @@ def test_memory_that_is_shown_is_kept(settings: dict[str, object]) -> None:
     by_adapters = kept_by_adapters(model, ROWS * LENGTH) * torch.float32.itemsize
     # A peak is more than what is kept; the formula was fitted to peaks (docs/LOG.md).
     assert 0.95 < (full.activations + by_adapters) / bytes_kept(model) < 1.25
-    shown = describe(model, ROWS, LENGTH, bf16=False, gradient_checkpointing=False)
+    shown = describe_training(model, ROWS, LENGTH, bf16=False, gradient_checkpointing=False)
     learns = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
     needed = model.get_memory_footprint() + 3 * learns + full.activations + full.working + by_adapters
     assert f"about {needed / 2**20:.1f} MiB of memory for {ROWS} x {LENGTH} tokens" in shown
@@ -62,9 +62,9 @@ def test_an_adapter_is_praised_for_what_it_saves(length: int, saves_memory: bool
     with torch.device("meta"):
         model = MiniForCausalLM(MiniConfig.preset("tiny"))
         weights = sum(weight.nbytes for weight in model.parameters())
-        in_full = describe(model, 8, length, bf16=False, gradient_checkpointing=False)
+        in_full = describe_training(model, 8, length, bf16=False, gradient_checkpointing=False)
         model = add_lora(model, AdapterArguments(lora_r=4))
-        shown = describe(model, 8, length, bf16=False, gradient_checkpointing=False)
+        shown = describe_training(model, 8, length, bf16=False, gradient_checkpointing=False)
     assert "learn (100.0%), about " in in_full and "; in full" not in in_full
     line, *hints = shown.split("\n")
     assert "; in full, " in line and bool(hints) != saves_memory

@@ -50,8 +50,8 @@ def test_random_shapes() -> None:
 def test_what_other_processors_compile(branches: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     monkeypatch.setattr(module, "SOURCE", without_extensions(module.SOURCE, branches))
-    library = module.native_library.__wrapped__()
-    monkeypatch.setattr(module, "native_library", lambda: library)
+    library = module.attention_library.__wrapped__()
+    monkeypatch.setattr(module, "attention_library", lambda: library)
     for shape in SHAPES:
         check(shape)
 

@@ -121,7 +121,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
-def texts_of(record: Record) -> Iterator[str]:
+def texts_of_example(record: Record) -> Iterator[str]:
     """All texts of an example."""
     name, columns = record
     for column in ("messages", "prompt", "completion"):
@@ -140,17 +140,17 @@ def learned_tokenizer(source: DocumentSource, arguments: DataArguments) -> CharT
         ValueError: if the text cannot fill the vocabulary.
     """
     if arguments.tokenizer == "char":
-        return CharTokenizer.from_text(text for record in source.records() for text in texts_of(record))
+        return CharTokenizer.from_text(text for record in source.records() for text in texts_of_example(record))
 
     def training_texts() -> Iterator[bytes]:
-        for split, record in assigned(source, arguments.validation_ratio):
+        for split, record in split_examples(source, arguments.validation_ratio):
             if split == "train":
-                yield from (text.encode("utf-8", "replace") for text in texts_of(record))
+                yield from (text.encode("utf-8", "replace") for text in texts_of_example(record))
 
     return BpeTokenizer.train(sampled(training_texts(), sum(map(len, training_texts()))), arguments.vocab_size)
 
 
-def assigned(source: DocumentSource, validation_ratio: float) -> Iterator[tuple[str, Record]]:
+def split_examples(source: DocumentSource, validation_ratio: float) -> Iterator[tuple[str, Record]]:
     """Each record with its split. It is "validation" if that brings the held-out share nearer to the ratio."""
     held_out = 0
     for number, record in enumerate(source.records()):
@@ -188,7 +188,7 @@ def write_examples(
             ]
             for split in SPLITS
         }
-        for split, record in assigned(source, validation_ratio):
+        for split, record in split_examples(source, validation_ratio):
             ids, mask = encode_example(tokenizer, beginning, record)
             for writer, values in zip(writers[split], (ids, mask), strict=True):
                 writer.write(np.array(values, dtype=writer.dtype))

@@ -63,7 +63,7 @@ def write_documents(
 
         def chunks() -> Iterator[Chunk]:
             nonlocal number_of_documents
-            for split, name, pieces in assigned(documents(), ratio, read_bytes):
+            for split, name, pieces in split_documents(documents(), ratio, read_bytes):
                 if isinstance(tokenizer, (ByteTokenizer, BpeTokenizer)):  # the others refuse or replace such bytes
                     pieces = noticing(name, pieces, not_utf8)
                 for chunk in chunks_of(tokenizer, name, pieces, arguments.errors):
@@ -113,7 +113,7 @@ def write_documents(
     return tokenizer, facts
 
 
-def assigned(
+def split_documents(
     documents: Iterable[Document], ratio: float, read_bytes: dict[str, int]
 ) -> Iterator[tuple[str, str, Iterator[bytes]]]:
     """
@@ -149,13 +149,13 @@ def learn_merges(documents: Callable[[], Iterator[Document]], ratio: float, voca
         ValueError: if their text cannot fill the vocabulary.
     """
     read_bytes = {"train": 0, "validation": 0}
-    for _, _, pieces in assigned(documents(), ratio, read_bytes):
+    for _, _, pieces in split_documents(documents(), ratio, read_bytes):
         collections.deque(pieces, maxlen=0)  # reads them, so that they are counted
     size = read_bytes["train"] - share_to_move(sum(read_bytes.values()), read_bytes["validation"], ratio)
 
     def training_text() -> Iterator[bytes]:
         left = size
-        for split, _, pieces in assigned(documents(), ratio, {"train": 0, "validation": 0}):
+        for split, _, pieces in split_documents(documents(), ratio, {"train": 0, "validation": 0}):
             for chunk in cut_between_words(pieces):
                 if split == "train":
                     yield chunk[:left]

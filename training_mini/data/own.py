@@ -67,7 +67,7 @@ def own_corpus(
 
 def corpus_of_ids(data: Iterable[Any], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> TextCorpus:
     """Ids that are all there, with the end held out."""
-    ids = np.concatenate([np.empty(0, dtype=np.int64), *texts_of(data, len(tokenizer))])
+    ids = np.concatenate([np.empty(0, dtype=np.int64), *arrays_of_ids(data, len(tokenizer))])
     held_out = round(arguments.validation_ratio * len(ids))
     if not 0 < held_out < len(ids):
         raise ValueError(f"The data has {len(ids)} token ids, too few to train on some and hold some out.")
@@ -109,7 +109,7 @@ def settings_of(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase, arguments: 
     return {"content": digest, "tokenizer": tokenizer_key(arguments, tokenizer)}
 
 
-def texts_of(data: Iterable[Any], vocabulary: int) -> Iterator[np.ndarray]:
+def arrays_of_ids(data: Iterable[Any], vocabulary: int) -> Iterator[np.ndarray]:
     """The items of data as arrays of ids, `(tokens,)`; single ids in groups."""
     if isinstance(data, np.ndarray | torch.Tensor):
         yield checked(data, vocabulary)
@@ -159,7 +159,7 @@ class Items:
         self.data, self.vocabulary = data, vocabulary
         self.most = 0  # items that one reading gave
         self._kept: list[np.ndarray] | None = [] if iter(data) is data else None
-        self._rest = texts_of(data, vocabulary)
+        self._rest = arrays_of_ids(data, vocabulary)
         self._is_opened = self._is_spent = False
 
     def open(self) -> Iterator[np.ndarray]:
@@ -170,7 +170,7 @@ class Items:
             ValueError: at the end of an iterator, or of data that gives fewer items than before.
         """
         if self._kept is None:
-            items = texts_of(self.data, self.vocabulary)
+            items = arrays_of_ids(self.data, self.vocabulary)
         elif not self._is_opened:
             items = (self._kept.append(item) or item for item in self._rest)
         elif not self._is_spent:
