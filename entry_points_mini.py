@@ -7,6 +7,7 @@ import gc
 import importlib
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -30,6 +31,12 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 
 # What a program of the repository is called where Mini is installed.
 COMMANDS = {"train_accelerate.py": "mini-train", "generate.py": "mini-generate", "push_to_hub.py": "mini-push"}
+
+# The help of `--model` where `find_checkpoint` of files_mini.py reads it.
+WHICH_MODEL = (
+    "run, checkpoint folder, Hub name or box (default: the newest run under runs/, else box, the model that comes with "
+    "Mini)"
+)
 
 # Names of settings in nanoGPT, transformers and llama.cpp, and the flags that they have here. A message names the first
 # that the program has.
@@ -200,6 +207,7 @@ class ArgumentParser(argparse.ArgumentParser):
     """
 
     def __init__(self, groups: type[Settings] | Sequence[type[Settings]], **kwargs: Any) -> None:
+        kwargs.setdefault("prog", name_of_program())
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, add_help=False, **kwargs)
         self.groups = [groups] if isinstance(groups, type) else list(groups)
         self.others = self.add_argument_group("other")
@@ -336,8 +344,15 @@ def as_flags(values: Mapping[str, Any]) -> list[str]:
 
 
 def heading_of(group: type[Settings]) -> str:
-    """`model` for `ModelArguments`; `flags` where the name is that of the only group of a program."""
-    return group.__name__.removesuffix("Arguments").removesuffix("Settings").lower() or "flags"
+    """`lm_eval` for `LmEvalOptions`; `flags` where the name is that of the only group of a program."""
+    name = re.sub("(Arguments|Settings|Options)$", "", group.__name__)
+    return re.sub("(?<=[a-z])(?=[A-Z])", "_", name).lower() or "flags"
+
+
+def name_of_program() -> str:
+    """How the program that runs is called in its help: `python -m training_mini.compare`, and not `compare.py`."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {module.name.removesuffix('.__main__')}" if module else Path(sys.argv[0]).name
 
 
 def as_yaml(value: Any) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from entry_points_mini import ArgumentParser, Settings, option, quantization_of
+from entry_points_mini import WHICH_MODEL, ArgumentParser, Settings, option, quantization_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # A value for one of these asks for sampling; the numbers turn each off, as greedy decoding needs it.
@@ -19,9 +19,7 @@ SHAPING = ("repetition_penalty", "no_repeat_ngram_size", "num_beams")
 class GenerationArguments(Settings):
     """What to write with, from where, and how."""
 
-    model: str | None = option(
-        None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)", common=True
-    )
+    model: str | None = option(None, WHICH_MODEL, common=True)
     prompt: str | None = option(
         None, "text to continue (default: standard input when it is a pipe, else nothing)", common=True
     )
@@ -72,7 +70,7 @@ class GenerationArguments(Settings):
     )
     assistant: str | None = option(None, "smaller model of the same tokenizer that drafts (assisted decoding)")
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")
-    dtype: str = option("auto", f"of the weights: {', '.join(DTYPES)} (as they were saved)")
+    dtype: str = option("auto", f"of the weights: auto (as they were saved), {', '.join(DTYPES[1:])}")
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     load_in_8bit: bool = option(False, "quantize to INT8 through bitsandbytes")
     load_in_4bit: bool = option(False, "quantize to INT4 (nf4, double quantization) through bitsandbytes")

@@ -17,6 +17,7 @@ from entry_points_mini import (
     ArgumentParser,
     Settings,
     command_of,
+    heading_of,
     one_sentence_errors,
     option,
     without_garbage_collection,
@@ -314,6 +315,16 @@ def test_help_and_mistakes_load_nothing_heavy(program: str, arguments: str, code
     assert result.returncode == code, errors
     assert {"entry_points_mini", "argparse"} <= loaded and not loaded & HEAVY
     assert [error[:7] for error in errors] == ["error: "] * (code == 2)
+    if "--help" in arguments:  # what it is called there can be typed; `python compare.py` could not
+        names = (Path(program).name,) if program.endswith(".py") else ("python -m ", "mini-transformers ")
+        assert result.stdout.startswith(tuple(f"usage: {name}" for name in names))
+
+
+def test_headings_of_help_are_the_names_of_groups() -> None:
+    assert {format.options.__name__: heading_of(format.options) for format in FORMATS.values()} == {
+        "NoOptions": "no", "GgufOptions": "gguf", "OnnxOptions": "onnx", "LmEvalOptions": "lm_eval"
+    }  # fmt: skip
+    assert heading_of(Settings) == "flags"
 
 
 def test_every_format_has_flags_and_a_description() -> None:

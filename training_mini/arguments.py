@@ -45,7 +45,7 @@ WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is lon
 
 @dataclass
 class ModelArguments(optional_settings("ShapeSettings", MiniShape, NEW_MODEL)):
-    """The model to start from; or the shape of a new one: a preset, and any field of MiniShape to replace in it."""
+    """The model to start from; or the shape of a new one: a preset, and any part of it to replace."""
 
     model: str | None = option(
         None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer", common=True
@@ -242,7 +242,7 @@ class OptimizationArguments(Settings):
     max_steps: int | None = option(None, f"number of optimizer steps (default: {MAX_STEPS})", at_least=1, common=True)
     max_minutes: float | None = option(
         None,
-        "train for so many minutes: the first steps are timed, and max_steps follows from them",
+        "train for so many minutes: steps are timed before the first one, and max_steps follows from them",
         above=0,
         common=True,
     )
@@ -377,7 +377,7 @@ class MonitoringArguments(Settings):
         at_least=0,
     )
     sample_prompts: list[str] = option(
-        [], "what the model continues (default: 'def ' for Python source, else the beginning of a held-out line)"
+        [], "what the model continues (default: 'def' for Python source, else the beginning of a held-out line)"
     )
     report_to: list[str] = option([], f"trackers besides: {', '.join(TRACKERS)}")
     peak_tflops: float | None = option(

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from entry_points_mini import one_sentence_errors
+from entry_points_mini import name_of_program, one_sentence_errors
 from files_mini import read_json_lines
 
 from .launch_files import find_launch_file
@@ -26,7 +26,7 @@ TOLERANCE = 2e-3  # nats; TF32 and another order of sums stay below it
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser = argparse.ArgumentParser(prog=name_of_program(), description=__doc__.strip().splitlines()[0])
     parser.add_argument(
         "config_file", help="a configuration of accelerate, or the name of one of Mini's, such as fsdp2"
     )

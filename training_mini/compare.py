@@ -297,7 +297,7 @@ def compare(folders: list[Path], out: Path) -> None:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser([ComparisonSettings], description="Compare runs: one table, and one picture of the curves.")
-    parser.others.add_argument("runs", nargs="+", help="run folders, such as runs/tiny-python-stdlib")
+    parser.add_argument("runs", nargs="+", metavar="RUN ...", help="run folders, such as runs/tiny-python-stdlib")
     settings, others = parser.parse(argv)
     compare([Path(run) for run in others.runs], Path(settings.out))
 

@@ -9,7 +9,7 @@ there are.
 import argparse
 from pathlib import Path
 
-from entry_points_mini import one_sentence_errors
+from entry_points_mini import name_of_program, one_sentence_errors
 from shape_mini import nearest_name
 
 from .arguments import files_of_mini
@@ -41,7 +41,7 @@ def find_launch_file(name: str) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=name_of_program(), description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("name", nargs="?", help="such as fsdp2 or train.sh")
     name = parser.parse_args().name
     with one_sentence_errors():
@@ -49,8 +49,9 @@ def main() -> None:
             print(find_launch_file(name))
             return
         for known, file in sorted(launch_files().items()):
-            about = next(line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# "))
-            print(f"{known:24} {about[2:]}")
+            lines = [line[2:] for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            sentence = " ".join(lines).partition(". ")[0]
+            print(f"{known:24} {sentence.removesuffix('.')}.")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def sweep(planned: list[PlannedRun], out: Path) -> bool:
 
 def main(argv: list[str]) -> None:
     parser = ArgumentParser([SweepSettings], description="Train several runs in one process, and compare them.")
-    parser.others.add_argument("file", help="YAML file with the settings of the runs")
+    parser.add_argument("file", metavar="FILE", help="YAML file with the settings of the runs")
     settings, others = parser.parse(argv)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("A sweep trains in one process: start it by python -m training_mini.sweep.")

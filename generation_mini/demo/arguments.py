@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from entry_points_mini import Settings, option
+from entry_points_mini import WHICH_MODEL, Settings, option
 
 
 @dataclass
 class DemoArguments(Settings):
     """Which model, and where the page is."""
 
-    model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
+    model: str | None = option(None, WHICH_MODEL)
     adapter: str | None = option(None, "folder or Hub name of an adapter for the model (LoRA and its kin)")
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
     port: int = option(7860, "port to listen at", at_least=1, at_most=65535)

@@ -7,14 +7,14 @@ from entry_points_mini import ArgumentParser, one_sentence_errors, quiet_librari
 from files_mini import find_checkpoint
 from shape_mini import nearest_name
 
-from .arguments import ActivationArguments, AttentionArguments, CostArguments, TextSettings
+from .arguments import ActivationsArguments, AttentionArguments, CostArguments, TextSettings
 
 PROGRAM = "python -m modeling_mini.analysis"
 # The flags of each command, the function of reports.py that does it, and its help.
 COMMANDS: dict[str, tuple[type[CostArguments] | type[TextSettings], str, str]] = {
     "cost": (CostArguments, "show_cost", "Parameters, FLOPs and memory of a Llama-shaped model."),
     "attention": (AttentionArguments, "show_attention", "Entropy and maps of every attention head."),
-    "activations": (ActivationArguments, "show_activations", "Statistics of activations and gradients."),
+    "activations": (ActivationsArguments, "show_activations", "Statistics of activations and gradients."),
 }
 
 

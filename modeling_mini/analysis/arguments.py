@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from entry_points_mini import Settings, option, optional_settings
+from entry_points_mini import WHICH_MODEL, Settings, option, optional_settings
 from shape_mini import PRESETS, MiniShape
 
 
@@ -16,9 +16,7 @@ class CostArguments(optional_settings("ShapeSettings", MiniShape)):
     The fields of `MiniShape` are flags here as they are of the trainer, so that shapes can be compared before training.
     """
 
-    model: str | None = option(
-        None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)", common=True
-    )
+    model: str | None = option(None, WHICH_MODEL, common=True)
     preset: str | None = option(
         None,
         f"a size of Mini instead of a model: {', '.join(PRESETS)} (default: tiny, where a flag gives a part of the "
@@ -57,9 +55,9 @@ class CostArguments(optional_settings("ShapeSettings", MiniShape)):
 class TextSettings(Settings):
     """Which model, and on what text."""
 
-    model: str | None = option(None, "run, checkpoint folder, or Hub name (default: the newest run under runs/)")
-    prompt: str | None = option(None, "text to read")
-    text_file: str | None = option(None, "text file to read windows of, instead of a prompt")
+    model: str | None = option(None, WHICH_MODEL)
+    prompt: str | None = option(None, "text to read; it, or --text_file, has to be given")
+    text_file: str | None = option(None, "text file to read windows of, in place of a prompt")
     length: int | None = option(
         None, "tokens of a window of the text file (default: the context of the model)", at_least=2
     )
@@ -82,7 +80,7 @@ class AttentionArguments(TextSettings):
 
 
 @dataclass
-class ActivationArguments(TextSettings):
+class ActivationsArguments(TextSettings):
     """Where the picture goes."""
 
     output: str = option("activations.png", "the picture")

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ..loading.checkpoints import load_checkpoint
 from .activations import draw_activations, gradient_norms, record_activations
-from .arguments import ActivationArguments, AttentionArguments, CostArguments
+from .arguments import ActivationsArguments, AttentionArguments, CostArguments
 from .attention import AttentionSummary, draw_attention, summarize_attention
 from .cost import DTYPES, ModelCost, measure_inference_memory, measure_training_memory
 from .inputs import prompt_ids, text_windows, token_labels
@@ -146,7 +146,7 @@ def table_of_entropy(summary: AttentionSummary, with_nats: bool, padding: int) -
     return table
 
 
-def show_activations(arguments: ActivationArguments) -> None:
+def show_activations(arguments: ActivationsArguments) -> None:
     """Prints and draws statistics of activations, and the norms of the gradients of the loss on the text."""
     model, tokenizer, name = find_model(arguments.model)
     windows = find_windows(arguments, model.config, tokenizer)
@@ -202,7 +202,7 @@ def find_model(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def find_windows(
-    arguments: AttentionArguments | ActivationArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+    arguments: AttentionArguments | ActivationsArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
     """The token ids to measure on, (windows, length)."""
     if arguments.prompt is not None:
@@ -223,7 +223,7 @@ def length_within(length: int | None, config: PreTrainedConfig) -> int:
     return length or context_length
 
 
-def describe_text(arguments: AttentionArguments | ActivationArguments, windows: torch.Tensor) -> str:
+def describe_text(arguments: AttentionArguments | ActivationsArguments, windows: torch.Tensor) -> str:
     """The text in a few words."""
     if arguments.prompt is not None:
         return f"a prompt of {windows.shape[1]} tokens"

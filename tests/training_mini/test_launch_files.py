@@ -24,5 +24,6 @@ def test_the_command_prints_a_path_or_the_list() -> None:
     assert subprocess.run([*command, "hsdp"], **run).stdout == f"{ROOT}/configs/accelerate/hsdp.yaml\n"
     lines = subprocess.run(command, **run).stdout.splitlines()
     assert len(lines) == len(launch_files()) and any(line.startswith("train.sh    ") for line in lines)
+    assert all(line.endswith(".") for line in lines), "each has a whole sentence"
     result = subprocess.run([*command, "x"], **run)
     assert result.returncode == 2 and result.stderr.startswith("error: There is no configuration file 'x'")
