@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
     },
-    # 19.6M: an evening on a laptop, minutes on a GPU
+    # 19.6M: for one GPU
     "medium": {
         "hidden_size": 512,
         "intermediate_size": 1152,

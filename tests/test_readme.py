@@ -16,6 +16,7 @@ from helpers import fork_server
 from helpers.programs import INSTALLING, ROOT, run_program
 from helpers.runs import wait_for_steps
 from modeling_mini import MiniConfig, MiniForCausalLM
+from training_mini.arguments import NEW_MODEL
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
@@ -134,7 +135,7 @@ def test_table_of_sizes(row: tuple[str, str, str]) -> None:
     import torch
 
     name, millions, shape = row
-    config = MiniConfig.preset(name)
+    config = MiniConfig.preset(name, **NEW_MODEL)  # as `--size` makes it
     with torch.device("meta"):
         parameters = MiniForCausalLM(config).num_parameters()
     assert float(millions) == pytest.approx(parameters / 1e6, abs=0.05 if float(millions) > 5 else 0.006)

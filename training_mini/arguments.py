@@ -169,8 +169,8 @@ class DataArguments(Settings):
         "python-stdlib",
         "python-stdlib (the source of Python's standard library), python-packages (that, and the source of packages "
         "that Mini needs), sample (a small generated text), "
-        "python-questions (conversations about the standard library), chat-sample and instruction-sample (a small "
-        "generated lesson), "
+        "python-questions (conversations about the standard library), chat-sample and instruction-sample (small "
+        "generated lessons), "
         "a file, a directory, a quoted glob, or the name of a dataset on the Hub; "
         "records with messages, or with prompt and completion, are learned as such",
         common=True,
