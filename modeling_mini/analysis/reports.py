@@ -8,7 +8,7 @@ import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 from configuration_mini import MiniConfig
-from files_mini import find_checkpoint
+from files_mini import display_name, find_checkpoint
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.measure import Measurement
@@ -193,12 +193,9 @@ def find_config(arguments: CostArguments) -> tuple[PreTrainedConfig, str]:
 
 
 def find_model(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The model, its tokenizer, and a name for them."""
+    """The model, its tokenizer, and what people call them."""
     checkpoint = find_checkpoint(model)
-    folder = Path(checkpoint)
-    # The best of a run is known by the name of the run.
-    name = folder.parent.name if folder.is_dir() and folder.name in ("best", "final") else folder.name
-    return *load_checkpoint(checkpoint), name
+    return *load_checkpoint(checkpoint), display_name(checkpoint)
 
 
 def find_windows(
