@@ -262,6 +262,7 @@ class ArgumentParser(argparse.ArgumentParser):
         print(formatter.format_help(), end="")
 
     def error(self, message: str) -> NoReturn:
+        """Raises ValueError, where argparse would print the usage and end the program."""
         raise ValueError(f"{message[0].upper()}{message[1:]}; --help lists the flags.")
 
     def parse(

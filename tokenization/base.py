@@ -167,6 +167,7 @@ class MiniTokenizer(TokenizersBackend):
 
     @property
     def id_dtype(self) -> np.dtype:
+        """The type of the ids that `encode_corpus` gives."""
         return id_dtype_of(len(self))
 
     @functools.cached_property

@@ -134,6 +134,7 @@ def unpack(states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def number_of_probabilities(pairs: int, group: int, length: int) -> int:
+    """How many are kept for the backward pass; `pairs` and `group` as in `blocks_of_scores`."""
     return sum(pairs * (end - begin) * group * end for begin, end in spans_of(length))
 
 

@@ -178,6 +178,7 @@ def ignore_being_alone() -> None:
 
 
 def sha256(path: Path) -> str:
+    """The checksum of a file, in hexadecimal; a large file is not held in memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -82,23 +82,28 @@ class RunRecord:
 
     @property
     def final(self) -> float | None:
+        """Bits per byte of the last evaluation."""
         return self.evaluations[-1][1] if self.evaluations else None
 
     @property
     def best(self) -> float | None:
+        """The lowest bits per byte of all evaluations."""
         return min((bits for _, bits in self.evaluations), default=None)
 
     @property
     def steps(self) -> int:
+        """The last step that left a line."""
         return max((line["step"] for line in self.metrics), default=0)
 
     @property
     def tokens_per_second(self) -> float | None:
+        """The median over the log lines, so that a slow minute does not count."""
         rates = [line["tokens_per_second"] for line in self.metrics if "tokens_per_second" in line]
         return statistics.median(rates) if rates else None
 
     @property
     def seconds(self) -> float | None:
+        """How long the run took, with evaluations and checkpoints, over all of its legs."""
         return max((line["seconds"] for line in self.metrics if "seconds" in line), default=None)
 
     @property
@@ -146,6 +151,7 @@ class Group:
         return [value for run in self.runs if (value := getattr(run, figure)) is not None]
 
     def mean(self, figure: str) -> float | None:
+        """The mean of a figure over seeds; `None` where no run has it."""
         values = self.values(figure)
         return statistics.fmean(values) if values else None
 

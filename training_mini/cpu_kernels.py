@@ -84,6 +84,7 @@ def multiply(product: str, left: torch.Tensor, right: torch.Tensor, by_onednn: t
 
 
 def linear_forward(module: nn.Linear, by_onednn: tuple[str, ...], inputs: torch.Tensor) -> torch.Tensor:
+    """What `use_products` puts in the place of the forward of a layer: (..., in_features) to (..., out_features)."""
     output = LinearFunction.apply(inputs, module.weight, by_onednn)
     return output if module.bias is None else output + module.bias
 
@@ -235,6 +236,7 @@ def seconds_by_type(outputs: int, inputs: int, tokens: int, by_onednn: tuple[str
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """The plain ones: those of bitsandbytes and peft have a forward of their own."""
     return [module for module in model.modules() if type(module) is nn.Linear]
 
 
@@ -244,8 +246,10 @@ def flops_of_step(model: nn.Module, tokens: int) -> int:
 
 
 def shape_of(layer: nn.Linear) -> str:
+    """A key of `Choice`."""
     return f"{layer.out_features} x {layer.in_features}"
 
 
 def onednn_is_available() -> bool:
+    """Whether this build of torch has it, and the operator that calls it."""
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -54,6 +54,7 @@ def add_lora(model: PreTrainedModel, arguments: AdapterArguments) -> PreTrainedM
 
 
 def lora_alpha(arguments: AdapterArguments) -> float:
+    """What was given, or twice the rank."""
     return arguments.lora_alpha if arguments.lora_alpha is not None else 2 * arguments.lora_r
 
 
@@ -107,6 +108,7 @@ def known(target: str, modules: dict[str, nn.Module]) -> str:
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the weight that an adapter is added to: outputs and inputs."""
     if isinstance(layer, nn.Embedding):
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, Conv1D):

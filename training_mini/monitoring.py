@@ -277,6 +277,7 @@ class Monitor:
 
 
 def format_seconds(seconds: float) -> str:
+    """`4:34` for minutes, `1:02:03` for hours."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

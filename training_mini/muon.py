@@ -96,6 +96,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], torch.Tensor] | None = None) -> torch.Tensor | None:
+        """As in every optimizer of torch: the loss of `closure`, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -147,6 +148,7 @@ def orthogonalized(
 
 
 def scale(shape: torch.Size) -> float:
+    """The factor on the step of a matrix (rows, columns); see `Muon`."""
     return max(1.0, shape[0] / shape[1]) ** 0.5
 
 

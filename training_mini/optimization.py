@@ -110,6 +110,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def copy_into_model(self, values: dict[str, torch.Tensor]) -> None:
+        """Gives the trainable parameters these values, by name."""
         for name, parameter in self.parameters.items():
             parameter.copy_(values[name])
 

@@ -170,6 +170,7 @@ class Trainer:
                 self.log_internals()
 
     def is_due(self, every: int, step: int | None = None) -> bool:
+        """Whether `every` divides a step, by default the present one. 0 is never, and nothing is due at step 0."""
         step = self.state.step if step is None else step
         return every > 0 and step > 0 and step % every == 0
 

@@ -185,6 +185,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
 
 
 def norm(tensors: list[torch.Tensor]) -> float:
+    """The Euclidean norm of all numbers of the tensors together, in float32."""
     return nn.utils.get_total_norm([tensor.float() for tensor in tensors]).item()
 
 

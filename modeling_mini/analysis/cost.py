@@ -241,6 +241,7 @@ class ModelCost:
 
 
 def largest_batch(device_memory: int, memory_of_batch: Callable[[int], int]) -> int:
+    """The largest batch whose memory, in bytes, fits into `device_memory`; 0 if none does."""
     # A binary search: memory grows with the batch, and a sequence needs more than one byte, so the range is large
     # enough.
     return bisect.bisect_right(range(1, device_memory + 1), device_memory, key=memory_of_batch)
@@ -277,6 +278,7 @@ def saved_by(norm: nn.Module) -> tuple[int, int]:
 
 
 def check_sizes(batch_size: int, length: int, dtype: str) -> None:
+    """Raises ValueError if a size is below 1 or `dtype` is not one of `DTYPES`."""
     for name, value in (("batch_size", batch_size), ("length", length)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")

@@ -54,21 +54,26 @@ class Builder:
         return self.tape.op(op_type, inputs, attributes)
 
     def read(self, name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        """An input of the graph; a dimension that may vary has a name."""
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
         self.inputs.append(value)
         return value
 
     def give(self, value: ir.Value, name: str, *shape: int | str) -> None:
+        """Makes a value an output of the graph, in float32."""
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
         self.outputs.append(value)
 
     def weight(self, name: str, tensor: torch.Tensor) -> ir.Value:
+        """A tensor of the model, in float32."""
         return self.tape.initializer(ir.tensor(tensor.detach().float().contiguous().numpy(), name=name), name)
 
     def integers(self, *values: int) -> ir.Value:
+        """A constant (len(values),) in int64."""
         return self._constant("integers", values, np.array(values, dtype=np.int64))
 
     def scalar(self, value: int | float) -> ir.Value:
+        """A constant () in float32 or int64, by the type of the number."""
         dtype = np.float32 if isinstance(value, float) else np.int64
         return self._constant(dtype.__name__, value, np.array(value, dtype=dtype))
 
@@ -79,6 +84,7 @@ class Builder:
         return self._constants[kind, value]
 
     def model(self, name: str) -> ir.Model:
+        """The graph with all that was added to it."""
         graph = ir.Graph(
             self.inputs,
             self.outputs,
@@ -91,15 +97,18 @@ class Builder:
 
 
 def times_sigmoid(op: Builder, x: ir.Value, factor: float = 1.0) -> ir.Value:
+    """x * sigmoid(factor * x): SiLU, and with 1.702 an approximation of GELU."""
     return op("Mul", x, op("Sigmoid", x if factor == 1 else op("Mul", x, op.scalar(factor))))
 
 
 def squared_relu(op: Builder, x: ir.Value) -> ir.Value:
+    """max(x, 0) squared."""
     positive = op("Relu", x)
     return op("Mul", positive, positive)
 
 
 def operator(op_type: str, **attributes: Any) -> Callable[[Builder, ir.Value], ir.Value]:
+    """An activation that ONNX has as an operator."""
     return lambda op, x: op(op_type, x, **attributes)
 
 
@@ -191,6 +200,7 @@ def build_graph(model: MiniForCausalLM, share_embedding: bool = True) -> ir.Mode
 
 
 def linear(op: Builder, name: str, module: nn.Linear, x: ir.Value) -> ir.Value:
+    """(..., in_features) to (..., out_features)."""
     product = op("MatMul", x, op.weight(f"{name}.weight", module.weight.T))
     return product if module.bias is None else op("Add", product, op.weight(f"{name}.bias", module.bias))
 
@@ -213,6 +223,7 @@ class RotaryTable(NamedTuple):
 
 
 def rotary_embedding(op: Builder, model: MiniForCausalLM, position_ids: ir.Value) -> RotaryTable:
+    """Cosine and sine at `position_ids` (batch, length), for the RoPE type of the model."""
     # A new module, because the model's own may have changed its frequencies for a long text.
     rotary = MiniRotaryEmbedding(model.config)
     rope, rotary_dim = model.config.rope_parameters, 2 * len(rotary.original_inv_freq)
@@ -259,6 +270,12 @@ def causal_mask(op: Builder, input_ids: ir.Value, attention_mask: ir.Value) -> i
 def attention(
     op: Builder, name: str, module: nn.Module, x: ir.Value, rotary_table: RotaryTable, mask: ir.Value
 ) -> ir.Value:
+    """
+    `MiniAttention`, (batch, length, hidden_size) to the same; its cache becomes an input and an output of the graph.
+
+    Args:
+        mask: as `causal_mask` makes it.
+    """
     config = module.config
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads, "v": config.num_key_value_heads}
     states = {}
@@ -293,6 +310,7 @@ def attention(
 
 
 def mlp(op: Builder, name: str, module: nn.Module, x: ir.Value, hidden_act: str) -> ir.Value:
+    """`MiniMLP`, (batch, length, hidden_size) to the same."""
     gate = linear(op, f"{name}.gate_proj", module.gate_proj, x)
     up = linear(op, f"{name}.up_proj", module.up_proj, x)
     return linear(op, f"{name}.down_proj", module.down_proj, op("Mul", ACTIVATIONS[hidden_act](op, gate), up))
