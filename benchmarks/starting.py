@@ -48,8 +48,13 @@ class Settings(OutputSettings):
 
 def starts(settings: Settings, folder: Path) -> list[tuple[str, str, list[str], Callable[[str], bool]]]:
     """Each start: its kind, its name, the program with its flags, and what it has written when it counts as started."""
-    to_the_end = lambda text: False  # noqa: E731
-    imported = lambda text: IMPORTED in text  # noqa: E731
+
+    def to_the_end(text: str) -> bool:
+        return False
+
+    def imported(text: str) -> bool:
+        return IMPORTED in text
+
     quick, said = "import gc; gc.disable()", f"print({IMPORTED!r})"
     write = ["generate.py", "--model", "box", "--prompt", PROMPT, "--seed", "1", "--stream"]
     train = ["train_accelerate.py", "--dataset", "sample", "--max_steps", "1", "--overwrite", "--output_dir"]

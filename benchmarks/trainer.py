@@ -66,10 +66,10 @@ def seconds(action) -> float:
 def main() -> None:
     with one_sentence_errors(), tempfile.TemporaryDirectory() as folder:
         flags = ["--size", "small", "--train_batch_size", "8", "--max_steps", "100000", *sys.argv[1:]]
-        parse = lambda name: parse_arguments([*flags, "--output_dir", f"{folder}/{name}"])  # noqa: E731
-        Trainer(parse("first"))  # encodes the corpus, where that was not done before
+        first, second = (parse_arguments([*flags, "--output_dir", f"{folder}/{name}"]) for name in ("first", "second"))
+        Trainer(first)  # encodes the corpus, where that was not done before
         started = time.perf_counter()
-        trainer = Trainer(parse("second"))
+        trainer = Trainer(second)
         with trainer.stop:
             trainer.begin()
             trainer.training_step()

@@ -16,7 +16,7 @@ import pytest
 from helpers import fork_server
 from helpers.programs import ROOT, free_port, start_program
 from helpers.runs import ON_CPU, QUICK, environments_of, forked, losses, metrics, train, train_here, wait_for_steps
-from training_mini.arguments import after_restart, parse_arguments
+from training_mini.arguments import RunArguments, after_restart, parse_arguments
 from training_mini.checkpoints import states_of
 from training_mini.launch import check_launch
 
@@ -24,7 +24,10 @@ from training_mini.launch import check_launch
 def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     argv = [*QUICK, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(folder)]
-    again = lambda *more: after_restart(parse_arguments([*argv, *more]), [*argv, *more]).run  # noqa: E731
+
+    def again(*more: str) -> RunArguments:
+        return after_restart(parse_arguments([*argv, *more]), [*argv, *more]).run
+
     train_here(folder, *argv[len(QUICK) : -2])
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert not again().resume, "the first start is refused: there is a run already"
@@ -149,7 +152,10 @@ def test_a_machine_of_two_is_killed(nodes: str, goes_on: str, machines: list, tm
             process.kill()
         if nodes == "2":
             start(1)
-        said = lambda: (tmp_path / "output 0").read_text() + (tmp_path / "output 1").read_text()  # noqa: E731
+
+        def said() -> str:
+            return (tmp_path / "output 0").read_text() + (tmp_path / "output 1").read_text()
+
         assert first.wait(timeout=400) == 0, said()
         assert all(process.wait(timeout=60) == 0 for process in processes[2:])
     finally:

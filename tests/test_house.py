@@ -159,6 +159,13 @@ def test_requirements_lie_within_the_bounds_of_the_package() -> None:
         assert requirement.specifier.contains(version), f"{requirement} does not admit the tested {version}"
 
 
+def test_each_lint_exception_has_its_reason() -> None:
+    benchmarks = [path.relative_to(ROOT) for path in ROOT.glob("benchmarks/*.py")]
+    for path in [*SOURCES, *TESTS, *benchmarks]:
+        for line in (ROOT / path).read_text(encoding="utf-8").splitlines():
+            assert not re.search(r"# noqa(: [A-Z0-9, ]+)?$", line), f"{path} gives no reason: {line.strip()}"
+
+
 def test_no_personal_paths() -> None:
     for path in SOURCES:
         assert not re.search(r"/(home|Users|root)/\w", (ROOT / path).read_text(encoding="utf-8")), path

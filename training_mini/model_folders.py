@@ -120,8 +120,12 @@ def write_weights(run: Run, partial: Path, folder: Path) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        write_index = lambda: (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")  # noqa: E731
-        parallel.together(folder, lambda: run.accelerator.is_main_process and write_index())
+
+        def write_index() -> None:
+            if run.accelerator.is_main_process:
+                (partial / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+
+        parallel.together(folder, write_index)
 
 
 def saved_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

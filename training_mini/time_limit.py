@@ -101,7 +101,10 @@ def measure(run: Run, forward_and_backward: Callable[[int], object], micro_batch
     turns = max(len(run.held_out.groups(process, processes, share)) for process in range(processes))
     asked = itertools.count(1)
     began = time.monotonic()
-    should_stop = lambda: next(asked) > EVALUATED_BATCHES  # noqa: E731
+
+    def should_stop() -> bool:
+        return next(asked) > EVALUATED_BATCHES
+
     with run.uncompiled():
         evaluate(run.model, run.held_out, batch_size, accelerator, should_stop, tensor_size)
     evaluation = (time.monotonic() - began) * max(1.0, turns / EVALUATED_BATCHES)

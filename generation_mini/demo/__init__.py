@@ -50,8 +50,8 @@ def main() -> None:
             find_checkpoint(arguments.model)
         held = listen(arguments.host, arguments.port)
         try:
-            import starlette  # noqa: F401
-            import uvicorn  # noqa: F401
+            import starlette  # noqa: F401  (only whether it is there)
+            import uvicorn  # noqa: F401  (likewise)
         except ImportError as error:
             raise ValueError(f"The page needs {error.name}: pip install starlette uvicorn.") from None
         with without_garbage_collection():

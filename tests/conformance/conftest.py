@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 import pytest
 import torch
 from conformance_mini import counts
-from conformance_mini.rules import (  # hooks and fixtures that count from here on
+from conformance_mini.rules import (
     PROPERTY,
-    counted_constructions,  # noqa: F401
-    pytest_runtest_makereport,  # noqa: F401
+    counted_constructions,  # noqa: F401  (a fixture, which counts from here on)
+    pytest_runtest_makereport,  # noqa: F401  (a hook, likewise)
 )
 from conformance_mini.source_distribution import SuiteUnavailableError, fetched_suite
 

@@ -460,7 +460,10 @@ def test_a_patched_class_or_attention_takes_the_loop_of_transformers(
         assert "model.layers.0.mlp is not a plain MiniMLP" in decoding.obstacle_of_model(model, model.plain_modules)
         model.generate(ids, max_new_tokens=3)
     with monkeypatch.context() as patch:
-        attention = lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs)  # noqa: E731
+
+        def attention(*args: Any, **kwargs: Any) -> Any:
+            return sdpa_attention_forward(*args, **kwargs)
+
         patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", attention)
         model.generate(ids, max_new_tokens=3)
     with torch.autocast("cpu", torch.bfloat16):

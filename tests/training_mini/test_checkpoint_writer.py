@@ -106,7 +106,10 @@ def test_by_default_large_checkpoints_for_which_there_is_memory(
     with monkeypatch.context() as patched:  # of two processes, the other has a larger part of the model
         patched.setattr(checkpoint_writer, "LARGE", 3 * 4 * learned + 1)
         assert not checkpoint_writer.is_in_background(run)
-        larger = lambda self, value: [value, value if isinstance(value, bool) else value + 1]  # noqa: E731
+
+        def larger(self: object, value: Any) -> list[Any]:
+            return [value, value if isinstance(value, bool) else value + 1]
+
         patched.setattr(type(run.parallel), "gather", larger)
         assert checkpoint_writer.is_in_background(run), "both decide alike"
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))

@@ -1,5 +1,6 @@
 """Comparing runs: which are one setting, what differs, and what has to be said beside the figures."""
 
+import io
 import json
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def make_run(folder: Path, *bits: float, parameters: int | None = 1000, **settin
 
 def shown(*folders: Path) -> tuple[str, list[str]]:
     groups = grouped([RunRecord(folder) for folder in folders])
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=160, record=True, file=io.StringIO())
     console.print(table_of(groups))
     return console.export_text(), notes_on(groups)
 
@@ -88,7 +89,7 @@ def test_many_settings_and_seeds_fit_a_narrow_terminal(tmp_path: Path, monkeypat
         for seed in (1, 2):
             folder = tmp_path / f"{name}-seed-{seed}"
             runs.append(make_run(folder, 3.0, 2.0 + seed / 10, seed=seed, **{**common, **change}))
-    console = Console(width=72, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=72, record=True, file=io.StringIO())
     monkeypatch.setattr(compare_module, "console", console)
     main([*map(str, runs), "--out", str(tmp_path / "curves.svg")])
     text = console.export_text()
@@ -103,7 +104,7 @@ def test_many_settings_and_seeds_fit_a_narrow_terminal(tmp_path: Path, monkeypat
 def test_table_and_picture(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run(tmp_path / name, 3.0, 2.0, seed=seed) for seed, name in enumerate("ab")]
     runs.append(make_run(tmp_path / "older", 3.0, 2.0, parameters=None))
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=io.StringIO())
     monkeypatch.setattr(compare_module, "console", console)
     out = tmp_path / "pictures" / f"curves.{suffix}"
     main([*map(str, runs), "--out", str(out)])

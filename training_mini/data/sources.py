@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shape_mini import nearest_name
 
@@ -22,6 +23,9 @@ from .packages import package_files, standard_library_files, without_copies
 from .questions import python_questions
 from .records import EXAMPLE_COLUMNS, Document, NoTextColumn, Record, file_documents, numbered, record_documents
 from .samples import chat_examples, instruction_examples, sample_documents
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 BUILT_IN = ("python-stdlib", "python-packages", "python-questions", "sample", "chat-sample", "instruction-sample")
 
@@ -151,7 +155,7 @@ def hub_source(arguments: DataArguments) -> DocumentSource:
     return dataset_source(load_hub_dataset(arguments, streaming=False), arguments)
 
 
-def dataset_source(dataset: "datasets.Dataset", arguments: DataArguments) -> DocumentSource:  # noqa: F821
+def dataset_source(dataset: "Dataset", arguments: DataArguments) -> DocumentSource:
     """Documents of a dataset that is loaded."""
     key = dataset._fingerprint  # of its content
     name = arguments.dataset
@@ -168,7 +172,13 @@ def dataset_source(dataset: "datasets.Dataset", arguments: DataArguments) -> Doc
     )
 
 
-def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "datasets.Dataset | datasets.IterableDataset":  # noqa: F821
+def load_hub_dataset(arguments: DataArguments, streaming: bool) -> "Dataset | IterableDataset":
+    """
+    A dataset of the Hub, whole or as a stream.
+
+    Raises:
+        ValueError: if there is none of that name, or it cannot be reached.
+    """
     import datasets  # imported here, because it takes a second and most corpora do not need it
 
     name = arguments.dataset

@@ -10,7 +10,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from .files import FoundFiles, find_files, number_of_files
 from .formats import RECORD_FORMATS, DataFile
 from .records import Document, file_documents, numbered, record_documents
 from .sources import BUILT_IN, load_hub_dataset
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 # How many windows are shuffled together. Neighbours in a stream often come from one document. With this number, a batch
 # of usual size rarely has two windows of one document.
@@ -89,7 +92,7 @@ class HubStream:
     def __init__(
         self,
         arguments: DataArguments,
-        dataset: "datasets.IterableDataset | None" = None,  # noqa: F821
+        dataset: "IterableDataset | None" = None,
         part: int = 0,
     ) -> None:
         self.arguments = arguments
