@@ -54,6 +54,8 @@ def find_checkpoint(model: str | None) -> str:
     if not folder.exists():
         if model.count("/") == 1 and not model.startswith(".") and not folder.parent.is_dir():
             return model
+        if named := re.match(r"https?://huggingface\.co/([^/]+/[^/]+)", model):
+            raise ValueError(f"{model!r} is an address: the name of that model on the Hub is {named[1]}.")
         raise ValueError(f"There is no run or checkpoint folder {model!r}.")
     for place in (folder, *(folder / name for name in CHECKPOINTS_OF_A_RUN)):
         if (place / MODEL_CONFIG).is_file() or (place / ADAPTER_CONFIG).is_file():

@@ -24,10 +24,12 @@ def mini_config(config: PreTrainedConfig) -> MiniConfig:
     Raises:
         ValueError: if it is none of them, or uses what Mini does not have, naming the field.
     """
+    kind = config.model_type
+    if kind not in ("llama", "qwen3", "stablelm"):
+        raise ValueError(f"mini takes a model of type llama, qwen3 or stablelm, and this one is {kind!r}.")
     fields: dict[str, Any] = {name: getattr(config, name) for name in SHARED_FIELDS}
     fields.update({name: getattr(config, name) for name in FIELDS_OF_MINI_ALONE if hasattr(config, name)})
     fields["rope_parameters"] = dict(config.rope_parameters)
-    kind = config.model_type
     if kind in ("llama", "qwen3"):
         if fields["rope_parameters"]["rope_type"] != "proportional":
             fields["rope_parameters"].pop("partial_rotary_factor", None)  # neither reads it
@@ -41,15 +43,13 @@ def mini_config(config: PreTrainedConfig) -> MiniConfig:
         )
         if getattr(config, "sliding_window", None) is not None:
             raise ValueError(f"Mini has no sliding window: sliding_window is {config.sliding_window}.")
-    elif kind == "stablelm":
+    else:
         for name in ("use_parallel_residual", "qk_layernorm", "use_qkv_bias"):
             if getattr(config, name):
                 raise ValueError(f"Mini does not compute this StableLM: {name} is true.")
         if fields["rope_parameters"]["partial_rotary_factor"] == 1:
             del fields["rope_parameters"]["partial_rotary_factor"]  # Mini's default
         fields.update(norm_type="layernorm", norm_eps=config.layer_norm_eps)
-    else:
-        raise ValueError(f"mini takes a model of type llama, qwen3 or stablelm, and this one is {kind!r}.")
     return MiniConfig(**fields)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from configuration_mini import MiniConfig
-from files_mini import MODEL_CONFIG, find_checkpoint, read_json
+from files_mini import BOX, MODEL_CONFIG, find_checkpoint, read_json
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
@@ -54,7 +54,7 @@ def load_model(
         if adapter is not None:
             raise ValueError(f"model {model!r} is an adapter itself, so --adapter cannot be given too.")
         checkpoint, adapter = None, checkpoint
-    if adapter is not None and Path(adapter).is_dir():
+    if adapter is not None and (adapter in BOX or Path(adapter).is_dir()):
         adapter = find_checkpoint(adapter)
     if checkpoint is None:
         named = base_of_adapter(adapter)
@@ -136,6 +136,12 @@ def load_checkpoint(
         raise ValueError(f"The weights in {name_or_path!r} are damaged or cut short ({error}).") from None
     except OSError as error:
         raise ValueError(f"No model could be loaded from {name_or_path!r}: {error}") from None
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):  # followed by a list of all that there are
+            raise
+        raise ValueError(
+            f"{name_or_path!r} is a model of the type {config.model_type!r}, which is not made to continue texts."
+        ) from None
     finally:
         logger.disabled = was_disabled
     check_complete(name_or_path, config, found)
@@ -228,11 +234,17 @@ def load_tokenizer(name_or_path: str, trust_remote_code: bool) -> PreTrainedToke
         OSError: if there are no files.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError):
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise ValueError(f"The tokenizer in {name_or_path!r} is damaged ({type(error).__name__}: {error}).") from None
+    if not isinstance(tokenizer.model_max_length, int | float):
+        length = tokenizer.model_max_length
+        raise ValueError(
+            f"The tokenizer in {name_or_path!r} is damaged: model_max_length is no number, but {length!r}."
+        )
+    return tokenizer
 
 
 def is_chat_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -26,6 +26,7 @@ from tokenization import load_tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -246,6 +247,8 @@ def test_a_model_that_was_never_mini_comes_in(tmp_path: Path) -> None:
             mini_config(StableLmConfig(**shape, **{field: True}))
     with pytest.raises(ValueError, match="type llama, qwen3 or stablelm, and this one is 'mini'"):
         to_mini(random_model())
+    with pytest.raises(ValueError, match="type llama, qwen3 or stablelm, and this one is 'gpt2'"):
+        mini_config(GPT2Config())
     with pytest.raises(ValueError, match="native takes a Mini, and this is a model of type 'llama'"):
         to_native(llama)
 

@@ -8,10 +8,16 @@ import files_mini
 import pytest
 import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
-from modeling_mini.loading.checkpoints import existing_device, find_checkpoint, load_checkpoint
+from modeling_mini.loading.checkpoints import (
+    existing_device,
+    find_checkpoint,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 from tokenization import ByteTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 
 def make(folder: str, name: str = "config.json", age: int = 0) -> None:
@@ -100,3 +106,32 @@ def test_weights_that_are_integers_are_refused(tmp_path: Path) -> None:
             load_checkpoint(str(tmp_path))
     save_file({**weights, name: weights[name].half()}, file, metadata={"format": "pt"})
     load_checkpoint(str(tmp_path))
+
+
+def test_a_model_that_does_not_continue_texts_is_one_sentence(tmp_path: Path) -> None:
+    """transformers lists some two hundred classes that would do."""
+    shape = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 1, "d_kv": 16}
+    T5ForConditionalGeneration(T5Config(vocab_size=264, **shape)).save_pretrained(tmp_path / "t5")
+    ByteTokenizer().save_pretrained(tmp_path / "t5")
+    with pytest.raises(ValueError, match=r"^'t5' is a model of the type 't5', which is not made to continue texts\.$"):
+        load_checkpoint("t5")
+
+
+def test_the_address_of_a_page_of_the_hub_is_told_its_name() -> None:
+    for address in ("https://huggingface.co/user/name", "https://huggingface.co/user/name/tree/main"):
+        with pytest.raises(ValueError, match="is an address: the name of that model on the Hub is user/name"):
+            find_checkpoint(address)
+
+
+def test_the_adapter_that_comes_with_mini_is_found_by_its_name() -> None:
+    model, _ = load_model("box", adapter="box-chat")
+    again, _ = load_model("box-chat")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_length_of_a_tokenizer_that_is_no_number(tmp_path: Path) -> None:
+    ByteTokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "long"}))
+    with pytest.raises(ValueError, match="is damaged: model_max_length is no number, but 'long'"):
+        load_tokenizer(str(tmp_path), trust_remote_code=False)
