@@ -308,7 +308,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _yaml_as_flags(self, path: str | Path, replaced: Collection[str]) -> list[str]:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            values = load_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except FileNotFoundError:
             raise ValueError(f"There is no configuration file {str(path)!r}.") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -329,6 +329,26 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, value in values.items():
             if isinstance(value, list | tuple) and name not in lists:
                 raise ValueError(f"{name} takes one value, got {list(value)}.")
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping. Others take the last one, and a setting or a run is lost."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # before `<<` brings in keys that may be replaced
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    message = f"{key.value!r} stands there a second time"
+                    raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML file of a person says; raises `yaml.YAMLError` where it is wrong, or says one thing twice."""
+    return yaml.load(text, UniqueKeys)
 
 
 def as_flags(values: Mapping[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from entry_points_mini import (
     Settings,
     command_of,
     heading_of,
+    load_yaml,
     one_sentence_errors,
     option,
     without_garbage_collection,
@@ -59,6 +60,13 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     assert from_yaml(tmp_path, text) == Example(3, ["x", "y"], "f", True)
     flags = ("--steps", "4", "--names", "z", "--fast", "false")
     assert from_yaml(tmp_path, text, *flags) == Example(4, ["z"], "f", False)
+
+
+def test_a_key_of_yaml_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not valid YAML: 'steps' stands there a second time .*line 3, column 1"):
+        from_yaml(tmp_path, "steps: 3\nfolder: f\nsteps: 4\n")
+    text = "a: [&b {<<: &c {x: 1, y: 1}, x: 2}]\nd: {<<: *b, x: 3}\n"
+    assert load_yaml(text) == {"a": [{"x": 2, "y": 1}], "d": {"x": 3, "y": 1}}, "what << brings in is replaced"
 
 
 @pytest.mark.parametrize(

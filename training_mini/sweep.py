@@ -13,6 +13,7 @@ compared as far as it came. The same command again goes on where the last one st
 again.
 """
 
+import collections
 import os
 import sys
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from entry_points_mini import EXIT_INTERRUPTED, ArgumentParser, Settings, one_sentence_errors, option
+from entry_points_mini import EXIT_INTERRUPTED, ArgumentParser, Settings, load_yaml, one_sentence_errors, option
 from files_mini import RUNS_FOLDER, read_text
 from shape_mini import nearest_name
 
@@ -99,10 +100,12 @@ def plan(path: Path, seeds: list[int], folder: Path) -> list[PlannedRun]:
     """
     content = read_sweep(path)
     common = content.get("common") or {}
-    planned = []
+    planned: list[PlannedRun] = []
     for seed in seeds or content.get("seeds") or [42]:
         for name, own in content["runs"].items():
             given = {**common, **(own or {}), "seed": seed}
+            if ".." in Path(str(name)).parts or Path(str(name)).is_absolute():
+                raise ValueError(f"The run {name!r} in {path} would lie outside of {str(folder)!r}: rename it.")
             try:
                 settings = TrainingSettings(**given, output_dir=str(folder / f"{name}-seed-{seed}"))
                 planned.append(PlannedRun(f"{name}, seed {seed}", given, arguments := settings.arguments()))
@@ -110,6 +113,9 @@ def plan(path: Path, seeds: list[int], folder: Path) -> list[PlannedRun]:
                     raise ValueError("a sweep trains in one process: leave out num_processes.")
             except (ValueError, TypeError) as error:
                 raise ValueError(f"The run {name!r} in {path}: {error}") from None
+    for label, count in collections.Counter(run.label for run in planned).items():
+        if count > 1:
+            raise ValueError(f"{path} has {count} times the run {label}: name each run and each seed once.")
     return planned
 
 
@@ -118,7 +124,7 @@ def read_sweep(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"There is no file {str(path)!r}.")
     try:
-        content = yaml.safe_load(read_text(path))
+        content = load_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict) or not isinstance(content.get("runs"), dict) or not content["runs"]:

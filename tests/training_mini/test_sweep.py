@@ -207,6 +207,11 @@ def metrics_of(file: Path, folder: str) -> list[float]:
         ("runs: {a: {output_dir: b}}", "output_dir in 'a' of .*: a sweep chooses that for each run"),
         ("runs: {a: {learning_rte: 1}}", "The run 'a' in .*: TrainingSettings has no setting 'learning_rte'"),
         ("runs: {a: {}, b: {num_processes: 2}}", "The run 'b' in .*: a sweep trains in one process"),
+        ("runs:\n  a: {}\n  a: {seed: 2}", "is not valid YAML: 'a' stands there a second time .*line 3, column 3"),
+        ("runs: {../../a: {}}", "The run '../../a' in .* would lie outside of 'runs/norms'"),
+        ("runs: {/tmp/a: {}}", "The run '/tmp/a' in .* would lie outside of 'runs/norms'"),
+        ("runs: {a: {}}\nseeds: [1, 2, 1]", "has 2 times the run a, seed 1: name each run and each seed once"),
+        ("runs: {1: {}, '1': {}}", "has 2 times the run 1, seed 42"),
         ("runs: {a: {max_steps: 0}}", "The run 'a' in .*: max_steps must be at least 1, got 0"),
     ],
 )
