@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,12 @@ from modeling_mini import MiniConfig, MiniForCausalLM
 from training_mini.arguments import NEW_MODEL
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
+PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py", "benchmarks/gpu.py")
+MODULES = (
+    "modeling_mini.analysis cost", "modeling_mini.analysis attention", "modeling_mini.export gguf",
+    "modeling_mini.export onnx", "modeling_mini.export lm_eval", "modeling_mini.export.quantized",
+    "generation_mini.demo", "training_mini.sweep", "training_mini.compare", "box_mini",
+)  # fmt: skip
 QUICKSTART = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
 (TEST_COMMAND,) = re.findall(r"^```\n(.*)\n```$", README, flags=re.MULTILINE)
 BLOCKS, QUICKSTART_BLOCKS = (
@@ -159,12 +165,15 @@ def test_pictures_and_links_exist(page: Path) -> None:
 
 def test_flags_that_are_named_exist() -> None:
     help_texts = "".join(run_program(program, "--help", "all", cwd=ROOT).stdout for program in PROGRAMS)
-    pages = [README] + [
-        (ROOT / "docs" / f"{name}.md").read_text("utf-8")
-        for name in ("QUICKSTART", "GENERATION", "LEARNING", "TRAINING", "SCALING", "RELIABILITY")
-    ]
-    # Of accelerate, Slurm and torchrun.
+    for module in MODULES:
+        command = [sys.executable, "-m", *module.split(), "--help", "all"]
+        help_texts += subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "LOG.md"]
+    assert len(paths) > 10
+    pages = [README, *(path.read_text(encoding="utf-8") for path in paths)]
+    # Of accelerate, Slurm, torchrun and the server of transformers.
     others = {"--config_file", "--quiet", "--signal", "--standalone", "--master_port", "--rdzv_endpoint", "--nnodes"}
+    others |= {"--continuous"}  # -batching
     flags = {flag for page in pages for flag in re.findall(r"`(--[a-z0-9_]+)", page)} - others
     assert len(flags) > 40
     for flag in flags:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from helpers.programs import ROOT, run_program
 from modeling_mini.export import quantized
+from training_mini.build import SAMPLING
+from transformers import GenerationConfig
 
 PAGE = (ROOT / "docs" / "GENERATION.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -27,6 +29,12 @@ def run_line(line: str, folder: Path) -> str:
     result = run_program(*words, cwd=folder, input=piped)
     assert result.returncode == 0, f"{line}\n{result.stderr}"
     return result.stdout
+
+
+def test_default_sampling() -> None:
+    said = "takes a temperature of {temperature} and top-p {top_p} by default, and transformers adds top-k 50"
+    assert said.format(**SAMPLING) in PAGE
+    assert GenerationConfig()._get_default_generation_params()["top_k"] == 50
 
 
 @pytest.mark.slow
