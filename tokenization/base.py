@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from files_mini import write_text
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import TokenizersBackend
 
@@ -217,7 +218,7 @@ class MiniTokenizer(TokenizersBackend):
                 path = Path(name)
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config["tokenizer_class"] = "PreTrainedTokenizerFast"
-                path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         return super()._save_pretrained(save_directory, file_names, **kwargs)
 
 
