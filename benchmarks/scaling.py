@@ -51,7 +51,7 @@ from training_mini.arguments import DataArguments, parse_arguments
 from training_mini.checkpoints import damage_of, states_of
 from training_mini.data.batches import Collator, TrainingBatches
 from training_mini.data.corpus import load_corpus
-from training_mini.data.sources import standard_library_files
+from training_mini.data.packages import standard_library_files
 from training_mini.data.streaming import StreamBatches
 from training_mini.evaluation import compressor_bits_per_byte
 from training_mini.trainer import Trainer

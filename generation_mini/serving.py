@@ -19,9 +19,9 @@ import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from files_mini import ADAPTER_CONFIG, BOX
+from files_mini import ADAPTER_CONFIG, BOX, find_checkpoint
 from jinja2 import TemplateError
-from modeling_mini.loading.checkpoints import find_checkpoint, load_model
+from modeling_mini.loading.checkpoints import load_model
 from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 from starlette.exceptions import HTTPException as AnyHTTPException

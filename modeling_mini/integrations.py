@@ -189,17 +189,17 @@ def load_whole_adapter(
     peft = importlib.import_module("peft")
     load_config = kwargs.get("load_config")
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
-    place = {**(getattr(load_config, "download_kwargs", None) or {}), **(adapter_kwargs or {})}
+    download_kwargs = {**(getattr(load_config, "download_kwargs", None) or {}), **(adapter_kwargs or {})}
     names_before = set(getattr(model, "peft_config", {}))
     weights_before = [module.weight for module in embedding_and_head(model)]
     detail = None
     try:
         if peft_config is None and peft_model_id is not None:
-            peft_config = peft.PeftConfig.from_pretrained(peft_model_id, **place)
+            peft_config = peft.PeftConfig.from_pretrained(peft_model_id, **download_kwargs)
         check_dora(model, peft_config)
         if getattr(peft_config, "use_dora", False):
             if adapter_state_dict is None:
-                adapter_state_dict = peft.load_peft_weights(peft_model_id, device="cpu", **place)
+                adapter_state_dict = peft.load_peft_weights(peft_model_id, device="cpu", **download_kwargs)
             # transformers expects an ending that is not in the file.
             adapter_state_dict = {
                 f"{key}.weight" if key.endswith("lora_magnitude_vector") else key: value
@@ -226,7 +226,7 @@ def load_whole_adapter(
         detail = " ".join(str(error).split())[:300]
     if detail is not None:
         with contextlib.suppress(Exception):  # if the weights cannot be read, `detail` says so already
-            given = adapter_state_dict or peft.load_peft_weights(peft_model_id, device="cpu", **place)
+            given = adapter_state_dict or peft.load_peft_weights(peft_model_id, device="cpu", **download_kwargs)
             detail = misfit_of_vocabulary(model, vocabulary_of_adapter(model, given, peft_config)) or detail
         if added := sorted(set(getattr(model, "peft_config", {})) - names_before):
             model.delete_adapter(added)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from modeling_mini import MiniForCausalLM
+from modeling_mini.remote_code import MODEL_MODULE
 from transformers import PreTrainedModel
 
 from . import trainer
@@ -111,7 +111,7 @@ def with_hooks(
     if model is not None:
         refuse(given, ["model_class"], "model")
         model_class = model if isinstance(model, type) else type(model)
-        if model_class.__module__ != MiniForCausalLM.__module__:
+        if model_class.__module__ != MODEL_MODULE:
             known["model_class"] = f"{model_class.__module__}:{model_class.__qualname__}"
     if isinstance(model, PreTrainedModel):
         refuse(given, ["model", "size", *SHAPE], "model")

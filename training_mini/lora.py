@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from modeling_mini.analysis.cost import ModelCost
 from modeling_mini.integrations import check_dora
-from modeling_mini.loading.checkpoints import load_checkpoint, with_adapter
+from modeling_mini.loading.adapters import with_adapter
+from modeling_mini.loading.checkpoints import load_checkpoint
 from shape_mini import nearest_name
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel

@@ -94,9 +94,9 @@ def share_of_valid_functions(
             does not keep anybody waiting.
     """
     ids = torch.tensor([ids_of_function(tokenizer)] * count, device=model.device)  # (count, prompt)
-    room = model.config.max_position_embeddings - ids.shape[1]
-    if room < 1:
-        return 0.0  # the context has no place for more than the beginning
+    capacity = model.config.max_position_embeddings - ids.shape[1]
+    if capacity < 1:
+        return 0.0  # the beginning fills the context
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -108,7 +108,7 @@ def share_of_valid_functions(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
-                max_new_tokens=min(max_new_tokens, room),
+                max_new_tokens=min(max_new_tokens, capacity),
                 max_time=max_seconds,
             )
     finally:

@@ -61,8 +61,8 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
 
     from ..loading.checkpoints import load_checkpoint, load_model
 
-    place = {"trust_remote_code": arguments.trust_remote_code, "device": arguments.device}
-    model, tokenizer = load_model(checkpoint, arguments.adapter, arguments.merge_quantized, **place)
+    loading = {"trust_remote_code": arguments.trust_remote_code, "device": arguments.device}
+    model, tokenizer = load_model(checkpoint, arguments.adapter, arguments.merge_quantized, **loading)
     source = model.name_or_path
     destination(out, arguments.overwrite, source)  # the base of an adapter
     if getattr(model, "is_quantized", False):
@@ -85,7 +85,7 @@ def quantize(checkpoint: str, out: str | Path, arguments: QuantizationArguments)
             with writing(target):
                 model.save_pretrained(exact)
                 tokenizer.save_pretrained(exact)
-            model, tokenizer = load_checkpoint(str(exact), quantization=arguments.kind, **place)
+            model, tokenizer = load_checkpoint(str(exact), quantization=arguments.kind, **loading)
             shutil.rmtree(exact)
         with writing(target):
             model.save_pretrained(partial)

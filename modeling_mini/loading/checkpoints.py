@@ -105,7 +105,7 @@ def load_checkpoint(
     Raises:
         ValueError: if a file is missing or damaged (the error names it), or if there is no such device.
     """
-    place = existing_device(device)
+    torch_device = existing_device(device)
     folder = Path(name_or_path)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
@@ -124,10 +124,10 @@ def load_checkpoint(
         config = load_config(name_or_path, trust_remote_code)
         tokenizer = load_tokenizer(name_or_path, trust_remote_code)
         if quantization is not None:
-            options["quantization_config"] = quantization_config(quantization, config, place)
+            options["quantization_config"] = quantization_config(quantization, config, torch_device)
         if quantization is not None or is_quantized(config):
-            check_bitsandbytes(place)
-            options["device_map"] = {"": place}  # quantized weights cannot be moved later
+            check_bitsandbytes(torch_device)
+            options["device_map"] = {"": torch_device}  # quantized weights cannot be moved later
         model, found = AutoModelForCausalLM.from_pretrained(
             name_or_path, trust_remote_code=trust_remote_code, dtype=dtype, ignore_mismatched_sizes=True,
             output_loading_info=True, **options,
@@ -148,7 +148,7 @@ def load_checkpoint(
     if not is_quantized(config):
         check_numbers(name_or_path, model)
     check_quantized_layers(model)  # for models other than Mini, which does this itself
-    return (model if options else model.to(place)).eval(), tokenizer
+    return (model if options else model.to(torch_device)).eval(), tokenizer
 
 
 def check_generation_config(folder: Path) -> None:
