@@ -7,8 +7,8 @@ import signal
 import sys
 import textwrap
 
-# Before torch is loaded, which loads OpenMP, which reads it: its threads spin while they wait for each other, so long
-# that training crawls where other programs want the cores (docs/LOG.md).
+# OpenMP's threads spin while they wait for each other, by default so long that training crawls where other programs
+# want the cores (docs/LOG.md). It reads the variable when torch loads it, so this stands before the imports.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 

@@ -132,6 +132,7 @@ def check_compiler() -> None:
 def library_path(name: str, source: str, content: str) -> Path:
     """The file of a compiled text. Its name has what the text depends on, and the checksum of the file."""
     parts = [source, FLAGS, torch.__version__, platform.machine(), sorted(torch.cpu.get_capabilities().items())]
+    # As `files_mini.cache_folder` has it, which does not travel with a checkpoint.
     folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"
     return Path(folder, name, f"{checksum(repr(parts).encode())}-{content}.so")
 
