@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 RUNS_FOLDER = Path("runs")
-# In a run, what to write with: the best model so far, or what a crash left of it, or the last one.
+# The folders of a run that hold a model, in the order in which they are tried: the best one so far, the last one, and
+# behind each what a crash may have left of it.
 CHECKPOINTS_OF_A_RUN = ("best", ".best.previous", "final", ".final.previous")
 
 # The trained model that comes with Mini, and the adapter with which it answers: the folder of each name for --model.
@@ -96,7 +97,7 @@ def display_name(name_or_path: str) -> str:
 
 
 def write_errors() -> tuple[type[BaseException], ...]:
-    """What the libraries raise when they cannot write, to be asked for when something was raised: this loads torch."""
+    """What libraries raise when they cannot write. Call it only after something was raised, because it loads torch."""
     from safetensors import SafetensorError
     from torch.distributed.checkpoint.api import CheckpointException  # no Exception, but a BaseException
 
@@ -200,7 +201,7 @@ def destination(out: str | Path, overwrite: bool, source: str | Path) -> Path:
     Args:
         out: as the user named it, "OUT" in the messages.
         overwrite: whether what is in it may go.
-        source: what is read; a name that is no folder here is in nobody's way.
+        source: what is read, and must not be lost. The name of a model on the Hub lies in no folder here.
 
     Raises:
         ValueError: if it cannot be a folder, holds something, or would take the source or the folder of the user away.
@@ -220,7 +221,7 @@ def destination(out: str | Path, overwrite: bool, source: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `target` when all went well; of another, nothing is left."""
+    """A folder to write into. At the end of the context it takes the place of `target`; after an error it is gone."""
     partial = target.with_name(f".{target.name}.partial")
     try:
         with writing(target):
@@ -246,8 +247,9 @@ def writing(target: Path) -> Iterator[None]:
 
 
 def not_written(target: Path, reason: str) -> OSError:
+    """The error for a write that failed, in one sentence; of a partial file it names what that was to become."""
     if match := re.fullmatch(r"\.(.+?)(\.\d+)?\.partial", target.name):
-        target = target.with_name(match[1])  # what it is to become
+        target = target.with_name(match[1])
     return OSError(f"{target} could not be written ({reason}); what was complete before is still there.")
 
 

@@ -62,7 +62,7 @@ class Callbacks:
         return bool(self.callbacks) and self.run.parallel.anyone(getattr(self.control, f"should_{what}"))
 
     def begin_step(self) -> None:
-        """What was asked for in the last step has been done."""
+        """Begins a step: what callbacks asked for after the last one has been done."""
         if self.callbacks:
             self.control.should_save = self.control.should_evaluate = self.control.should_log = False
         self.call("on_step_begin")

@@ -194,7 +194,7 @@ def step_of(folder: Path) -> int:
 
 
 def advice_of_sound_state(run_folder: Path, state: TrainerState) -> str:
-    """The end of a sentence: how to go on after training went wrong, at the latest at the step of `state`."""
+    """The end of a sentence: how to go on after training that went wrong at the step of `state` or before it."""
     wrong_since = state.skipped_since if state.skipped_since is not None else state.step
     sound = [step_of(folder) for folder in states_of(run_folder) if step_of(folder) < wrong_since]
     if sound:

@@ -206,7 +206,7 @@ def operands_of(
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Both sides of each product of a linear layer."""
     tokens = min(tokens, max(64, int(LARGEST_PRODUCT / (2 * outputs * inputs))))
-    # No random numbers: a run that measures draws the same ones later as a run that knows the result.
+    # Ones and not random numbers: what a run draws later must not depend on whether it measured or read the cache.
     rows, gradient, weight = (
         torch.ones(shape, dtype=dtype) for shape in ((tokens, inputs), (tokens, outputs), (outputs, inputs))
     )

@@ -235,7 +235,7 @@ class Monitor:
             self._status.details = before
 
     def seconds_left(self, step: int) -> float:
-        """As long as the steps so far took, with all that happened between them, the rest will take."""
+        """The seconds left, if the other steps take as long as those so far, with all that happens between them."""
         return (time.monotonic() - self._started) / max(1, step - self.start_step) * (self.max_steps - step)
 
     def introduce(self, lines: list[str]) -> None:

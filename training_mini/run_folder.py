@@ -73,7 +73,7 @@ class RunFolder:
             self.path.rmdir()
 
     def empty(self) -> None:
-        """Removes what a run has written; last of all what shows that the folder is a run, if this is killed."""
+        """Removes what a run has written. Its settings go last: if this is killed, the folder still counts as a run."""
         for path in sorted(contents(self.path), key=lambda path: path.name == SETTINGS):
             # Checkpoints may lie elsewhere, by a link: what it leads to stays.
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

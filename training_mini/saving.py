@@ -60,7 +60,7 @@ class Saving:
         return True
 
     def survive(self, error: OSError) -> None:
-        """Goes on after something could not be written, or does not."""
+        """Warns of a write that failed, and lets training go on, or raises the error, as `on_save_error` says."""
         if self.run.arguments.run.on_save_error == "stop":
             raise error
         self.monitor.warn(f"{error} Training goes on; the next try is at the next checkpoint.")

@@ -40,7 +40,7 @@ class WithoutMemory(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[torch.Tensor] = []  # kept, so that no storage takes the place of another one
+        self.made: list[torch.Tensor] = []  # kept alive, so that no two storages have one address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -54,14 +54,14 @@ class WithoutMemory(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def numbers(self) -> dict[int, int]:
-        """The place of each tensor in the order in which they were made, by its storage."""
+        """By the storage of a tensor, its number in the order in which they were made."""
         return {storage_of(tensor): number for number, tensor in enumerate(self.made)}
 
 
 class OneAtATime(WithoutMemory):
     """
-    Within it, what is on the meta device has numbers all the same while something computes with it, and `keep` gets
-    them when something computes with another one.
+    Within it, a tensor on the meta device has numbers while an operation computes with it. When an operation needs
+    another tensor, `keep` gets the numbers of those before.
 
     Args:
         keep: called with the number of a tensor, in the order in which they were made, and the tensor on the CPU.
@@ -102,7 +102,7 @@ class OneAtATime(WithoutMemory):
             return self.held[self.number_of[storage_of(leaf)]] if is_empty(leaf) else leaf
 
         result = func(*tree_map(with_numbers, args), **tree_map(with_numbers, kwargs))
-        # What was changed in place stays on the meta device for whoever goes on with it.
+        # An operation in place gives back the tensor on the meta device, because the caller goes on with that one.
         return args[0] if args and result is with_numbers(args[0]) else result
 
     def release(self, needed: Any = ()) -> None:
@@ -113,7 +113,7 @@ class OneAtATime(WithoutMemory):
 
 
 class SeemsReal(TorchFunctionMode):
-    """Within it, nothing is said to be on the meta device, where some initializations of torch would do nothing."""
+    """Within it, `is_meta` is false for every tensor: some initializations of torch do nothing on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return False if func == torch.Tensor.is_meta.__get__ else func(*args, **(kwargs or {}))

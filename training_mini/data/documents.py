@@ -127,7 +127,8 @@ def split_documents(
             read_ahead.append(piece)
             length += len(piece)
         if length:
-            # Of a longer document nobody knows the length yet: it trains, and the end of the corpus makes up.
+            # The length of a longer document is not known yet, so it goes to training. What is then missing in the
+            # held-out part comes from the end of the corpus: see `move_tail`.
             held_out = read_bytes["validation"] + length / 2
             is_due = held_out <= ratio * (sum(read_bytes.values()) + length)
             split = "validation" if is_due and length < PIECE_SIZE else "train"

@@ -286,7 +286,7 @@ class StreamPart:
         self._next_block, self._begin_at = state["block"], state["position"]
 
     def position_of(self, window: int) -> dict[str, Any]:
-        """The block of a window, and where it begins; if it was not read here, the place up to which reading came."""
+        """The block of a window, and where it begins in the stream; of a block not read here, how far reading came."""
         block = min(window // self.block_windows, self._next_block)
         return {"block": block, "position": self._positions.get(block) or self._begin_at or self.stream.state_dict()}
 
