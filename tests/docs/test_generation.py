@@ -57,4 +57,6 @@ def test_blocks(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert streamed.startswith("def ") and two.count("class Stack") == 2 and in_python.startswith("import ")
     texts = [json.loads(line) for line in (tmp_path / "runs" / "texts.jsonl").read_text().splitlines()]
     assert [text["prompt"] for text in texts] == ["import ", "def ", "class "]
+    assert all(text.keys() == {"text", "tokens", "finish_reason"} for line in texts for text in line["texts"])
+    assert {text["finish_reason"] for line in texts for text in line["texts"]} <= {"end", "stop", "length"}
     assert (tmp_path / "runs" / "int4" / "model.safetensors").is_file()
