@@ -56,9 +56,9 @@ class Settings(PlaceSettings):
 if __name__ == "__main__":
     SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
 
-import psutil
 import torch
 from configuration_mini import MiniConfig
+from memory_mini import free_memory
 from modeling_mini import fast_generation
 from modeling_mini.loading.checkpoints import load_checkpoint
 from tokenization import ByteTokenizer
@@ -153,7 +153,7 @@ def measure(settings: Settings) -> dict[str, Any]:
                 rows += measure_model(name, find_checkpoint(name), settings)
                 continue
             model = AutoModelForCausalLM.from_config(MiniConfig.preset(name))
-            room = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else psutil.virtual_memory().available
+            room = free_memory(settings.device)
             if 4 * bytes_of_weights(model) > room:  # four models, of which two are smaller, and what loading needs
                 left_out.append(name)
                 continue

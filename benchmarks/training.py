@@ -102,9 +102,9 @@ if __name__ == "__main__":
     SETTINGS = settings_of(Settings, __doc__)  # help and mistakes come before torch, which takes seconds to load
 
 import modeling_mini  # noqa: F401  (makes the Auto classes know Mini)
-import psutil
 import torch
 from configuration_mini import MiniConfig
+from memory_mini import free_memory
 from modeling_mini.analysis import ModelCost
 from torch import nn
 from training_mini.arguments import OptimizationArguments
@@ -398,7 +398,7 @@ def measure_memory(
 
 def batch_that_should_fit(settings: Settings) -> int:
     """The largest power of two that fits by the estimate of `ModelCost` for Mini; 1 where not even that does."""
-    free = torch.cuda.mem_get_info()[0] if settings.device == "cuda" else psutil.virtual_memory().available
+    free = free_memory(settings.device)
     dtype = str(settings.dtype).removeprefix("torch.")
     fits = ModelCost(settings.mini_config).largest_training_batch(free, settings.context, dtype)
     return 1 << (max(1, min(fits, MOST_SEQUENCES)).bit_length() - 1)

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 import torch
 from configuration_mini import MiniConfig
 from entry_points_mini import imported, is_out_of_memory
+from memory_mini import total_memory
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -307,19 +307,12 @@ def check_memory(model: PreTrainedModel, sequences: int, length: int, copies_of_
         size = model.get_input_embeddings().weight.element_size()
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         needed += sequences * length * numbers * size
-    there = memory_of(model.device)
+    there = total_memory(model.device.type)
     if needed > there:
         raise ValueError(
             f"{sequences:,} sequences at once need at least {needed / GIB:,.0f} GiB of memory, and there are "
             f"{there / GIB:,.1f} GiB: lower batch_size, num_return_sequences or num_beams."
         )
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that the device has, in use or not."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total + psutil.swap_memory().total
 
 
 def write_on(

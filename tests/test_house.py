@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # Each module of the root, package, and folder of a package that stands on a floor of its own.
 FLOORS = {
     "shape_mini": 1, "configuration_mini": 1, "tokenization": 1, "files_mini": 1, "entry_points_mini": 1,
-    "cards_mini": 1, "installation_mini": 1,
+    "cards_mini": 1, "installation_mini": 1, "memory_mini": 1,
     "modeling_mini": 2,
     "modeling_mini/analysis": 3, "modeling_mini/export": 3, "modeling_mini/web": 3,
     "training_mini": 4, "generation_mini": 4, "sharing_mini": 4,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from memory_mini import free_memory
 from modeling_mini.loading.checkpoints import load_checkpoint
 from torch import nn
 from transformers import (
@@ -136,7 +136,7 @@ class Run:
         the others. If it is sharded and the memory of the main process has no room for it, all get `None`. Every
         process enters it.
         """
-        has_room = psutil.virtual_memory().available > 4 * 4 * self.unwrapped_model.num_parameters()
+        has_room = free_memory() > 4 * 4 * self.unwrapped_model.num_parameters()
         if self.parallel.is_sharded and not self.parallel.from_main(has_room):
             yield None
             return

@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 import torch
 import torch.distributed as dist
 from files_mini import replace_folder, write_text
+from memory_mini import free_memory
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .build import Run
@@ -179,7 +179,7 @@ def is_in_background(run: Run) -> bool:
     if parallel.is_deepspeed:
         raise ValueError("--async_save: DeepSpeed writes its checkpoints itself, and training waits; leave it out.")
     needed = max(parallel.gather(bytes_of_copy(run)))  # parts of a sharded model differ, and all decide alike
-    on_machine, free = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), psutil.virtual_memory().available
+    on_machine, free = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_memory()
     lacks_memory = parallel.anyone(on_machine > free)
     if lacks_memory and asked:
         raise ValueError(

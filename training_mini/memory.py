@@ -3,20 +3,16 @@ Whether a step fits into the memory of a machine. A GPU says by itself that its 
 kills a process that needs more than there is, and nothing is said.
 """
 
-import contextlib
 import os
-from collections.abc import Iterator
-from pathlib import Path
 
-import psutil
 import torch
+from memory_mini import total_memory
 from modeling_mini.analysis.cost import ModelCost
 from transformers import PreTrainedConfig
 
 from .arguments import Arguments
 from .distributed import Parallel
 
-CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Compiled blocks in bfloat16 keep less for the backward pass than `ModelCost` counts for what is not compiled.
 CERTAIN_SHARE = 1 / 3
 
@@ -33,7 +29,7 @@ def check_memory(arguments: Arguments, parallel: Parallel, config: PreTrainedCon
     sequences = optimization.train_batch_size // parallel.data_processes // optimization.gradient_accumulation_steps
     if optimization.find_batch_size:
         sequences //= sequences & -sequences  # halved as often as that goes
-    needed, there = least_memory(arguments, parallel, config, sequences), memory_of_machine()
+    needed, there = least_memory(arguments, parallel, config, sequences), total_memory()
     if needed > there:
         tokens = f"{sequences:,} x {config.max_position_embeddings:,} tokens"
         raise ValueError(
@@ -68,31 +64,3 @@ def memory_of_micro_batch(cost: ModelCost, arguments: Arguments, sequences: int,
     length, checkpointing = cost.config.max_position_embeddings, arguments.run.gradient_checkpointing
     memory = cost.training_memory(sequences, length, dtype, checkpointing)
     return memory.activations + memory.working
-
-
-def free_memory() -> int:
-    """Bytes that the processes of this machine or container can still have."""
-    return min([psutil.virtual_memory().available, *limits_of_control_groups()])
-
-
-def memory_of_machine() -> int:
-    """Bytes that the processes of this machine or container can have at most, with what is swapped out."""
-    return min([psutil.virtual_memory().total, *limits_of_control_groups()]) + psutil.swap_memory().total
-
-
-def limits_of_control_groups() -> Iterator[int]:
-    """The limits of the control groups of this process, of version 2 and 1; a container is one."""
-    try:
-        groups = OWN_GROUPS.read_text()
-    except OSError:  # another system than Linux
-        return
-    for line in groups.splitlines():
-        _, controllers, group = line.split(":", 2)
-        folder, name = CONTROL_GROUPS, "memory.max"
-        if controllers:
-            folder, name = CONTROL_GROUPS / "memory", "memory.limit_in_bytes"
-            if "memory" not in controllers.split(","):
-                continue
-        for path in (Path(group), *Path(group).parents):  # a limit of a group is one of those within it
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                yield int((folder / path.relative_to("/") / name).read_text())

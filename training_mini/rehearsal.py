@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+from memory_mini import free_memory
 from modeling_mini.analysis.cost import ModelCost
 
 from .build import Run
 from .data.batches import Batch
-from .memory import free_memory, memory_of_micro_batch
+from .memory import memory_of_micro_batch
 
 UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
 MOST_STEPS = 50

@@ -4,11 +4,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
 from configuration_mini import MiniConfig
 from files_mini import display_name, find_checkpoint
+from memory_mini import free_memory
 from rich.console import Console
 from rich.filesize import pick_unit_and_suffix
 from rich.measure import Measurement
@@ -102,7 +102,7 @@ def memory_table(cost: ModelCost, batch_size: int, length: int, device_memory: i
 
 def check_free_memory(needed: int) -> None:
     """Raises ValueError if there is not enough memory for a measurement, so that no process is killed for it."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
+    free = free_memory("cuda" if torch.cuda.is_available() else "cpu")
     if needed > free:
         raise ValueError(
             f"Measuring needs {format_bytes(needed)}, and {format_bytes(free)} are free: choose a smaller --batch_size "

@@ -444,7 +444,7 @@ def test_only_what_is_hopeless_is_refused(
     needed = 3 * 4 * (cache + 2 * config.vocab_size)
     arguments = GenerationArguments(**{name: 3}, max_new_tokens=2)
     for there in (needed, needed - 1):
-        monkeypatch.setattr(text_generation, "memory_of", lambda device, there=there: there)
+        monkeypatch.setattr(text_generation, "total_memory", lambda device, there=there: there)
         if there == needed:
             assert write_on(model, tokenizer, [ids], arguments, lambda _: None)
         else:

@@ -2,10 +2,8 @@
 
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from helpers.runs import losses, metrics, train_here, weights
@@ -112,7 +110,7 @@ def test_by_default_large_checkpoints_for_which_there_is_memory(
 
         patched.setattr(type(run.parallel), "gather", larger)
         assert checkpoint_writer.is_in_background(run), "both decide alike"
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(checkpoint_writer, "free_memory", lambda: 1000)
     assert not checkpoint_writer.is_in_background(run)
     run.arguments.run.async_save = True
     with pytest.raises(ValueError, match=r"--async_save copies the weights .* 0.0 GiB of its memory are free; leave"):

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers.runs import QUICK
 from training_mini import memory
@@ -27,7 +26,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(flags: str, said:
 
 
 def test_what_fits_by_gradient_accumulation_is_not_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory_of_machine", lambda: 2_000_000)
+    monkeypatch.setattr(memory, "total_memory", lambda: 2_000_000)
     flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--train_batch_size", "128"]
     with pytest.raises(ValueError, match="A step on 128 x 64 tokens"):
         Trainer(parse_arguments(flags))
@@ -37,24 +36,3 @@ def test_what_fits_by_gradient_accumulation_is_not_refused(tmp_path: Path, monke
 def test_conversations_may_be_shorter_than_the_context(tmp_path: Path) -> None:
     flags = [*QUICK, "--dataset", "chat-sample", "--train_batch_size", "64", "--max_position_embeddings", "10000000"]
     Trainer(parse_arguments([*flags, "--output_dir", str(tmp_path / "run")])).run.run_folder.release()
-
-
-def test_the_memory_of_the_machine_is_that_of_its_control_group(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    total, swap = psutil.virtual_memory().total, psutil.swap_memory().total
-    groups = tmp_path / "cgroup"
-    monkeypatch.setattr(memory, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(memory, "CONTROL_GROUPS", groups)
-    assert memory.memory_of_machine() == total + swap, "another system than Linux"
-    (groups / "user" / "job").mkdir(parents=True)
-    (tmp_path / "own").write_text("0::/user/job\n")
-    (groups / "user" / "job" / "memory.max").write_text("max\n")
-    assert memory.memory_of_machine() == total + swap
-    (groups / "user" / "memory.max").write_text("1000000\n")
-    assert memory.memory_of_machine() == 1_000_000 + swap and memory.free_memory() == 1_000_000
-    # Version 1, in a container, whose own group is what is mounted.
-    (groups / "memory").mkdir()
-    (groups / "memory" / "memory.limit_in_bytes").write_text("900000\n")
-    (tmp_path / "own").write_text("5:cpu,memory:/docker/0123\n1:cpuset:/\n0::/\n")
-    assert memory.memory_of_machine() == 900_000 + swap
