@@ -44,7 +44,7 @@ NORM_CLASSES: dict[str, type[nn.Module]] = {"layernorm": nn.LayerNorm, "rmsnorm"
 
 
 def make_norm(config: MiniConfig, size: int) -> nn.Module:
-    """The norm that `config.norm_type` names, over a last dimension of `size`."""
+    """The norm that `config.norm_type` names, over a last dimension of `size`; ValueError for an unknown name."""
     if config.norm_type not in NORM_CLASSES:
         raise unknown_norm("The model", config.norm_type)
     return NORM_CLASSES[config.norm_type](size, eps=config.norm_eps)

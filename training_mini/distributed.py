@@ -127,6 +127,9 @@ class Parallel:
         """
         Moves the model to its device, and wraps or shards it as the launch asks; for DeepSpeed, `prepare` does. What is
         on the meta device stays there.
+
+        Raises:
+            ValueError: for quantized weights that would be sharded, and an adapter that tensor parallelism cannot have.
         """
         accelerator = self.accelerator
         if self.is_deepspeed:

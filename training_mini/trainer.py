@@ -243,7 +243,12 @@ class Trainer:
         return training_loss(self.run.model, batch, tokens, optimization.label_smoothing, optimization.z_loss)
 
     def skip(self) -> None:
-        """Leaves the weights as they are. One bad batch does not end a run; many in a row do."""
+        """
+        Leaves the weights as they are. One bad batch does not end a run; many in a row do.
+
+        Raises:
+            DivergedError: after `max_skipped_steps` of them.
+        """
         step, state = self.state.step + 1, self.state
         state.skipped_steps += 1
         if state.skipped_since is None:
@@ -281,7 +286,12 @@ class Trainer:
         self.inner_metrics = {}
 
     def evaluate(self) -> Evaluation | None:
-        """Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop."""
+        """
+        Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop.
+
+        Raises:
+            DivergedError: if the loss on held-out text is not finite.
+        """
         run, state, accelerator = self.run, self.state, self.accelerator
         batch_size = self.arguments.optimization.train_batch_size // self.micro_batches
         with self.monitor.busy("evaluating"), run.ema_weights(), run.uncompiled():

@@ -87,6 +87,7 @@ class ActivationsArguments(TextSettings):
 
 
 def check_output(output: str) -> None:
+    """Raises ValueError if no file can be written under this name."""
     path = Path(output)
     if path.is_dir():
         raise ValueError(f"output must name a file, and {output!r} is a folder.")

@@ -180,7 +180,12 @@ def show_activations(arguments: ActivationsArguments) -> None:
 
 
 def find_config(arguments: CostArguments) -> tuple[PreTrainedConfig, str]:
-    """The configuration, and a name for it."""
+    """
+    The configuration, and a name for it.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
     if arguments.names_a_shape:
         preset = arguments.preset or "tiny"
         changes = [f"{name}={value}" for name, value in arguments.shape.items()]
@@ -201,7 +206,12 @@ def find_model(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 def find_windows(
     arguments: AttentionArguments | ActivationsArguments, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
-    """The token ids to measure on, (windows, length)."""
+    """
+    The token ids to measure on, (windows, length).
+
+    Raises:
+        ValueError: if the text is too short, longer than the context, or not UTF-8.
+    """
     if arguments.prompt is not None:
         return prompt_ids(tokenizer, config, arguments.prompt)
     length = length_within(arguments.length, config)
@@ -213,7 +223,12 @@ def find_windows(
 
 
 def length_within(length: int | None, config: PreTrainedConfig) -> int:
-    """The length asked for, or the context of the model."""
+    """
+    The length asked for, or the context of the model.
+
+    Raises:
+        ValueError: if more than the context was asked for.
+    """
     context_length = config.max_position_embeddings
     if length is not None and length > context_length:
         raise ValueError(f"length must be at most {context_length}, the context of the model, got {length}.")

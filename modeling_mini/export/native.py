@@ -110,7 +110,12 @@ def to_native(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def with_weights_of(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of this configuration with copies of the parameters of `model`, which have the same names."""
+    """
+    A model of this configuration with copies of the parameters of `model`, which have the same names.
+
+    Raises:
+        ValueError: if a parameter is missing, left over or of another shape.
+    """
     weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     other, report = model_class.from_pretrained(

@@ -41,6 +41,10 @@ def write_documents(
     A document goes to validation whenever that brings the share held out nearer to the ratio. Where whole documents
     cannot make the ratio (there is one, or a few long ones), the rest is taken from the end of the training ids, by
     position: counted in tokens, or in bytes with learned merges, so that these are not learned from it.
+
+    Raises:
+        ValueError: if there is no text, too little to train on some and hold some out, or text that the tokenizer
+            cannot read.
     """
     ratio = arguments.validation_ratio
     passes = 1 if tokenizer is not None else 2 if arguments.tokenizer == "char" else 3

@@ -31,7 +31,12 @@ Chunk = tuple[str, bytes | None]  # the split, and text that is encoded by itsel
 
 
 def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was asked for; `None` for one that is learned from the text, once it is read."""
+    """
+    The tokenizer that was asked for; `None` for one that is learned from the text, once it is read.
+
+    Raises:
+        ValueError: if no tokenizer can be loaded, or it has no token that ends a document.
+    """
     if arguments.tokenizer in (None, "byte"):
         return ByteTokenizer()
     if arguments.tokenizer in ("char", "bpe"):

@@ -424,6 +424,7 @@ def refuse_other_separator(file: DataFile, header: list[str], separator: str, co
 
 
 def parquet_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
+    """The rows of the columns that are asked for. A compressed file is in memory as a whole."""
     import pyarrow.parquet  # imported here, because it takes long and most corpora do not need it
 
     source = io.BytesIO(b"".join(file.raw_pieces())) if file.compression else file.path
@@ -455,7 +456,8 @@ class RecordFormat:
     A format of records.
 
     Attributes:
-        read: gives the records of a file. It may leave out columns that it is not asked for.
+        read: gives the records of a file. It may leave out columns that it is not asked for. It raises ValueError where
+            the file is not of the format, naming it.
         is_often_without_text: whether such files often contain settings or tables. If such a file in a folder has no
             text, it is left out and counted; it is not an error.
     """

@@ -66,7 +66,12 @@ def own_corpus(
 
 
 def corpus_of_ids(data: Iterable[Any], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> TextCorpus:
-    """Ids that are all there, with the end held out."""
+    """
+    Ids that are all there, with the end held out.
+
+    Raises:
+        ValueError: for what are no ids of the tokenizer, or too few.
+    """
     ids = np.concatenate([np.empty(0, dtype=np.int64), *arrays_of_ids(data, len(tokenizer))])
     held_out = round(arguments.validation_ratio * len(ids))
     if not 0 < held_out < len(ids):
@@ -85,7 +90,12 @@ def corpus_of_ids(data: Iterable[Any], tokenizer: PreTrainedTokenizerBase, argum
 def corpus_of_iterable(
     data: Iterable[Any], tokenizer: PreTrainedTokenizerBase, arguments: DataArguments, max_eval_tokens: int
 ) -> StreamCorpus:
-    """Ids that come one after the other, with the first held out."""
+    """
+    Ids that come one after the other, with the first held out.
+
+    Raises:
+        ValueError: for what are no ids of the tokenizer, or too few; and without `max_eval_tokens`.
+    """
     if not max_eval_tokens:
         raise ValueError("Of an iterable, the first max_eval_tokens are held out, so max_eval_tokens cannot be 0.")
     items = Items(data, len(tokenizer))

@@ -24,7 +24,12 @@ LARGEST_SHARE = 0.3  # of its long lines that a file may share with those before
 
 
 def standard_library_files() -> list[Path]:
-    """The modules of the running interpreter's standard library, without tests and installed packages."""
+    """
+    The modules of the running interpreter's standard library, without tests and installed packages.
+
+    Raises:
+        ValueError: if this Python has no source.
+    """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = []

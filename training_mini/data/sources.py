@@ -76,7 +76,9 @@ def open_source(arguments: DataArguments) -> DocumentSource:
     if name in SAMPLES_OF_EXAMPLES:
         return sample_of_examples(name)
     found = find_files(arguments)
-    return hub_source(arguments) if found is None else file_source(name, found, arguments)
+    if found is None:
+        return dataset_source(load_hub_dataset(arguments, streaming=False), arguments)
+    return file_source(name, found, arguments)
 
 
 SAMPLES_OF_EXAMPLES = {
@@ -148,11 +150,6 @@ def way_around(name: str, files: list[DataFile]) -> str:
     folder = name if Path(name).is_dir() else os.path.dirname(name) or "."
     glob_of_texts = os.path.join(folder, "**", f"*{texts.most_common(1)[0][0]}")
     return f"; or leave that file out by a quoted glob, such as --dataset '{glob_of_texts}'."
-
-
-def hub_source(arguments: DataArguments) -> DocumentSource:
-    """Documents of a dataset on the Hub, through `datasets`."""
-    return dataset_source(load_hub_dataset(arguments, streaming=False), arguments)
 
 
 def dataset_source(dataset: "Dataset", arguments: DataArguments) -> DocumentSource:

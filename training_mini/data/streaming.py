@@ -202,7 +202,12 @@ class TokenStream:
         return True
 
     def hold_out(self, tokens: int) -> np.ndarray:
-        """Holds out the first documents that together have `tokens` ids; gives the ids, `(tokens,)`."""
+        """
+        Holds out the first documents that together have `tokens` ids; gives the ids, `(tokens,)`.
+
+        Raises:
+            ValueError: if nothing is left to train on.
+        """
         pieces: list[np.ndarray] = []
         while sum(map(len, pieces)) < tokens and self._next_document():
             pieces.append(self._ids)
