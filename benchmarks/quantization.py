@@ -153,8 +153,8 @@ def measure(settings: Settings) -> dict[str, Any]:
                 rows += measure_model(name, find_checkpoint(name), settings)
                 continue
             model = AutoModelForCausalLM.from_config(MiniConfig.preset(name))
-            room = free_memory(settings.device)
-            if 4 * bytes_of_weights(model) > room:  # four models, of which two are smaller, and what loading needs
+            free = free_memory(settings.device)
+            if 4 * bytes_of_weights(model) > free:  # four models, of which two are smaller, and what loading needs
                 left_out.append(name)
                 continue
             model.save_pretrained(folder)

@@ -68,13 +68,13 @@ class StatusLine:
         count = f"{self.step:>{len(str(self.total))}}/{self.total}"
         time_left = f" {format_seconds(self.seconds_left)} left" if math.isfinite(self.seconds_left) else ""
         for left in (time_left, time_left.removesuffix(" left"), ""):
-            if (room := width - len(count) - len(left)) >= 0:
+            if (columns := width - len(count) - len(left)) >= 0:
                 break
-        first = fitting(self.details[:1], room)
-        room -= len(first)
-        bar = SHORTEST_BAR + 1 if room > SHORTEST_BAR else 0  # with the space before it
-        others = fitting(self.details[1:], room - bar)
-        bar = min(LONGEST_BAR + 1, room - len(others)) if bar else 0
+        first = fitting(self.details[:1], columns)
+        columns -= len(first)
+        bar = SHORTEST_BAR + 1 if columns > SHORTEST_BAR else 0  # with the space before it
+        others = fitting(self.details[1:], columns - bar)
+        bar = min(LONGEST_BAR + 1, columns - len(others)) if bar else 0
         yield Text(count[: max(1, width)], style="progress.download", end="")
         if bar:
             drawn = [Segment(" "), *console.render(ProgressBar(self.total, self.step, width=bar - 1), options)]
@@ -83,11 +83,11 @@ class StatusLine:
         yield Text(first + others, end="")
 
 
-def fitting(details: list[str], room: int) -> str:
-    """As many of the details, from the first on, as `room` columns hold; each whole, with a gap before it."""
+def fitting(details: list[str], columns: int) -> str:
+    """As many of the details, from the first on, as fit into so many columns; each whole, with a gap before it."""
     text = ""
     for detail in details:
-        if len(text) + len(detail) + 2 > room:
+        if len(text) + len(detail) + 2 > columns:
             break
         text += f"  {detail}"
     return text
