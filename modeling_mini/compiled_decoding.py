@@ -7,8 +7,8 @@ long, and a product of matrices with few rows is slow in every library. Here the
 sequences, padded or not.
 
 It contains no weights. One sequence reads them where the model has them, in float32, INT8 or INT4. For several
-sequences they are packed in each call of `generate`, in the order in which the function reads them. So training,
-loading or merging between two calls have their effect.
+sequences, those in float32 and INT8 are packed in each call of `generate`, in the order in which the function reads
+them. So training, loading or merging between two calls have their effect.
 
 The function also reads a short prompt, a block of tokens at a time. There torch would need more time for its calls than
 for its products, and quantized weights would have to be dequantized. A long prompt is read by the modules.
@@ -112,7 +112,7 @@ class NativeModel:
     What the function reads of a model: a `struct`, and the tensors that it points to.
 
     Args:
-        pack: copies the weights of products into blocks of columns.
+        pack: copies the weights of products into blocks of columns, but not those in INT4.
     """
 
     def __init__(self, model: PreTrainedModel, pack: bool) -> None:
@@ -170,8 +170,8 @@ class NativeModel:
     def linear(self, *projections: nn.Linear | QuantizedLinear) -> LinearStruct:
         """Projections of the same input."""
         formats = {getattr(each, "format", "float32") for each in projections}
-        # INT4 is not packed; and if some were not quantized, or in another way, all are in float32.
-        as_they_are = formats in ({"float32"}, {"int8"}) or (len(formats) == 1 and formats != {""} and not self.pack)
+        # If some are not quantized, or in another way, all are in float32.
+        as_they_are = len(formats) == 1 and formats != {""}
         parts = []
         for each in projections:
             if as_they_are or isinstance(each, nn.Linear):
@@ -179,7 +179,8 @@ class NativeModel:
             else:
                 parts.append((each.dequantized(), None, each.bias))
         inputs = projections[0].in_features
-        if self.pack:
+        pack = self.pack and parts[0][0].dtype != torch.uint8  # INT4 is read in tiles of another order
+        if pack:
             weight, scales, bias = (
                 None if tensors[0] is None else torch.cat([tensor.detach() for tensor in tensors])
                 for tensors in zip(*parts, strict=True)
@@ -191,7 +192,7 @@ class NativeModel:
             ends = [len(weight) + missing]
         else:
             ends = list(itertools.accumulate(each.out_features for each in projections))
-        struct = LinearStruct(inputs=inputs, outputs=ends[-1], is_packed=self.pack, format=FORMATS[parts[0][0].dtype])
+        struct = LinearStruct(inputs=inputs, outputs=ends[-1], is_packed=pack, format=FORMATS[parts[0][0].dtype])
         if struct.format == FORMATS[torch.uint8]:
             struct.block, struct.table = projections[0].block, self.pointer(projections[0].table)
         for number, (weight, scales, bias) in enumerate(parts):
@@ -289,7 +290,7 @@ class CompiledStep:
 
 
 def bytes_of_weights(model: PreTrainedModel) -> int:
-    """The size of the weights when they are packed: INT8 as they are, INT4 in float32."""
+    """The size of all that is packed for several sequences, and of the other parameters."""
     quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     return sum(parameter.nbytes for parameter in model.parameters()) + sum(each.packed_bytes for each in quantized)
 

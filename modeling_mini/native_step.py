@@ -12,9 +12,10 @@ SOURCE = (
 //
 // With a few rows, a product of matrices takes as long as reading the weights. A library reads them at a third of the
 // speed of the caches, because its kernels are made for many rows. Here each weight is read in the order in which it
-// lies in memory, for up to eight rows at a time. Quantized weights become float32 on their way into a register. Keys
-// and values stay in the first cache while all query heads of their group read them. Threads share the outputs of a
-// product, and the sequences and heads of attention.
+// lies in memory, for up to eight rows at a time. Many rows are all multiplied by one tile of quantized weights while
+// it is in the first cache. Quantized weights become float32 on their way into a register, INT4 of many rows on its way
+// into a tile. Keys and values stay in the first cache while all query heads of their group read them. Threads share
+// the outputs of a product, and the sequences and heads of attention.
 
 #include <type_traits>
 #if defined(__AVX2__)
@@ -22,9 +23,15 @@ SOURCE = (
 #endif
 #include <omp.h>
 
-constexpr int ROWS = WIDTH == 16 ? 8 : 3; // 8 rows of two vectors are 16 of 32 registers, 3 rows of four 12 of 16
+constexpr int ROWS = WIDTH == 16 ? 8 : 6; // 8 rows of two vectors are 16 of 32 registers, 6 rows 12 of 16
 constexpr int COLUMNS = 32;               // of a block of packed weights
 constexpr int PARTS = 3;                  // projections of one input: at most query, key and value
+// Packed float32 comes from memory: in order, with all columns of a block at once, or it takes longer than it saves.
+constexpr int FLOAT32_ROWS = WIDTH == 16 ? 8 : 3;
+// Of INT4, so many rows read each weight for themselves: one instruction of AVX512 looks it up, and several of others.
+constexpr int INT4_ROWS = WIDTH == 16 ? ROWS : 3;
+constexpr int TILE = 64;  // inputs of a tile of COLUMNS outputs, 8 KiB in float32
+constexpr int PIECE = 32; // inputs of INT4 that become float32 at a time; they share their scales
 
 // In INT8, a weight is an integer times the scale of its output. In INT4, it is a number from a table of 16 times the
 // scale of its block, and two weights share a byte: the first has the upper four bits.
@@ -142,27 +149,10 @@ struct Place {
     bool adds;      // to what stands there
 };
 
-// R rows of a product, for one block of columns of packed weights.
-template <typename Weight, int R>
-static void block_of_product(const Linear &linear, int64_t column, const float *from, int64_t stride, Place place) {
-    constexpr int VECTORS = COLUMNS / WIDTH;
-    const Weight *weight = (const Weight *)linear.weights[0] + column * linear.inputs;
-    Vector sums[R][VECTORS]{};
-    for (int64_t k = 0; k < linear.inputs; k++)
-        for (int i = 0; i < VECTORS; i++) {
-            const Vector part = load(weight + k * COLUMNS + i * WIDTH);
-            for (int row = 0; row < R; row++) sums[row][i] += from[row * stride + k] * part;
-        }
-    for (int i = 0; i < VECTORS; i++) {
-        const int64_t output = column + i * WIDTH;
-        const Vector scale = linear.scales[0] == nullptr ? Vector{} + 1.0f : load(linear.scales[0] + output);
-        const Vector bias = linear.biases[0] == nullptr ? Vector{} : load(linear.biases[0] + output);
-        for (int row = 0; row < R; row++) {
-            float *to = place.to + row * place.stride + output;
-            const Vector sum = sums[row][i] * scale + bias;
-            store(to, place.adds ? load(to) + sum : sum);
-        }
-    }
+// Calls `compute` with the number of its next rows, as a constant, and the first of them, until there are none left.
+template <int R, typename Compute> static void for_rows(int64_t row, int64_t rows, const Compute &compute) {
+    for (; row + R <= rows; row += R) compute(std::integral_constant<int, R>(), row);
+    if constexpr (R > 1) for_rows<(R > 4 ? R / 2 : R - 1)>(row, rows, compute);
 }
 
 struct Pair {
@@ -267,37 +257,174 @@ static void output_of_product(const Linear &linear, int64_t number, const float 
     }
 }
 
+// What belongs to each of COLUMNS outputs. Those behind the last output are like it.
+struct Columns {
+    float scales[COLUMNS], biases[COLUMNS];
+    const uint8_t *weights[COLUMNS];    // of INT4, from the first input on
+    const float *block_scales[COLUMNS]; // of INT4
+    Columns(const Linear &linear, int64_t first) {
+        if (linear.format != INT4) { // packed
+            for (int i = 0; i < COLUMNS; i++) {
+                scales[i] = linear.scales[0] == nullptr ? 1 : linear.scales[0][first + i];
+                biases[i] = linear.biases[0] == nullptr ? 0 : linear.biases[0][first + i];
+            }
+            return;
+        }
+        const int64_t blocks = linear.inputs / linear.block;
+        int part = 0;
+        for (int i = 0; i < COLUMNS; i++) {
+            const int64_t number = std::min(first + i, linear.outputs - 1);
+            while (number >= linear.ends[part]) part++;
+            const int64_t in_part = number - (part == 0 ? 0 : linear.ends[part - 1]);
+            scales[i] = 1;
+            biases[i] = linear.biases[part] == nullptr ? 0 : linear.biases[part][in_part];
+            weights[i] = (const uint8_t *)linear.weights[part] + in_part * linear.inputs / 2;
+            block_scales[i] = linear.scales[part] + in_part * blocks;
+        }
+    }
+};
+
+#if defined(__AVX2__)
+// Looks up 32 numbers of four bits at once, one byte of the entries after the other.
+struct Lookup {
+    __m256i bytes[4];
+    Lookup() = default;
+    explicit Lookup(const float *table) {
+        uint8_t of_entries[32];
+        for (int byte = 0; byte < 4; byte++) {
+            for (int i = 0; i < 32; i++) of_entries[i] = ((const uint8_t *)(table + i % 16))[byte];
+            bytes[byte] = _mm256_loadu_si256((const __m256i *)of_entries);
+        }
+    }
+    // Writes COLUMNS entries. A vector of them has those of four numbers from each half.
+    void entries(__m256i numbers, const float *scales, float *to) const {
+        __m256i found[4];
+        for (int byte = 0; byte < 4; byte++) found[byte] = _mm256_shuffle_epi8(bytes[byte], numbers);
+        const __m256i lower[2] = {_mm256_unpacklo_epi8(found[0], found[1]), _mm256_unpackhi_epi8(found[0], found[1])};
+        const __m256i upper[2] = {_mm256_unpacklo_epi8(found[2], found[3]), _mm256_unpackhi_epi8(found[2], found[3])};
+        for (int i = 0; i < 2; i++) {
+            const __m256 first = (__m256)_mm256_unpacklo_epi16(lower[i], upper[i]);
+            const __m256 second = (__m256)_mm256_unpackhi_epi16(lower[i], upper[i]);
+            _mm256_storeu_ps(to + 16 * i, first * _mm256_loadu_ps(scales + 16 * i));
+            _mm256_storeu_ps(to + 16 * i + 8, second * _mm256_loadu_ps(scales + 16 * i + 8));
+        }
+    }
+};
+
+// Input k and the next ones of INT4 to a piece (PIECE, COLUMNS) of a tile.
+static void dequantize(const Lookup &lookup, const Columns &columns, int64_t k, int64_t block, float *to) {
+    float scales[COLUMNS];
+    for (int i = 0; i < COLUMNS; i++) scales[i] = columns.block_scales[i][k / block];
+    // 16 bytes of 16 outputs in each half, in the order that `entries` needs.
+    __m256i bytes[16], shuffled[16];
+    for (int i = 0; i < 16; i++) {
+        const int output = i / 4 * 8 + i % 4;
+        bytes[i] = _mm256_loadu2_m128i((const __m128i *)(columns.weights[output + 4] + k / 2),
+                                       (const __m128i *)(columns.weights[output] + k / 2));
+    }
+    // Transposes each half: 16 * output + byte is the place of a byte, and each pass rotates this number by one bit.
+    for (int pass = 0; pass < 4; pass++) {
+        for (int i = 0; i < 8; i++) {
+            shuffled[2 * i] = _mm256_unpacklo_epi8(bytes[i], bytes[i + 8]);
+            shuffled[2 * i + 1] = _mm256_unpackhi_epi8(bytes[i], bytes[i + 8]);
+        }
+        std::memcpy(bytes, shuffled, sizeof(bytes));
+    }
+    const __m256i four_bits = _mm256_set1_epi8(15);
+    for (int i = 0; i < 16; i++) {
+        const __m256i first = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), four_bits);
+        lookup.entries(first, scales, to + 2 * i * COLUMNS);
+        lookup.entries(_mm256_and_si256(bytes[i], four_bits), scales, to + (2 * i + 1) * COLUMNS);
+    }
+}
+#else
+typedef const float *Lookup;
+static void dequantize(Lookup table, const Columns &columns, int64_t k, int64_t block, float *to) {
+    for (int i = 0; i < COLUMNS; i++)
+        for (int j = 0; j < PIECE; j += 2) {
+            const uint8_t byte = columns.weights[i][(k + j) / 2];
+            const float scale = columns.block_scales[i][k / block];
+            to[j * COLUMNS + i] = table[byte >> 4] * scale;
+            to[(j + 1) * COLUMNS + i] = table[byte & 15] * scale;
+        }
+}
+#endif
+
+// Adds the product of R rows and a tile to sums (R, COLUMNS).
+template <typename Weight, int R>
+static void product_of_tile(const Weight *tile, int64_t inputs, const float *from, int64_t stride, float *to) {
+    constexpr int VECTORS = std::min(COLUMNS / WIDTH, R > 3 ? 2 : 4); // as many sums as fit into registers
+    for (int column = 0; column < COLUMNS; column += VECTORS * WIDTH) {
+        Vector sums[R][VECTORS];
+        for (int row = 0; row < R; row++)
+            for (int i = 0; i < VECTORS; i++) sums[row][i] = load(to + row * COLUMNS + column + i * WIDTH);
+        for (int64_t k = 0; k < inputs; k++) {
+            Vector weights[VECTORS];
+            for (int i = 0; i < VECTORS; i++) weights[i] = load(tile + k * COLUMNS + column + i * WIDTH);
+            for (int row = 0; row < R; row++)
+                for (int i = 0; i < VECTORS; i++) sums[row][i] += from[row * stride + k] * weights[i];
+        }
+        for (int row = 0; row < R; row++)
+            for (int i = 0; i < VECTORS; i++) store(to + row * COLUMNS + column + i * WIDTH, sums[row][i]);
+    }
+}
+
+// A product with packed weights, or with INT4. `sums` has space for (rows, COLUMNS).
+static void product_by_tiles(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place,
+                             float *sums) {
+    const Lookup lookup = linear.format == INT4 ? Lookup(linear.table) : Lookup();
+    alignas(64) float dequantized[TILE * COLUMNS];
+    // Few rows are computed in one go, for which nothing has to stay in the cache.
+    const bool is_whole = linear.format == FLOAT32 || (linear.format == INT8 && rows <= ROWS);
+    const int64_t length = is_whole ? linear.inputs : TILE;
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < linear.outputs; first += COLUMNS) {
+        const Columns columns(linear, first);
+        std::memset(sums, 0, rows * COLUMNS * sizeof(float));
+        for (int64_t k = 0; k < linear.inputs; k += length) {
+            const int64_t inputs = std::min(length, linear.inputs - k);
+            const auto multiply = [&](auto most, const auto *tile) {
+                for_rows<decltype(most)::value>(0, rows, [&](auto count, int64_t row) {
+                    product_of_tile<std::decay_t<decltype(*tile)>, decltype(count)::value>(
+                        tile, inputs, from + row * stride + k, stride, sums + row * COLUMNS);
+                });
+            };
+            const int64_t packed = first * linear.inputs + k * COLUMNS; // where the tile begins
+            if (linear.format == INT4) {
+                for (int64_t i = 0; i < inputs; i += PIECE)
+                    dequantize(lookup, columns, k + i, linear.block, dequantized + i * COLUMNS);
+                multiply(std::integral_constant<int, ROWS>(), (const float *)dequantized);
+            } else if (linear.format == INT8)
+                multiply(std::integral_constant<int, ROWS>(), (const int8_t *)linear.weights[0] + packed);
+            else
+                multiply(std::integral_constant<int, FLOAT32_ROWS>(), (const float *)linear.weights[0] + packed);
+        }
+        const int64_t outputs = std::min<int64_t>(COLUMNS, linear.outputs - first);
+        for (int64_t row = 0; row < rows; row++) {
+            const float *sum = sums + row * COLUMNS;
+            float *to = place.to + row * place.stride + first;
+            for (int64_t i = 0; i < outputs; i++)
+                to[i] = sum[i] * columns.scales[i] + columns.biases[i] + (place.adds ? to[i] : 0);
+        }
+    }
+}
+
 template <typename Weight>
 static void product_of(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place) {
-    const int64_t step = linear.is_packed ? COLUMNS : 1;
 #pragma omp for schedule(static)
-    for (int64_t output = 0; output < linear.outputs; output += step)
-        for (int64_t row = 0; row < rows;) {
-            const int64_t left = rows - row;
-            const float *first = from + row * stride;
+    for (int64_t output = 0; output < linear.outputs; output++)
+        for_rows<ROWS>(0, rows, [&](auto count, int64_t row) {
             const Place there{place.to + row * place.stride, place.stride, place.adds};
-            const auto compute = [&](auto count) {
-                constexpr int R = decltype(count)::value;
-                row += R;
-                if constexpr (!std::is_same<Weight, FourBits>::value)
-                    if (linear.is_packed) return block_of_product<Weight, R>(linear, output, first, stride, there);
-                output_of_product<Weight, R>(linear, output, first, stride, there);
-            };
-            if (left >= ROWS)
-                compute(std::integral_constant<int, ROWS>());
-            else if (ROWS > 4 && left >= 4)
-                compute(std::integral_constant<int, 4>());
-            else if (left >= 2)
-                compute(std::integral_constant<int, 2>());
-            else
-                compute(std::integral_constant<int, 1>());
-        }
+            output_of_product<Weight, decltype(count)::value>(linear, output, from + row * stride, stride, there);
+        });
 }
 
 // Rows (rows, inputs) times the weights. All threads call it, each with a `copy` of its own for (rows, inputs).
 static void product(const Linear &linear, const float *from, int64_t stride, int64_t rows, Place place, float *copy) {
     const int64_t inputs = linear.inputs;
-    if (linear.format == INT4) {
+    if (linear.is_packed || (linear.format == INT4 && rows > INT4_ROWS))
+        product_by_tiles(linear, from, stride, rows, place, copy);
+    else if (linear.format == INT4) {
         for (int64_t row = 0; row < rows; row++) evens_and_odds(from + row * stride, copy + row * inputs, inputs);
         product_of<FourBits>(linear, copy, inputs, rows, place);
     } else if (linear.format == INT8)

@@ -69,6 +69,7 @@ class QuantizedLinear(nn.Module):
         weight: (out, in) in INT8; four bits, two weights in a byte, the first in the upper half.
         scales: (out,) in INT8; one for each block in INT4.
         block, table: in INT4, how many weights share a scale, and (16,) what four bits stand for.
+        packed_bytes: the size of the weight where the compiled step packs it.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -92,7 +93,7 @@ class QuantizedLinear(nn.Module):
             scales=scales_of_blocks(state) if fits else None,
             block=state.blocksize,
             table=state.code,
-            packed_bytes=4 * layer.in_features * layer.out_features,  # INT4 is packed in float32
+            packed_bytes=0 if fits else 4 * layer.in_features * layer.out_features,  # INT4 is not, float32 is
         )
 
     def dequantized(self) -> torch.Tensor:

@@ -10,7 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 from helpers.other_processors import BRANCHES, compile_without
-from helpers.random_models import make_model, random_request, random_settings
+from helpers.random_models import groups, make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, compiled_decoding, decoding, fast_generation, quantized_decoding
 from modeling_mini.compiled_decoding import CompiledDecoder, NativeModel
 from modeling_mini.quantized_decoding import QuantizedLinear
@@ -20,13 +20,21 @@ KINDS = ("8bit", "4bit")
 
 
 def quantize(
-    model: MiniForCausalLM, kind: str, quant_type: str = "nf4", blocksize: int = 64, nested: bool = True
+    model: MiniForCausalLM,
+    kind: str,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    nested: bool = True,
+    head: bool = False,
 ) -> tuple[MiniForCausalLM, MiniForCausalLM]:
-    """The model with layers of bitsandbytes in its blocks, and one with the same rounded weights as plain numbers."""
+    """
+    The model with layers of bitsandbytes in its blocks, or also as its head, and one with the same rounded weights as
+    plain numbers.
+    """
     manner = {"quant_type": quant_type, "blocksize": blocksize, "compress_statistics": nested}
     quantized, plain = copy.deepcopy(model), copy.deepcopy(model)
-    for name, linear in list(quantized.model.layers.named_modules()):
-        if type(linear) is not nn.Linear:
+    for name, linear in list(quantized.named_modules()):
+        if type(linear) is not nn.Linear or (name == "lm_head" and not head):
             continue
         size, bias = (linear.in_features, linear.out_features), linear.bias is not None
         if kind == "8bit":
@@ -36,8 +44,8 @@ def quantize(
             layer = bitsandbytes.nn.Linear4bit(*size, bias=bias, quant_type=quant_type, compute_dtype=torch.float32)
             layer.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **manner)
         layer.bias = linear.bias
-        quantized.model.layers.set_submodule(name, layer.to("cpu"))
-        rounded = plain.model.layers.get_submodule(name).weight.data
+        quantized.set_submodule(name, layer.to("cpu"))
+        rounded = plain.get_submodule(name).weight.data
         rounded.copy_(rounded_to_int8(rounded) if kind == "8bit" else rounded_to_4bit(rounded, manner))
     quantized.is_quantized = True
     quantized.eval(), plain.eval()
@@ -181,16 +189,21 @@ def settings_for_blocks(draw: random.Random) -> dict[str, Any]:
 
 
 def assert_same_text(
-    quantized: MiniForCausalLM, plain: MiniForCausalLM, draw: random.Random, length: int, batch: int = 1
+    quantized: MiniForCausalLM,
+    plain: MiniForCausalLM,
+    draw: random.Random,
+    length: int,
+    batch: int = 1,
+    loop: bool = False,
 ) -> None:
-    """From a random prompt, padded or not."""
+    """From a random prompt, padded or not. `loop`: as transformers' loop writes it."""
     ids = torch.randint(1, plain.config.vocab_size, (batch, length))
     mask = torch.ones_like(ids)
     if draw.random() < 0.5:
         mask[-1, : length // 2] = 0
     request = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
     request |= {"return_dict_in_generate": True, "output_logits": True}
-    written, expected = (model.generate(ids, **request) for model in (quantized, plain))
+    written, expected = quantized.generate(ids, **request), plain.generate(ids, **request, fast_decoding=not loop)
     assert torch.equal(written.sequences, expected.sequences), plain.config
     for a, b in zip(written.logits, expected.logits, strict=True):
         # Models this wide round more: the modules in float32 and in float64 differ by up to 1e-5 of the largest logit.
@@ -220,12 +233,50 @@ def test_nothing_is_dequantized_for_a_short_prompt(kind: str, group: int, monkey
             patch.setattr(NativeModel, "linear", noting)
             length = draw.choice([1, 2, 16, 17, 50])
             batch = draw.choice([1, 1, 3])
-            if batch == 1 or kind == "8bit":  # INT4 of several sequences is packed in float32
-                patch.setattr(quantized_decoding, "weight_of", mock.Mock(side_effect=AssertionError("dequantized")))
+            patch.setattr(quantized_decoding, "weight_of", mock.Mock(side_effect=AssertionError("dequantized")))
             assert_same_text(quantized, plain, draw, length, batch)
         assert read.call_count == 1
     expected = "int8" if kind == "8bit" else f"{manner['quant_type']} 64"
     assert (expected, False) in formats
+
+
+@pytest.mark.parametrize("group", groups(20))
+def test_several_sequences_read_four_bits(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """
+    200 random models, 2 to 64 sequences: what transformers' loop writes with the dequantized weights. Blocks of
+    several lengths, projections and heads that end within a tile, and heads in INT4 too.
+    """
+    monkeypatch.setattr(compiled_decoding, "QUANTIZED_PROMPT_TOKENS", 10**6)
+    types: list[tuple[torch.dtype, ...]] = []
+    init = NativeModel.__init__
+
+    def noting(self: NativeModel, *arguments: Any, **more: Any) -> None:
+        init(self, *arguments, **more)
+        types.append(tuple(tensor.dtype for tensor in self.tensors))
+
+    monkeypatch.setattr(NativeModel, "__init__", noting)
+    for number in range(10):
+        draw = random.Random(f"several in four bits {group} {number}")
+        torch.manual_seed(draw.randrange(2**32))
+        manner = {"quant_type": draw.choice(["nf4", "fp4"]), "nested": draw.random() < 0.5}
+        block = draw.choice([32, 64, 128])
+        settings = settings_for_blocks(draw) | {
+            "hidden_size": draw.choice([block, 3 * block]),
+            "intermediate_size": draw.choice([block, 5 * block]),
+            "num_attention_heads": 4,
+            "num_key_value_heads": draw.choice([1, 2, 4]),
+            "head_dim": draw.choice([block // 4, block]),
+        }
+        model = make_model(**settings)
+        has_head = not settings["tie_word_embeddings"] and draw.random() < 0.5
+        quantized, plain = quantize(model, "4bit", blocksize=block, head=has_head, **manner)
+        quantized.compile_decoding()
+        batch, length = draw.choice([2, 3, 4, 5, 7, 9, 16, 33, 64]), draw.choice([1, 2, 5, 12])
+        with monkeypatch.context() as patch:
+            patch.setattr(quantized_decoding, "weight_of", mock.Mock(side_effect=AssertionError("dequantized")))
+            assert_same_text(quantized, plain, draw, length, batch, loop=True)
+        assert types[-1].count(torch.uint8) == 7 * settings["num_hidden_layers"] + has_head
+    assert len(types) == 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -258,6 +309,7 @@ def test_what_other_processors_compile(branches: list[str], tmp_path: Path, monk
         quantized.compiled_step = step
         assert step is not None
         assert_same_text(quantized, plain, draw, draw.choice([1, 5, 20]), draw.choice([1, 3]))
+        assert_same_text(quantized, plain, draw, draw.choice([1, 5]), draw.choice([7, 33]))
 
 
 @pytest.mark.parametrize("nested", [False, True])
