@@ -3,7 +3,7 @@ The `transformers` command with Mini in it: `mini-transformers serve CHECKPOINT`
 `mini-transformers chat CHECKPOINT` talks to one.
 
 The server looks the class of a checkpoint up in the module `transformers`, where no custom class is. This program puts
-it there, and `serving.py` adds to the server; all else is the stock command, with its flags.
+it there, and `serving/` adds to the server; all else is the stock command, with its flags.
 """
 
 import sys
@@ -73,9 +73,9 @@ def add_mini() -> None:
 
     transformers.MiniForCausalLM = modeling_mini.MiniForCausalLM
     if is_serve_available():
-        from . import serving
+        from .serving.server import install
 
-        serving.install()
+        install()
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # without it, the server's list of models is an error
 
 

@@ -25,7 +25,7 @@ FOLDERS = {
     "tokenization": set(),
     "modeling_mini": {"loading", "analysis", "export", "web"},
     "training_mini": {"data"},
-    "generation_mini": {"demo"},
+    "generation_mini": {"demo", "serving"},
     "sharing_mini": set(),
 }
 # A newcomer reads each of these in one sitting.

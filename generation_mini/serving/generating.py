@@ -1,0 +1,151 @@
+"""How requests are answered by the model: one after the other, or in batches."""
+
+import asyncio
+from typing import Any, ClassVar
+
+import torch
+from fastapi import HTTPException
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cli.serving import utils
+
+from ..text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop
+from .requests import as_list
+
+
+def limit_to_context(model: PreTrainedModel, length: int, config: GenerationConfig) -> None:
+    """
+    Lets a text end where the context is full.
+
+    Raises:
+        HTTPException: 400, if nothing fits after the prompt.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return
+    if length >= context:
+        raise HTTPException(400, f"The prompt has {length} tokens, and the context of this model holds {context}.")
+    config.max_new_tokens = min(config.max_new_tokens or context, context - length)
+
+
+def length_of(inputs: dict[str, Any]) -> int:
+    """Tokens of a prompt: a tensor (1, length), or a list where requests are batched."""
+    ids = inputs["input_ids"]
+    return len(ids) if isinstance(ids, list) else ids.shape[-1]
+
+
+def ends_by_itself(ids: torch.Tensor | list[int], config: GenerationConfig) -> bool:
+    """Whether the last token is one that ends a text."""
+    return len(ids) > 0 and int(ids[-1]) in as_list(config.eos_token_id)
+
+
+class OneByOne(utils.GenerateManager):
+    """
+    Requests one after the other.
+
+    The seed of a request is set on the thread that writes, when its turn has come: set before, it would be that of the
+    text which is being written then.
+
+    The stop strings of transformers would also be found where a prompt ends and the text begins, so the text alone is
+    searched here. The server calls a text too long if it has `max_new_tokens`. So that one that ends by itself at that
+    very position is not taken for it, `max_new_tokens` is cleared then.
+    """
+
+    def generate_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[asyncio.Queue, utils.DirectStreamer]:
+        limit_to_context(model, length_of(inputs), gen_config)
+        inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        self.submit_seed(gen_config)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **settings)
+        text, passed_on = TextUntilStop(stop), asyncio.Queue()
+
+        async def pass_on() -> None:
+            while True:
+                item = await queue.get()
+                is_end = item is None or isinstance(item, utils._StreamError)
+                if type(item) is str:
+                    item = text.feed(item)
+                elif is_end and (rest := text.rest()):
+                    passed_on.put_nowait(rest)
+                if text.is_stopped:
+                    gen_config.max_new_tokens = None
+                if item != "":
+                    passed_on.put_nowait(item)
+                if is_end:
+                    return
+
+        streamer.passing_on = asyncio.get_running_loop().create_task(pass_on())  # the loop alone does not keep it
+        return passed_on, streamer
+
+    async def generate_non_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[str, int, torch.Tensor]:
+        limit_to_context(model, length_of(inputs), gen_config)
+        inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        self.submit_seed(gen_config)
+        whole, length, ids = await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+        text = TextUntilStop(stop)
+        shown = text.feed(whole) + text.rest()
+        if text.is_stopped or ends_by_itself(ids, gen_config):
+            gen_config.max_new_tokens = None
+        return shown, length, ids
+
+    def submit_seed(self, config: GenerationConfig) -> None:
+        """Directly before the text is submitted, with no `await` between, so that no other request comes between."""
+        if config.seed_of_request is not None:
+            self.submit(utils.set_torch_seed, config.seed_of_request)
+
+
+def with_stop_strings(
+    inputs: Any, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
+) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of `generate` with what ends the text, and the stop strings, which the configuration loses."""
+    stop = as_list(config.stop_strings or [])
+    config.stop_strings = None
+    if not stop:
+        return {**inputs}, stop
+    criterion = StopStrings([IncrementalDetokenizer(tokenizer, stop)], length_of(inputs))
+    return {**inputs, "stopping_criteria": [criterion]}, stop
+
+
+class InBatches(utils.CBGenerateManager):
+    """
+    Requests in batches that grow and shrink (`--continuous-batching`).
+
+    transformers samples all of them as the first request asked. One that asks for something else is refused, because it
+    would be answered with text of another temperature.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
+
+    def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        if self._cb is None:
+            self.first = gen_config
+            if self._cb_config is None and model.device.type == "cpu":
+                # By default the cache takes most of the memory, and a CPU needs a minute to fill that with zeros.
+                self._cb_config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
+        super().init_cb(model, gen_config)
+
+    def generate_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[asyncio.Queue, utils.CBStreamer]:
+        self.check(model, inputs, gen_config)
+        return super().generate_streaming(model, processor, inputs, gen_config, **settings)
+
+    async def generate_non_streaming(
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
+    ) -> tuple[str, int, list[int]]:
+        self.check(model, inputs, gen_config)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+
+    def check(self, model: PreTrainedModel, inputs: Any, gen_config: GenerationConfig) -> None:
+        limit_to_context(model, length_of(inputs), gen_config)
+        if gen_config.stop_strings:
+            raise HTTPException(400, "stop does not work with --continuous-batching: start the server without it.")
+        if gen_config.seed_of_request is not None and gen_config.do_sample:
+            raise HTTPException(400, "seed does not work with --continuous-batching: start the server without it.")
+        for name in self.shared:
+            ours, asked = getattr(self.first, name), getattr(gen_config, name)
+            if asked != ours:
+                reason = "With --continuous-batching, all requests are sampled as the first one asked"
+                raise HTTPException(400, f"{reason}: {name} is {ours} on this server, and cannot be {asked}.")

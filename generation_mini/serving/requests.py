@@ -1,0 +1,128 @@
+"""What a request may ask for. What is wrong, or would be passed over in silence, is refused with a reason."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fastapi import HTTPException
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel
+
+from ..text_generation import failures_in_a_sentence
+
+# What OpenAI's protocol has and the server would ignore, with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "n": (1,),
+    "prediction": (),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+    "web_search_options": (),
+}
+# What other values would end in an error of the server.
+NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "temperature": (lambda value: value >= 0, "a number that is not negative"),
+    "top_p": (lambda value: 0 < value <= 1, "a number above 0, and 1 at most"),
+    "frequency_penalty": (lambda value: value > -1, "a number above -1"),
+}
+MOST_CHOICES = 128
+MOST_TOKENS = 1 << 31
+LARGEST_SEED = (1 << 63) - 1 - MOST_CHOICES  # each choice has the next one
+
+
+class Checked:
+    """For handlers: refuses, with a reason, what they would ignore."""
+
+    neutral = NEUTRAL
+    supported: frozenset[str] = frozenset()
+    fewest_tokens = 1
+
+    def _validate_request(self, body: dict[str, Any]) -> None:
+        super()._validate_request(body)
+        for name in self.neutral.keys() & body.keys() - self.supported:
+            if body[name] is not None and body[name] not in self.neutral[name]:
+                raise HTTPException(400, f"{name} does not work here, got {body[name]!r}: leave it out.")
+        stop = body.get("stop")
+        if stop is not None and not all(isinstance(text, str) and text for text in as_list(stop)):
+            raise HTTPException(400, f"stop must be a text or a list of texts that are not empty, got {stop!r}.")
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+            if body.get(name) is not None:
+                number_in(body, name, 1, self.fewest_tokens, MOST_TOKENS)
+        number_in(body, "seed", 0, 0, LARGEST_SEED)
+        if not isinstance(suffix := body.get("suffix") or "", str):
+            raise HTTPException(400, f"suffix must be a text, got {suffix!r}.")
+        if (settings := body.get("generation_config")) is not None and not is_json_object(settings):
+            raise HTTPException(400, f"generation_config must be the text of a JSON object, got {settings!r:.80}.")
+        for name, (fits, words) in NUMBERS.items():
+            if (value := body.get(name)) is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not fits(value):
+                raise HTTPException(400, f"{name} must be {words}, got {value!r}.")
+            if value > sys.float_info.max:
+                raise HTTPException(400, f"{name} must be finite, got {value!r:.80}.")
+
+    def _build_generation_config(
+        self, body: dict[str, Any], model_generation_config: GenerationConfig, use_cb: bool = False
+    ) -> GenerationConfig:
+        # Without the seed, which transformers would set at once, whatever is being written.
+        config = super()._build_generation_config({**body, "seed": None}, model_generation_config, use_cb=use_cb)
+        config.seed_of_request = body.get("seed")
+        return config
+
+    def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
+        models = self.model_manager
+        if models.force_model is not None and body.get("model") == models.checkpoint:
+            body["model"] = models.force_model
+        return super()._resolve_model(body)
+
+
+@contextlib.contextmanager
+def wrong_input_is_refused() -> Iterator[None]:
+    """Status 400 and a sentence for wrong input, which would otherwise be an error of the server without a reason."""
+    try:
+        with failures_in_a_sentence():
+            yield
+    except TemplateError as error:
+        raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
+    except ValueError as error:
+        raise HTTPException(400, str(error)) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise HTTPException(404, f"There is no such model: {' '.join(str(error).split())}") from None
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def is_json_object(text: Any) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (TypeError, ValueError):
+        return False
+
+
+def number_in(body: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
+    """
+    A whole number of a request.
+
+    Raises:
+        HTTPException: 400, if it is none or lies outside.
+    """
+    value = body.get(name)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise HTTPException(400, f"{name} must be a whole number from {least} to {most}, got {value!r}.")
+    return value
