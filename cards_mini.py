@@ -31,7 +31,7 @@ CARD = "README.md"
 KEY = "mini"
 # In the examples of a card that belongs to no repository yet.
 PLACEHOLDER = "PATH_OR_REPOSITORY"
-PROMPT = "The "
+PROMPT = "The "  # where no fact says what kind of text the model continues
 MARK = "<!-- Written by Mini. Sections that you add or change stay when the card is written again. -->"
 # What programs left in a card before cards had `mini.written`: Mini's push, exports and trainer.
 OLD_MARK_OF_EXPORTS = "<!-- Written by modeling_mini.export. -->"
@@ -51,6 +51,7 @@ HEADINGS = (
 BEFORE_LIMITS = HEADINGS[: HEADINGS.index("Limits")]
 # Settings of a run that say something of one machine, and nothing of the model.
 NOT_OF_THE_MODEL = ("cache_dir", "report_to", "peak_tflops", "on_save_error", "keep_last", "keep_every")
+# The entries of a configuration that the table of the architecture shows: of a model, and of an adapter.
 SHAPE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "hidden_act", "norm_type", "qk_norm", "tie_word_embeddings",
@@ -138,8 +139,8 @@ class Card:
     Attributes:
         metadata: the front matter without `mini`.
         text: the Markdown under it.
-        words: the sections that a person wrote or changed, by heading.
-        sections: those that a program wrote.
+        words: the sections that a person wrote or changed, headings included, by heading.
+        sections: the same, of those that a program wrote.
         is_own: whether the whole card is a person's, and not only a section of it.
     """
 
@@ -176,12 +177,14 @@ def read_card(path: Path) -> Card:
 
 
 def parse_card(text: str) -> Card:
-    """A card on the Hub, where nobody can set it right now: what cannot be read counts as text."""
+    """A card on the Hub, where nobody can set it right now: metadata that cannot be read are left out."""
     match = re.match(r"---\r?\n(.*?)\r?\n---\s*?\n?", text, flags=re.DOTALL)
     try:
-        metadata = yaml.safe_load(match[1]) if match else {}
+        metadata = (yaml.safe_load(match[1]) if match else None) or {}
+        if not isinstance(metadata, dict):  # no metadata, but words of a person between two rules
+            return card_of({}, Facts(), text)
         facts = Facts.from_dict(metadata.pop(KEY, {}))
-    except (yaml.YAMLError, ValueError, AttributeError):
+    except (yaml.YAMLError, ValueError):
         metadata, facts = {}, Facts()
     return card_of(metadata, facts, text[match.end() :] if match else text)
 

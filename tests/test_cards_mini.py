@@ -88,6 +88,12 @@ def test_a_card_that_is_all_a_persons() -> None:
     assert after.endswith("---\n\nMine.\n\n\n## How to use\n\nAsk me.\n") and front(after)["mini"]["dataset"] == "books"
     assert not parse_card("---\na: 1\n---\n# A title\n").is_own
     assert parse_card("No front matter").is_own
+    for words in ("Mine.", "- mine"):
+        ruled_off = f"---\n\n{words}\n\n---\n\nMore.\n"
+        mine = parse_card(ruled_off)
+        assert mine.is_own and mine.metadata == {} and mine.text == ruled_off, "words between two rules"
+        assert words in render(FACTS, {}, CONFIG, mine)
+    assert parse_card("---\n# nothing but a comment\n---\nMine.\n").text == "Mine.\n"
 
 
 def test_a_card_from_before_there_were_facts() -> None:
