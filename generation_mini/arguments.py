@@ -6,7 +6,8 @@ from typing import Any
 from entry_points_mini import WHICH_MODEL, ArgumentParser, Settings, option, quantization_of
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# A value for one of these asks for sampling; the numbers turn each off, as greedy decoding needs it.
+# A value for one of these asks for sampling. The numbers are those that transformers takes where none is given: greedy
+# decoding gets them, because transformers warns of all others.
 SAMPLING: dict[str, float | None] = {
     "temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": None, "top_h": None, "typical_p": 1.0,
     "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -89,9 +90,8 @@ class GenerationArguments(Settings):
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        has_one_text = "num_return_sequences must be 1 with --stream, --interactive and --assistant."
         if self.num_return_sequences > 1 and (self.stream or self.interactive or self.assistant):
-            raise ValueError(has_one_text)
+            raise ValueError("num_return_sequences must be 1 with --stream, --interactive and --assistant.")
         if self.num_return_sequences > 1 and self.temperature == 0 and (self.num_beams or 1) == 1:
             raise ValueError("num_return_sequences must be 1 with --temperature 0: all texts would be the same.")
         if self.interactive and self.prompt is not None:

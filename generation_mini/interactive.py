@@ -164,7 +164,7 @@ def answer(
     streamer.finish()
     print()
     if stopwatch is not None:
-        print_notice(stopwatch.summary(len(streamer.followed.ids)))
+        print_notice(stopwatch.summary(len(streamer.detokenizer.ids)))
     conversation.add_answer(streamer.text)
 
 

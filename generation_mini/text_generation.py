@@ -103,14 +103,14 @@ class CharacterStreamer(BaseStreamer):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stop: Sequence[str] = ()
     ) -> None:
-        self.followed = IncrementalDetokenizer(tokenizer, stop)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, stop)
         self.write = write
         self._prompt_is_next = True
 
     @property
     def text(self) -> str:
         """All that was written."""
-        return self.followed.text
+        return self.detokenizer.text
 
     def put(self, value: torch.Tensor) -> None:
         """Called by `generate` with the prompt, `(1, length)`, and then with new tokens, `(1,)` or more."""
@@ -118,7 +118,7 @@ class CharacterStreamer(BaseStreamer):
             self._prompt_is_next = False
             return
         for token_id in value.flatten().tolist():
-            if piece := self.followed.add(token_id):
+            if piece := self.detokenizer.add(token_id):
                 self.write(piece)
 
     def end(self) -> None:
@@ -127,7 +127,7 @@ class CharacterStreamer(BaseStreamer):
 
     def finish(self) -> None:
         """Writes what was held back."""
-        if piece := self.followed.finish():
+        if piece := self.detokenizer.finish():
             self.write(piece)
 
 
@@ -176,7 +176,7 @@ def check_characters(text: str, name: str) -> None:
     """Raises `ValueError` if a text, with a name for the sentence, holds what is no character."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # bytes of a command line, or half a pair of JSON's \\u
+    except UnicodeEncodeError as error:  # bytes of a command line, or half a pair of JSON's \u
         raise ValueError(f"{name} is not valid UTF-8 at character {error.start}.") from None
 
 
@@ -260,11 +260,14 @@ def own_processors(arguments: GenerationArguments) -> list[Callable[..., torch.T
         ValueError: if there is no such thing, or it cannot be called with (input_ids, scores). What is called raises it
             if it returns something else than scores.
     """
-    return [scores_of(name, imported(name, "logits_processor")) for name in arguments.logits_processor]
+    return [checked_processor(name, imported(name, "logits_processor")) for name in arguments.logits_processor]
 
 
-def scores_of(name: str, found: Any) -> Callable[..., torch.Tensor]:
-    """The rule `found` of the name that a user gave; what it returns is looked at. Raises as `own_processors`."""
+def checked_processor(name: str, found: Any) -> Callable[..., torch.Tensor]:
+    """
+    The rule `found` under the name that a user gave: `input_ids` (batch, length) and `scores` (batch, vocab_size) to
+    scores of the same shape, which is looked at in each call. Raises as `own_processors`.
+    """
     if isinstance(found, type) and not takes(found):
         raise ValueError(f"logits_processor {name!r} needs arguments: write a class of your own without.")
     rule = found() if isinstance(found, type) else found
@@ -296,7 +299,8 @@ def takes(function: Callable, *arguments: object) -> bool:
 def check_memory(model: PreTrainedModel, sequences: int, length: int, copies_of_scores: int) -> None:
     """
     Refuses what would be killed for its memory, or work for very long before it is. Only what is in memory for certain
-    counts: the cache of so many sequences of `length` tokens, and the scores of their next tokens.
+    counts: the cache of so many sequences of `length` tokens, and the float32 scores of their next tokens, of which
+    sampling and beams hold `copies_of_scores`.
 
     Raises:
         ValueError: if that is more than the device has, other programs or not.
@@ -340,14 +344,14 @@ def write_on(
         ValueError: if a token cannot be drawn, or memory does not suffice.
     """
     context = context_of(model)
+    longest = max(map(len, prompts))
     config = generation_config(model, arguments)
     at_once = len(prompts) * max(arguments.num_return_sequences, config.num_beams or 1)
     is_greedy = not config.do_sample and (config.num_beams or 1) == 1
-    check_memory(model, at_once, min(context, max(map(len, prompts))), 1 if is_greedy else 2)
+    check_memory(model, at_once, min(context, longest), 1 if is_greedy else 2)
     end_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     keep = max(1, context // 2)
-    longest = max(map(len, prompts))
     if longest >= context:
         notify(
             f"The prompt has {longest} tokens and the context {context}: only the last {keep - len(start)} "

@@ -84,7 +84,7 @@ def check(argv: list[str]) -> None:
     Raises:
         ValueError: if `serve` is given a folder without a model, or `chat` a server that is not there.
     """
-    command, name, *others = [*argv, ""] if len(argv) == 1 else argv or ["", ""]
+    command, name, *others = argv if len(argv) > 1 else [*argv, ""]
     if command == "serve" and (name in BOX or Path(name).is_dir()):
         find_checkpoint(name)
     if command == "chat" and name and "--help" not in argv:
