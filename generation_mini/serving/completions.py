@@ -33,10 +33,16 @@ class Completions(Checked, completion.CompletionHandler):
         """
         self._validate_request(body)
         with wrong_input_is_refused():
-            return await self.answer(body, request_id)
+            return await self.complete(body, request_id)
 
-    async def answer(self, body: dict[str, Any], request_id: str) -> Any:
-        """The answer to a request whose settings are checked."""
+    async def complete(self, body: dict[str, Any], request_id: str) -> Any:
+        """
+        As `handle_request`, for a request that `_validate_request` let pass.
+
+        Raises:
+            HTTPException: 400, for a prompt or a number that does not work here.
+            ValueError: for wrong input that only shows on the way.
+        """
         prompts = prompts_of(body.get("prompt"))
         choices = number_in(body, "n", 1, 1, MOST_CHOICES)
         echo, logprobs = bool(body.get("echo")), None
@@ -90,14 +96,18 @@ class Answer:
             echo: whether the text begins with the prompt.
             logprobs: how many likely tokens to name at each position, beside the log-probability of what stands there;
                 `None`: no log-probabilities.
+
+        Raises:
+            HTTPException: 400, for log-probabilities with batches, and for a prompt that fills the context.
         """
         if logprobs is not None and self.in_batches:
             raise HTTPException(400, "logprobs do not work with --continuous-batching: start the server without it.")
         prompt_ids = self.tokenizer(prompt).input_ids
         text, ids, finish_reason = await self.continuation(prompt_ids)
-        begin = len(prompt_ids)
-        if echo:  # bos, before the text, is not part of it
-            begin, text = sum(token == self.tokenizer.bos_token_id for token in prompt_ids[:1]), prompt + text
+        begin = len(prompt_ids)  # of the tokens that `text` shows
+        if echo:
+            begin = int(prompt_ids[:1] == [self.tokenizer.bos_token_id])  # bos stands before the text
+            text = prompt + text
         table = None
         if logprobs is not None:
             table = await self.manager.async_submit(self.log_probabilities, prompt_ids + ids, begin, text, logprobs)

@@ -114,6 +114,9 @@ class InBatches(utils.CBGenerateManager):
 
     transformers samples all of them as the first request asked. One that asks for something else is refused, because it
     would be answered with text of another temperature.
+
+    Attributes:
+        shared: the settings that are those of the first request.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
@@ -139,13 +142,14 @@ class InBatches(utils.CBGenerateManager):
         return await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
 
     def check(self, model: PreTrainedModel, inputs: Any, gen_config: GenerationConfig) -> None:
+        """Raises HTTPException 400 for what one request of a batch cannot have."""
         limit_to_context(model, length_of(inputs), gen_config)
         if gen_config.stop_strings:
             raise HTTPException(400, "stop does not work with --continuous-batching: start the server without it.")
         if gen_config.seed_of_request is not None and gen_config.do_sample:
             raise HTTPException(400, "seed does not work with --continuous-batching: start the server without it.")
         for name in self.shared:
-            ours, asked = getattr(self.first, name), getattr(gen_config, name)
-            if asked != ours:
+            shared, asked = getattr(self.first, name), getattr(gen_config, name)
+            if asked != shared:
                 reason = "With --continuous-batching, all requests are sampled as the first one asked"
-                raise HTTPException(400, f"{reason}: {name} is {ours} on this server, and cannot be {asked}.")
+                raise HTTPException(400, f"{reason}: {name} is {shared} on this server, and cannot be {asked}.")

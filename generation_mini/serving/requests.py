@@ -42,7 +42,14 @@ LARGEST_SEED = (1 << 63) - 1 - MOST_CHOICES  # each choice has the next one
 
 
 class Checked:
-    """For handlers: refuses, with a reason, what they would ignore."""
+    """
+    For handlers: refuses, with a reason, what they would ignore.
+
+    Attributes:
+        neutral: what does not work at this endpoint, with the values that ask for nothing and may stand there.
+        supported: what of that works all the same.
+        fewest_tokens: the least that a request may ask for.
+    """
 
     neutral = NEUTRAL
     supported: frozenset[str] = frozenset()
@@ -81,6 +88,7 @@ class Checked:
         return config
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
+        # transformers compares with the name of the start alone; a client may also name the folder that it stands for.
         models = self.model_manager
         if models.force_model is not None and body.get("model") == models.checkpoint:
             body["model"] = models.force_model
@@ -116,7 +124,7 @@ def is_json_object(text: Any) -> bool:
 
 def number_in(body: dict[str, Any], name: str, default: int, least: int, most: int) -> int:
     """
-    A whole number of a request.
+    A whole number of a request, from `least` to `most`; the default where it has none.
 
     Raises:
         HTTPException: 400, if it is none or lies outside.

@@ -39,5 +39,6 @@ class Transcriptions(transcription.TranscriptionHandler):
 
 
 def check_hears(processor: Any) -> None:
+    """Raises HTTPException 400 for a model that reads no sound."""
     if not hasattr(processor, "feature_extractor"):
         raise HTTPException(400, "This is a model of text: it cannot transcribe speech.")

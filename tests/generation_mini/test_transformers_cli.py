@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from generation_mini import transformers_cli
-from generation_mini.serving.server import ServedModels
+from generation_mini.serving.models import ServedModels
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from modeling_mini import MiniForCausalLM, compiled_decoding
