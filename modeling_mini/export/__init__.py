@@ -68,8 +68,10 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
         if name not in names:
             raise ValueError(f"The format {format} has no option {name!r}{nearest_name(name, names) or '.'}")
     chosen = FORMATS[format].options(**options)
-    target = destination(out, overwrite, find_checkpoint(str(checkpoint)))
+    source = find_checkpoint(str(checkpoint))
+    target = destination(out, overwrite, source)
     beside = getattr(chosen, "lora", False)  # an adapter stays beside its base
+    # Not above: these load torch, and what is wrong until here shows without it.
     from transformers import PreTrainedModel
 
     from ..loading.checkpoints import load_model
@@ -87,13 +89,14 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{str(checkpoint)!r} is quantized: export the checkpoint that it was made of.")
 
-    model.name_or_path = find_checkpoint(str(checkpoint))  # of an adapter, and not that of its base
+    # Of an adapter, and not that of its base: files and cards have the name of what was given.
+    model.name_or_path = source
     write = getattr(module, f"export_{format}")
     with new_folder(target) as partial:
         card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})
         with writing(target):
             base = model.get_base_model() if beside else model
-            write_card(card, base, partial, format, base.name_or_path if beside else find_checkpoint(str(checkpoint)))
+            write_card(card, base, partial, format, base.name_or_path)
     return Path(out)
 
 

@@ -49,7 +49,7 @@ def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format:
     if card.usage:
         texts["How to use"] = section_of("How to use", card.usage)
     if not card.of_model:
-        texts |= {TITLE: f"# {card.title}", "Limits": ""}
+        texts |= {TITLE: f"# {card.title}", "Limits": ""}  # limits are those of a model
         text = render(Facts(kind=format), {"tags": ["mini", *card.tags]}, {}, texts=texts)
     else:
         source = card_of_weights(checkpoint, model)

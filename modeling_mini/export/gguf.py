@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .card import ExportCard, name_for_files
-from .gguf_adapter import Adapter, taken_off, write_adapter
+from .gguf_adapter import Adapter, detach_adapter, write_adapter
 from .gguf_vocabulary import Vocabulary
 from .native import checked_native
 
@@ -52,7 +52,7 @@ def export_gguf(
     """
     adapter, name = None, name_for_files(model.name_or_path)
     if lora:
-        model, adapter = taken_off(model)
+        model, adapter = detach_adapter(model)
         adapter_name, base_name = name, name_for_files(model.name_or_path)
         name = f"{adapter_name}-base" if adapter.in_full else base_name
     native, _ = checked_native(model)
@@ -66,7 +66,7 @@ def export_gguf(
     for type_name in types:
         with writing(out):
             write_file(out / f"{name}-{type_name}.gguf", native, model.config, vocabulary, rope, name, type_name)
-    smallest, option, argument = f"{name}-{types[-1]}.gguf", "", ""
+    example, option, argument = f"{name}-{types[-1]}.gguf", "", ""
     files = [f"{name}-{type_name}.gguf" for type_name in types]
     facts, exactness = {}, ""
     if adapter is not None:
@@ -88,7 +88,7 @@ With [llama.cpp](https://github.com/ggml-org/llama.cpp), where the files are (fr
 PATH_OR_REPOSITORY --local-dir .`):
 
 ```bash
-llama-cli -m {smallest}{option} -p "def " -n 100 -no-cnv
+llama-cli -m {example}{option} -p "def " -n 100 -no-cnv
 ```
 
 or with `pip install llama-cpp-python`:
@@ -96,7 +96,7 @@ or with `pip install llama-cpp-python`:
 ```python
 from llama_cpp import Llama
 
-llama = Llama("{smallest}"{argument}, n_ctx={config.max_position_embeddings}, verbose=False)
+llama = Llama("{example}"{argument}, n_ctx={config.max_position_embeddings}, verbose=False)
 print(llama("def ", max_tokens=100)["choices"][0]["text"])
 ```
 """
@@ -187,7 +187,7 @@ def write_file(
     vocabulary.write(writer)
 
     for parameter_name, parameter in weights_of(native):
-        add_tensor(writer, *as_there(parameter_name, parameter, kind, config), quantization)
+        add_tensor(writer, *as_llama_cpp(parameter_name, parameter, kind, config), quantization)
     if "factors" in rope:
         add_tensor(writer, "rope_freqs.weight", rope["factors"], quantization)
 
@@ -197,7 +197,7 @@ def write_file(
     writer.close()
 
 
-def as_there(name: str, parameter: torch.Tensor, kind: str, config: MiniConfig) -> tuple[str, torch.Tensor]:
+def as_llama_cpp(name: str, parameter: torch.Tensor, kind: str, config: MiniConfig) -> tuple[str, torch.Tensor]:
     """
     A parameter under llama.cpp's name, and with its rows as llama.cpp wants them.
 
@@ -219,7 +219,7 @@ def adapter_tensors(adapter: Adapter, kind: str, config: MiniConfig) -> dict[str
     """The matrices of an adapter by llama.cpp's names. The rows of B are those of the weight that it adds to."""
     tensors = {}
     for layer, (a, b) in adapter.factors.items():
-        name, b = as_there(f"{layer}.weight", b, kind, config)
+        name, b = as_llama_cpp(f"{layer}.weight", b, kind, config)
         tensors |= {f"{name}.lora_a": a, f"{name}.lora_b": b}
     return tensors
 

@@ -37,7 +37,7 @@ class Adapter:
     facts: str
 
 
-def taken_off(adapted: PeftModel) -> tuple[PreTrainedModel, Adapter]:
+def detach_adapter(adapted: PeftModel) -> tuple[PreTrainedModel, Adapter]:
     """
     The base without its adapter, but with the modules that were trained in full beside it, and the adapter.
 

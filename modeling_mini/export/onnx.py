@@ -22,11 +22,11 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 from files_mini import display_name, writing
-from modeling_mini import MiniForCausalLM
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..analysis.inputs import token_labels
+from ..modeling_mini import MiniForCausalLM
 from ..web import PAGE_FILES, describe, render_page
 from .card import ExportCard
 from .formats import VENDORED
