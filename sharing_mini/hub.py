@@ -70,7 +70,7 @@ class Hub:
                 cause = cause_of(error)
                 if cause is None and isinstance(error, RuntimeError):  # what hf_xet raises, whatever happened
                     raise ConnectionError(
-                        f"Could not {what}: {self.hidden(str(error))}. Give the same command again; what is uploaded "
+                        f"Could not {what}: {self.redacted(str(error))}. Give the same command again; what is uploaded "
                         f"is not sent twice."
                     ) from error
                 if cause is None:
@@ -102,10 +102,10 @@ class Hub:
         if not isinstance(error, HfHubHTTPError):
             reason = "it answered what is no JSON" if isinstance(error, json.JSONDecodeError) else reason_of(error)
             return ConnectionError(
-                f"Could not {what}: {constants.ENDPOINT} cannot be reached ({self.hidden(reason)}). Look at the "
+                f"Could not {what}: {constants.ENDPOINT} cannot be reached ({self.redacted(reason)}). Look at the "
                 f"network, and give the same command again; what is uploaded is not sent twice."
             )
-        status, answer = error.response.status_code, self.hidden(message_of(error))
+        status, answer = error.response.status_code, self.redacted(message_of(error))
         if status == 401:
             return ValueError(
                 f"Could not {what}: the Hub does not accept the token (401). Make one that may write at "
@@ -137,7 +137,7 @@ class Hub:
             )
         return ValueError(f"Could not {what}: the Hub refuses it ({status}: {answer}).")
 
-    def hidden(self, text: str) -> str:
+    def redacted(self, text: str) -> str:
         """The text in one line, without the token and without the signed part of addresses."""
         words = (word.split("?")[0] if "://" in word else word for word in text.replace(self.token, "***").split())
         return " ".join(words).rstrip(".")

@@ -80,14 +80,14 @@ def modules_of(name: str) -> list[Path]:
     found, waiting = set(), [name]
     while waiting:
         module = waiting.pop()
-        for path in files_of(module):
+        for path in files_of_module(module):
             if path not in found:
                 found.add(path)
                 waiting += imports_of(path)
     return sorted(found)
 
 
-def files_of(module: str) -> list[Path]:
+def files_of_module(module: str) -> list[Path]:
     """The file of a module and the packages that it lies in; none for what is not Mini's."""
     parts = module.split(".")
     files = []

@@ -58,7 +58,8 @@ EXPECTED = {
         r"[\w-]+\.(html|css|js|mjs)", r"labels\.json", r"vendor/[\w.-]+\.(js|mjs|wasm)",
     ],
 }  # fmt: skip
-WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".png")
+# Files that are no text, so that no secret is looked for in them.
+BINARY = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".png")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".msgpack")
 NOT_OF_THE_FOLDER = (".cache/huggingface/", ".git/", ".gitattributes")
 SECRETS = {
@@ -121,6 +122,8 @@ def files_of(folder: Path) -> dict[str, Path]:
 
 def find_source(name: str) -> Source:
     """
+    The model under the name of a run, a checkpoint, an adapter or a folder with an export.
+
     Raises:
         ValueError: if there is no model under that name here.
     """
@@ -148,7 +151,7 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
     Raises:
         ValueError: for what must not go up, or is missing, naming the file.
     """
-    state = source.folder.stat().st_ino
+    inode = source.folder.stat().st_ino  # a save replaces the folder by a new one
     check_files(source)
     files = files_of(source.folder)
     if source.run is not None and (source.run / CURVES).is_file():
@@ -157,7 +160,7 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
         with writing(into / name):
             (into / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, into / name)
-    if not source.folder.is_dir() or source.folder.stat().st_ino != state:
+    if not source.folder.is_dir() or source.folder.stat().st_ino != inode:
         raise ValueError(f"{str(source.folder)!r} was replaced by a newer one meanwhile: give the same command again.")
     staged = Staged(into, source.kind)
     name = {"adapter": ADAPTER_CONFIG, "gguf": None}.get(source.kind, MODEL_CONFIG)
@@ -177,7 +180,12 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
 
 
 def check_files(source: Source) -> None:
-    """Nothing is there that should not be, and nothing is missing."""
+    """
+    Nothing is there that should not be, and nothing is missing.
+
+    Raises:
+        ValueError: naming the file.
+    """
     expected = list(EXPECTED[source.kind])
     if source.kind == "model":
         expected += map(re.escape, code_files(source.folder))
@@ -261,7 +269,7 @@ def is_pickle(path: Path) -> bool:
 
 
 def check_weights(path: Path) -> None:
-    """Every weight is a number."""
+    """Raises ValueError if a weight is no number, or the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (no dictionary)
@@ -276,10 +284,10 @@ def check_weights(path: Path) -> None:
 
 
 def check_secrets(staged: Staged, token: str | None = None) -> None:
-    """Nothing that is text looks like a token or a key; the message does not repeat it."""
+    """Raises ValueError, without repeating it, if something in a file of text looks like a token or a key."""
     patterns = {**SECRETS, **({"your token": re.escape(token)} if token else {})}
     for name, path in staged.files.items():
-        if path.suffix in WEIGHTS:
+        if path.suffix in BINARY:
             continue
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for what, pattern in patterns.items():
