@@ -12,13 +12,15 @@ from typing import Any
 
 NAMES = {
     "activations": (
-        *("ActivationStatistics", "UpdateStatistics", "as_metrics", "draw_activations", "gradient_norms"),
-        *("record_activations", "record_update"),
+        *("ActivationStatistics", "UpdateStatistics", "as_metrics", "gradient_norms", "record_activations"),
+        "record_update",
     ),
-    "attention": ("AttentionSummary", "attention_weights", "draw_attention", "eager_attention", "summarize_attention"),
-    "cost": ("InferenceMemory", "ModelCost", "TrainingMemory", "measure_inference_memory", "measure_training_memory"),
+    "attention": ("AttentionSummary", "attention_weights", "eager_attention", "summarize_attention"),
+    "cost": ("InferenceMemory", "ModelCost", "TrainingMemory"),
+    "drawing": ("draw_activations", "draw_attention"),
     "inputs": ("prompt_ids", "text_windows", "token_labels"),
     "lens": ("logit_lens",),
+    "peak_memory": ("measure_inference_memory", "measure_training_memory"),
 }
 MODULE_OF = {name: module for module, names in NAMES.items() for name in names}
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -228,68 +227,3 @@ def as_metrics(
         else:
             metrics.update({f"{prefix}/{name}/{field}": value for field, value in asdict(values).items()})
     return metrics
-
-
-# The kinds of sites within a layer: what follows `layers.N` in their names, and their label, colour and marker.
-KINDS = {
-    "": ("residual stream", "#252525", "o"),
-    ".self_attn": ("attention output", "#3182bd", "s"),
-    ".mlp": ("SwiGLU output", "#e6550d", "^"),
-    ".mlp.hidden": ("SwiGLU hidden units", "#fdae6b", "v"),
-}
-
-
-def draw_activations(
-    activations: dict[str, ActivationStatistics],
-    gradients: dict[str, float],
-    path: str | os.PathLike,
-    title: str = "",
-) -> None:
-    """Writes a PNG with one panel for each statistic, over layers, and one for `gradients` (see `gradient_norms`)."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-
-    from .figures import figure_file
-
-    layers = sum(re.fullmatch(r"layers\.\d+", site) is not None for site in activations)
-    panels = {
-        "rms": ("rms", "linear"),
-        "largest": ("largest magnitude", "log"),
-        "kurtosis": ("kurtosis (3 is normal)", "log"),
-        "mean": ("mean", "linear"),
-        "dead": (f"dead units (never above {DEAD_SHARE:.0%} of the rms)", "linear"),
-    }
-    line = {"linewidth": 1.2, "clip_on": False}
-    with figure_file(path, figsize=(11, 6.2)) as figure:
-        axes = figure.subplots(2, 3).flat
-        for axis, (field, (name, scale)) in zip(axes, panels.items(), strict=False):
-            for suffix, (label, color, marker) in KINDS.items():
-                values = [getattr(activations[f"layers.{layer}{suffix}"], field) for layer in range(layers)]
-                axis.plot(range(layers), values, color=color, marker=marker, markersize=4, label=label, **line)
-            axis.set_title(name, loc="left", fontsize=9)
-            if scale == "log":
-                axis.set_yscale("log")
-                axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                axis.yaxis.set_major_formatter("{x:g}")
-                axis.yaxis.set_minor_formatter(NullFormatter())
-        axes[2].axhline(3, color="#969696", linestyle=":", linewidth=1)
-        axes[3].axhline(0, color="#969696", linestyle=":", linewidth=1)
-        axes[4].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes[4].set_ylim(0, max(0.1, 1.1 * max(statistics.dead for statistics in activations.values())))
-        for suffix in (".self_attn", ".mlp"):
-            label, color, marker = KINDS[suffix]
-            values = [gradients.get(f"layers.{layer}{suffix}", math.nan) for layer in range(layers)]
-            label = label.split()[0]
-            axes[5].plot(range(layers), values, color=color, marker=marker, markersize=4, label=label, **line)
-        for style, group in (("--", "embed_tokens"), (":", "norms"), ("-.", "lm_head")):
-            if group in gradients:
-                axes[5].axhline(gradients[group], color="#636363", linestyle=style, linewidth=1, label=group)
-        axes[5].set_title("gradient norm", loc="left", fontsize=9)
-        axes[5].set_ylim(bottom=0)
-        axes[5].legend(frameon=False, fontsize=7)
-        for axis in axes:
-            axis.grid(alpha=0.3)
-            axis.set_xlabel("layer")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(KINDS), frameon=False)
-        figure.suptitle(title or "Activations", x=0.01, ha="left", parse_math=False)

@@ -69,7 +69,7 @@ class TextSettings(Settings):
             raise ValueError("Give exactly one of --prompt and --text_file.")
         if self.text_file is not None:
             Path(self.text_file).stat()  # FileNotFoundError, before anything is loaded
-        check_output(self.output)
+        check_output(self.output)  # each command has its own default
 
 
 @dataclass

@@ -1,7 +1,6 @@
-"""Where the attention of a model goes: the entropy of every head, and maps."""
+"""Where the attention of a model goes: the entropy of every head, and maps. drawing.py draws them."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,66 +91,3 @@ def summarize_attention(model: PreTrainedModel, windows: torch.Tensor) -> Attent
             entropies = entropies + entropy(weights)[..., 1:].mean(dim=-1) / len(windows)
     maximum = torch.arange(2, length + 1, dtype=torch.float64).log().mean().item()
     return AttentionSummary(maps.cpu(), entropies.cpu(), maximum)
-
-
-# Inches for one token at which a label of 7 points fits, and the edge of one map in inches.
-LABEL_PITCH, SMALLEST_MAP, LARGEST_MAP = 0.12, 1.5, 4.8
-
-
-def draw_attention(
-    summary: AttentionSummary, path: str | os.PathLike, labels: list[str] | None = None, title: str = ""
-) -> None:
-    """
-    Writes a PNG of all maps, a row for each layer and a column for each head, with the entropy of each as a share of
-    the maximum. The labels of the tokens are at the left and the bottom of the grid. Where they are too many to be
-    read, the numbers of the positions are there.
-    """
-    from matplotlib import colormaps
-    from matplotlib.colors import PowerNorm
-    from matplotlib.font_manager import findfont, get_font
-    from matplotlib.ticker import MaxNLocator
-
-    from .figures import figure_file
-
-    layers, heads, length, _ = summary.maps.shape
-    if labels is not None and length * LABEL_PITCH > LARGEST_MAP:
-        labels = None
-    if labels is not None:
-        font = get_font(findfont("DejaVu Sans"))
-        # Characters that the font does not have would all be the same empty box.
-        labels = ["".join(c if font.get_char_index(ord(c)) else f"U+{ord(c):04X}" for c in label) for label in labels]
-    edge = max(length * LABEL_PITCH, SMALLEST_MAP) if labels is not None else 2.0
-    future = torch.ones(length, length, dtype=torch.bool).triu(diagonal=1)
-    color = colormaps["magma_r"].with_extremes(bad="#e8e8e8")
-    with figure_file(path, figsize=(heads * edge + 1.5, layers * (edge + 0.25) + 0.8)) as figure:
-        axes = figure.subplots(layers, heads, squeeze=False, sharex=True, sharey=True)
-        for layer, row in enumerate(axes):
-            for head, axis in enumerate(row):
-                # The colour is that of the square root, because most weights are small and 1 % should be visible.
-                image = axis.imshow(
-                    summary.maps[layer, head].masked_fill(future, torch.nan).numpy(),
-                    norm=PowerNorm(0.5, vmin=0, vmax=1),
-                    cmap=color,
-                    interpolation="nearest" if length <= 64 else "auto",
-                )
-                axis.set_title(f"layer {layer} head {head}: {summary.share[layer, head]:.0%}", fontsize=8, pad=3)
-                axis.spines[:].set_visible(False)
-                axis.tick_params(length=0)
-        if labels is None:
-            axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes[0, 0].yaxis.set_major_locator(MaxNLocator(integer=True))
-        else:
-            for axis in axes[:, 0]:
-                axis.set_yticks(range(length), labels, fontsize=7, parse_math=False)
-            for axis in axes[-1]:
-                axis.set_xticks(range(length), labels, fontsize=7, parse_math=False)
-                for tick, label in zip(axis.get_xticklabels(), labels, strict=True):
-                    tick.set_rotation(90 if len(label) > 1 else 0)
-        figure.supylabel("query: the token that attends")
-        figure.supxlabel("key: the token attended to")
-        bar = figure.colorbar(image, ax=axes, shrink=0.5, aspect=30, pad=0.01)
-        bar.set_ticks([0, 0.01, 0.1, 0.25, 0.5, 1], labels=["0", "1 %", "10 %", "25 %", "50 %", "100 %"])
-        bar.set_label("attention weight")
-        bar.outline.set_visible(False)
-        explanation = "Percentages: entropy as a share of uniform attention"
-        figure.suptitle(f"{title}\n{explanation}" if title else explanation, fontsize=10, parse_math=False)

@@ -1,4 +1,4 @@
-"""What a Llama-shaped model costs: parameters, FLOPs and memory by formulas, and functions that measure the memory."""
+"""What a Llama-shaped model costs by formulas: parameters, FLOPs and memory. peak_memory.py measures the memory."""
 
 import bisect
 import re
@@ -63,6 +63,12 @@ class ModelCost:
     Args:
         config: the configuration of a causal language model.
 
+    Attributes:
+        parameters: how many there are in each of `PARTS`; a tied head counts as part of the embedding.
+        matrix_parameters: how many are in the matrices that every token is multiplied with, a tied head among them.
+        largest_matrix: how many are in the largest of these.
+        query_size, key_value_size: numbers for each token and layer, all heads together.
+
     Raises:
         ValueError: if the model is not Llama-shaped, naming a parameter that Llama does not have.
     """
@@ -77,15 +83,15 @@ class ModelCost:
             raise ValueError(f"{type(config).__name__} is not the configuration of a causal language model.") from None
         self.config = config
         try:
-            self._measure(model)
+            self._read_sizes(model)
         except AttributeError as error:  # names of Llama in another kind of block
             raise ValueError(f"The shape of {type(model).__name__} is not Llama's: {error}.") from None
 
-    def _measure(self, model: PreTrainedModel) -> None:
+    def _read_sizes(self, model: PreTrainedModel) -> None:
         """Reads the sizes off a model on the meta device."""
         self.parameters = parameters_by_part(model)
         linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        # The matrices that every token is multiplied with. A tied head is one of them; an embedding is only read from.
+        # A tied head is one of them; an embedding is only read from.
         self.matrix_parameters = sum(module.weight.numel() for module in linear)
         self.largest_matrix = max(module.weight.numel() for module in linear)
         block, final_norm = model.model.layers[0], model.model.norm
@@ -284,92 +290,3 @@ def check_sizes(batch_size: int, length: int, dtype: str) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-
-
-class PeakMemory:
-    """
-    A context that measures the peak of the memory that tensors need. On a GPU it asks the allocator. On a CPU it
-    follows each tensor from the operation that makes it until it is freed, which misses memory that a kernel uses
-    internally.
-
-    Args:
-        model, optimizers: their tensors exist already, and are counted.
-    """
-
-    def __init__(self, model: nn.Module, *optimizers: torch.optim.Optimizer) -> None:
-        self.device = next(model.parameters()).device
-        self.tracker = None
-        if self.device.type != "cuda":
-            # Not at the top: a build of torch without torch.distributed lacks it, and only measuring needs it.
-            from torch.distributed._tools.mem_tracker import MemTracker
-
-            self.tracker = MemTracker()
-            self.tracker.track_external(model, *optimizers)
-
-    def __enter__(self) -> "PeakMemory":
-        if self.tracker is not None:
-            self.tracker.__enter__()
-        else:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.tracker is not None:
-            self.tracker.__exit__(*exception)
-
-    @property
-    def peak(self) -> int:
-        """Bytes."""
-        if self.tracker is None:
-            return torch.cuda.max_memory_allocated(self.device)
-        return self.tracker.get_tracker_snapshot("peak")[self.device]["Total"]
-
-
-def measure_inference_memory(config: PreTrainedConfig, batch_size: int, length: int, dtype: str = "float32") -> int:
-    """
-    The peak in bytes while a model of this configuration, with random weights, reads `batch_size` prompts of `length`
-    tokens into its cache, on the GPU if there is one. The counterpart of `InferenceMemory.total`.
-    """
-    check_sizes(batch_size, length, dtype)
-    model = make_model(config).to(DTYPES[dtype]).eval()
-    input_ids = torch.zeros(batch_size, length, dtype=torch.long, device=model.device)
-    with torch.no_grad(), PeakMemory(model) as memory:
-        model(input_ids=input_ids, use_cache=True, logits_to_keep=1)
-    return memory.peak
-
-
-def measure_training_memory(
-    config: PreTrainedConfig,
-    batch_size: int,
-    length: int,
-    dtype: str = "float32",
-    gradient_checkpointing: bool = False,
-) -> int:
-    """
-    The peak in bytes of a training step of a model of this configuration, with random weights, on the GPU if there is
-    one. The counterpart of `TrainingMemory.total`: the gradients of a first batch are there while the second runs.
-    """
-    check_sizes(batch_size, length, dtype)
-    model = make_model(config).train()
-    if gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    input_ids = torch.zeros(batch_size, length, dtype=torch.long, device=model.device)
-
-    def backward() -> None:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype != "float32"):
-            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
-        loss.backward()
-
-    backward()
-    optimizer.step()  # makes the moments
-    with PeakMemory(model, optimizer) as memory:
-        backward()
-        optimizer.step()
-    return memory.peak
-
-
-def make_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A float32 model with random weights and fused attention, on the GPU if there is one."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")

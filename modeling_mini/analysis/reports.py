@@ -16,11 +16,12 @@ from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..loading.checkpoints import load_checkpoint
-from .activations import draw_activations, gradient_norms, record_activations
+from .activations import gradient_norms, record_activations
 from .arguments import ActivationsArguments, AttentionArguments, CostArguments
-from .attention import AttentionSummary, draw_attention, summarize_attention
-from .cost import DTYPES, ModelCost, measure_inference_memory, measure_training_memory
+from .attention import AttentionSummary, summarize_attention
+from .cost import DTYPES, ModelCost
 from .inputs import prompt_ids, text_windows, token_labels
+from .peak_memory import measure_inference_memory, measure_training_memory
 
 console = Console(highlight=False)
 
@@ -112,6 +113,8 @@ def check_free_memory(needed: int) -> None:
 
 def show_attention(arguments: AttentionArguments) -> None:
     """Prints the entropy of every head and draws its map."""
+    from .drawing import draw_attention  # loads matplotlib, which show_cost does not need
+
     model, tokenizer, name = find_model(arguments.model)
     windows = find_windows(arguments, model.config, tokenizer)
     summary = summarize_attention(model, windows)
@@ -148,6 +151,8 @@ def table_of_entropy(summary: AttentionSummary, with_nats: bool, padding: int) -
 
 def show_activations(arguments: ActivationsArguments) -> None:
     """Prints and draws statistics of activations, and the norms of the gradients of the loss on the text."""
+    from .drawing import draw_activations  # loads matplotlib
+
     model, tokenizer, name = find_model(arguments.model)
     windows = find_windows(arguments, model.config, tokenizer)
     with record_activations(model) as recorder:

@@ -16,8 +16,8 @@ from modeling_mini.analysis import (
     AttentionSummary,
     attention_weights,
     draw_attention,
+    drawing,
     eager_attention,
-    figures,
     prompt_ids,
     summarize_attention,
     text_windows,
@@ -158,7 +158,7 @@ def test_positions_are_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyP
             for axes in figure.axes[:-1]:  # without the bar of colours
                 ticks.extend([*axes.get_xticks(), *axes.get_yticks()])
 
-    monkeypatch.setattr(figures, "figure_file", kept)
+    monkeypatch.setattr(drawing, "figure_file", kept)
     summary = AttentionSummary(torch.full((2, 2, 17, 17), 1 / 17), torch.ones(2, 2), 2.0)
     draw_attention(summary, tmp_path / "attention.png")
     assert len(ticks) > 16 and all(tick == round(tick) for tick in ticks)

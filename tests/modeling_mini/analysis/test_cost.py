@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from configuration_mini import PRESETS, MiniConfig
-from modeling_mini.analysis.cost import (
-    DTYPES,
-    ModelCost,
-    PeakMemory,
-    measure_inference_memory,
-    measure_training_memory,
-)
+from modeling_mini.analysis.cost import DTYPES, ModelCost
+from modeling_mini.analysis.peak_memory import PeakMemory, measure_inference_memory, measure_training_memory
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
