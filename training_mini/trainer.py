@@ -243,12 +243,7 @@ class Trainer:
         return training_loss(self.run.model, batch, tokens, optimization.label_smoothing, optimization.z_loss)
 
     def skip(self) -> None:
-        """
-        Leaves the weights as they are. One bad batch does not end a run; many in a row do.
-
-        Raises:
-            DivergedError: after `max_skipped_steps` of them.
-        """
+        """Leaves the weights as they are. One bad batch does not end a run; many in a row do, by `DivergedError`."""
         step, state = self.state.step + 1, self.state
         state.skipped_steps += 1
         if state.skipped_since is None:
@@ -287,10 +282,8 @@ class Trainer:
 
     def evaluate(self) -> Evaluation | None:
         """
-        Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop.
-
-        Raises:
-            DivergedError: if the loss on held-out text is not finite.
+        Validates, keeps the model if it is the best so far, and draws the curves; `None` if asked to stop. A loss on
+        held-out text that is not finite raises `DivergedError`.
         """
         run, state, accelerator = self.run, self.state, self.accelerator
         batch_size = self.arguments.optimization.train_batch_size // self.micro_batches
