@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psutil
 
+GIB = 2**30
 CONTROL_GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from configuration_mini import MiniConfig
 from entry_points_mini import imported, is_out_of_memory
-from memory_mini import total_memory
+from memory_mini import GIB, total_memory
 from tokenizers.decoders import DecodeStream
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import SAMPLING, SHAPING, GenerationArguments
-
-GIB = 2**30
 
 
 class TextUntilStop:
@@ -296,7 +294,7 @@ def takes(function: Callable, *arguments: object) -> bool:
     return True
 
 
-def check_memory(model: PreTrainedModel, sequences: int, length: int, copies_of_scores: int) -> None:
+def check_sequences_fit(model: PreTrainedModel, sequences: int, length: int, copies_of_scores: int) -> None:
     """
     Refuses what would be killed for its memory, or work for very long before it is. Only what is in memory for certain
     counts: the cache of so many sequences of `length` tokens, and the float32 scores of their next tokens, of which
@@ -348,7 +346,7 @@ def write_on(
     config = generation_config(model, arguments)
     at_once = len(prompts) * max(arguments.num_return_sequences, config.num_beams or 1)
     is_greedy = not config.do_sample and (config.num_beams or 1) == 1
-    check_memory(model, at_once, min(context, longest), 1 if is_greedy else 2)
+    check_sequences_fit(model, at_once, min(context, longest), 1 if is_greedy else 2)
     end_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     keep = max(1, context // 2)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from files_mini import replace_folder, write_text
-from memory_mini import free_memory
+from memory_mini import GIB, free_memory
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .build import Run
@@ -27,7 +27,6 @@ from .distributed import Parallel
 from .lora import has_lora
 from .muon import local
 
-GIB = 2**30
 LARGE = 2**26  # bytes of a checkpoint, for each process
 T = TypeVar("T")
 

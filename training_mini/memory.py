@@ -6,7 +6,7 @@ kills a process that needs more than there is, and nothing is said.
 import os
 
 import torch
-from memory_mini import total_memory
+from memory_mini import GIB, total_memory
 from modeling_mini.analysis.cost import ModelCost
 from transformers import PreTrainedConfig
 
@@ -33,8 +33,8 @@ def check_memory(arguments: Arguments, parallel: Parallel, config: PreTrainedCon
     if needed > there:
         tokens = f"{sequences:,} x {config.max_position_embeddings:,} tokens"
         raise ValueError(
-            f"A step on {tokens} at once needs at least {needed / 2**30:,.0f} GiB of memory, and this machine has "
-            f"{there / 2**30:,.0f}: give a smaller train_batch_size, max_position_embeddings or size, or more "
+            f"A step on {tokens} at once needs at least {needed / GIB:,.0f} GiB of memory, and this machine has "
+            f"{there / GIB:,.0f}: give a smaller train_batch_size, max_position_embeddings or size, or more "
             f"gradient_accumulation_steps."
         )
 
