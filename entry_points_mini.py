@@ -257,6 +257,9 @@ class ArgumentParser(argparse.ArgumentParser):
                     formatter.add_text(section.description)
                 formatter.add_arguments(actions)
                 formatter.end_section()
+        switches = [action for action in flags if action in shown and action.nargs == "?"]
+        if name := next((action.option_strings[0] for action in switches if action.default in (None, True)), None):
+            formatter.add_text(f"A flag that is shown without a value may be on by default; {name} false turns it off.")
         if hidden := len(set(flags) - shown):
             formatter.add_text(f"{self.prog} --help all shows {hidden} more flags.")
         print(formatter.format_help(), end="")

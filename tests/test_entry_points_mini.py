@@ -216,6 +216,7 @@ def test_help(
     assert max(map(len, lines)) <= columns and max(map(len, lines)) > columns - 12
     flags = [line.split()[0] for line in lines if line.startswith("  --") or line.startswith("  -h")]
     headings = [line for line in lines if line and not line.startswith(" ") and line.endswith(":")]
+    assert ("--qk_norm false turns it off." in " ".join(text.split())) == everything
     if everything:
         assert headings == ["model:", "adapter:", "data:", "optimization:", "monitoring:", "run:", "other:"]
         assert len(flags) > 80 and {"--rope_parameters", "--mlp_bias", "--keep_every"} <= set(flags)
