@@ -33,7 +33,11 @@ class GenerationArguments(Settings):
         None, "sample among the k likeliest; 0 turns it off (default: the model's)", at_least=0, common=True
     )
     top_p: float | None = option(
-        None, "sample among the likeliest that hold this mass (default: the model's)", above=0, at_most=1, common=True
+        None,
+        "sample among the likeliest that together have this probability (default: the model's)",
+        above=0,
+        at_most=1,
+        common=True,
     )
     min_p: float | None = option(
         None, "sample among those at least this share as likely as the likeliest", at_least=0, at_most=1
@@ -41,7 +45,9 @@ class GenerationArguments(Settings):
     top_h: float | None = option(
         None, "sample among the likeliest that hold this share of the entropy", above=0, at_most=1
     )
-    typical_p: float | None = option(None, "sample among the most typical that hold this mass", above=0, at_most=1)
+    typical_p: float | None = option(
+        None, "sample among the most typical that together have this probability", above=0, at_most=1
+    )
     epsilon_cutoff: float | None = option(None, "never sample what is less likely than this", at_least=0, below=1)
     eta_cutoff: float | None = option(None, "the same, lower where the model is unsure", at_least=0, below=1)
     repetition_penalty: float | None = option(None, "above 1 makes what is there already less likely", above=0)
@@ -75,7 +81,7 @@ class GenerationArguments(Settings):
     device: str | None = option(None, "cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     load_in_8bit: bool = option(False, "quantize to INT8 through bitsandbytes")
     load_in_4bit: bool = option(False, "quantize to INT4 (nf4, double quantization) through bitsandbytes")
-    trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
+    trust_remote_code: bool = option(False, "run the Python code that comes with a model of another class")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -414,7 +414,7 @@ class MiniForCausalLM(FastGenerationMixin, MiniPreTrainedModel, GenerationMixin)
             logits_to_keep: the number of last positions whose logits are computed; 0 computes all.
 
         Returns:
-            `loss`: mean cross-entropy in nats per token, or the sum over `num_items_in_batch` where that is given;
+            `loss`: mean cross-entropy in nats per token, or the sum divided by `num_items_in_batch` if that is given;
             `logits`: (batch, kept length, vocab_size).
         """
         outputs: BaseModelOutputWithPast = self.model(

@@ -26,9 +26,9 @@ class SharingArguments(Settings):
     tag: str | None = option(None, "name for this version, such as v1")
     create_pr: bool = option(False, "propose the files as a pull request, and change no branch")
     commit_message: str = option("Upload model", "title of the commit")
-    license: str | None = option(None, "the model's licence, such as apache-2.0 (default: asked for on a terminal)")
+    license: str | None = option(None, "licence, such as apache-2.0 (default: that of the card, else you are asked)")
     token: str | None = option(None, "access token (default: HF_TOKEN, or that of `hf auth login`)")
-    replace: bool = option(False, "push also where the repository holds a model of another architecture")
+    replace: bool = option(False, "push also where the repository holds another model, and replace the card there")
     base_model: str | None = option(None, "Hub name of the model that an adapter belongs to, if it is a folder here")
     format: str | None = option(None, f"push an export instead: {', '.join(FORMATS)}")
     max_shard_size: str = option("5GB", "weights larger than this are split into files of at most this size")
@@ -84,7 +84,7 @@ def check_name(repository: str) -> None:
 def parse_arguments(argv: list[str]) -> tuple[str, str, SharingArguments]:
     """The run or checkpoint, the repository, and the settings from the command line."""
     parser = ArgumentParser(SharingArguments, description="Share a model on the Hub.")
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run, checkpoint, adapter or export folder")
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="run, checkpoint, adapter or export folder, or box")
     parser.add_argument("repository", metavar="user/name", help="where it goes")
     arguments, positional = parser.parse(argv)
     check_name(positional.repository)

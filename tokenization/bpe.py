@@ -29,7 +29,7 @@ class BpeTokenizer(ByteLevelTokenizer):
     """
     The ids of `ByteTokenizer`, and behind them one for each of the merges that a corpus has taught: the pair of tokens
     that occurs most becomes a token, again and again. No merge goes beyond a word with the space in front of it, a
-    number, a run of signs or a run of white space, in which the indentation of code is one.
+    number, a run of punctuation or a run of white space, in which the indentation of code is one.
 
     Made by `BpeTokenizer.train(...)`. Decoding is exact for any bytes, as that of `ByteTokenizer` is.
     """

@@ -48,7 +48,7 @@ class ModelArguments(optional_settings("ShapeSettings", MiniShape, NEW_MODEL)):
     """The model to start from; or the shape of a new one: a preset, and any part of it to replace."""
 
     model: str | None = option(
-        None, "start from this run, checkpoint folder or Hub name, with its shape and its tokenizer", common=True
+        None, "start from this run, checkpoint folder, Hub name or box, with its shape and its tokenizer", common=True
     )
     size: str | None = option(None, f"preset: {', '.join(PRESETS)} (default: tiny)", common=True)
     model_class: str | None = option(
@@ -184,7 +184,9 @@ class DataArguments(Settings):
         "only the parts that it needs",
         at_least=1,
     )
-    text_column: str | None = option(None, "column of files of records or Hub data (default: found by name)")
+    text_column: str | None = option(
+        None, "column with the text, in files of records or Hub data (default: found by name)"
+    )
     tokenizer: str | None = option(
         None,
         "byte, char, bpe (bytes, and merges of them that are learned from the text), or the folder or Hub name of any "
@@ -198,7 +200,11 @@ class DataArguments(Settings):
         at_least=265,
     )
     encoding: str = option("utf-8", "encoding of the files that are not UTF-8, such as cp1252 or utf-16")
-    errors: Literal["strict", "replace"] = option("strict", "what to do with invalid UTF-8 that cannot stay as bytes")
+    errors: Literal["strict", "replace"] = option(
+        "strict",
+        "of bytes that are invalid in their encoding: strict refuses them, replace reads U+FFFD; with byte and bpe, "
+        "invalid UTF-8 is learned as it is",
+    )
     validation_ratio: float = option(0.1, "share of the text that is held out", above=0, below=1)
     assistant_only_loss: bool | None = option(
         None, "learn only what the assistant says, or only the completion (default: true for such records)"
@@ -290,7 +296,7 @@ class OptimizationArguments(Settings):
     adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
     muon_momentum: float = option(0.95, "Muon's momentum", at_least=0, below=1)
     muon_iterations: int = option(
-        5, "polynomials with which Muon orthogonalises a step; more are exacter and slower", at_least=1
+        5, "polynomials with which Muon orthogonalises a step; more make it more exact and slower", at_least=1
     )
     muon_dtype: Literal["float32", "bfloat16"] | None = option(
         None, "precision in which it does that (default: bfloat16 on a GPU, and on a CPU that trains in it)"
@@ -407,7 +413,7 @@ class RunArguments(Settings):
     resume: bool = option(False, "go on with the run in output_dir, or with the newest", common=True)
     seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**63)
     save_steps: int = option(500, "write a checkpoint to resume from every so many steps, and at the end", at_least=1)
-    keep_last: int = option(2, "keep the newest so many checkpoints", at_least=1)
+    keep_last: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
     keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none", at_least=0)
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "when a checkpoint cannot be written (a full disk): stop, or warn and train on"
@@ -428,7 +434,7 @@ class RunArguments(Settings):
         None, "compile the model; slow to start, faster after (default: its blocks, in a long run on a CPU)"
     )
     compile_regions: bool = option(False, "with torch_compile: compile one block, for all of them")
-    gradient_checkpointing: bool = option(False, "trade compute for memory")
+    gradient_checkpointing: bool = option(False, "keep less in memory, and compute blocks again in the backward pass")
 
     def __post_init__(self) -> None:
         check_named(self, "output_dir")
@@ -467,7 +473,7 @@ def encoding_called(name: str) -> str:
 GROUPS = (
     ModelArguments, AdapterArguments, DataArguments, OptimizationArguments, MonitoringArguments, RunArguments,
 )  # fmt: skip
-CONFIG_HELP = "YAML file with any of these settings"
+CONFIG_HELP = "YAML file with any of these settings, or the name of one that comes with Mini, such as small"
 
 
 @dataclass(frozen=True)

@@ -14,4 +14,4 @@ class DemoArguments(Settings):
     host: str = option("127.0.0.1", "address to listen at; 0.0.0.0 lets other machines in")
     port: int = option(7860, "port to listen at", at_least=1, at_most=65535)
     share: bool = option(False, "also make a public link through Gradio's servers, for a few days")
-    trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
+    trust_remote_code: bool = option(False, "run the Python code that comes with a model of another class")

@@ -36,7 +36,7 @@ class QuantizationArguments(Settings):
     )
     overwrite: bool = option(False, "replace OUT if there is something in it")
     device: str | None = option(None, "where to quantize: cpu, cuda (default: a GPU if there is one)")
-    trust_remote_code: bool = option(False, "run the code that a Hub repository of another model brings")
+    trust_remote_code: bool = option(False, "run the Python code that comes with a model of another class")
 
     def __post_init__(self) -> None:
         super().__post_init__()
