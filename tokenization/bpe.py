@@ -86,7 +86,7 @@ class BpeTokenizer(ByteLevelTokenizer):
 
         Args:
             text_iterator: texts, or lists of texts.
-            vocab_size: the most tokens that there can be, before `new_special_tokens`. There are less where the corpus
+            vocab_size: the most tokens that there can be, before `new_special_tokens`. There are fewer where the corpus
                 has no more pairs that occur twice, and never less than the 264 special tokens and bytes.
             length: not needed; part of transformers' interface.
             new_special_tokens: added after the merges.

@@ -34,7 +34,7 @@ class ByteLevelTokenizer(MiniTokenizer):
     @staticmethod
     def build_backend(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
         backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-        # Words with the space in front of them, numbers, signs and white space are apart, as in GPT-2.
+        # Words with the space in front of them, numbers, punctuation and white space are apart, as in GPT-2.
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         backend.decoder = decoders.ByteLevel()
         return backend
