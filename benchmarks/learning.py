@@ -254,13 +254,13 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 def show(results: dict[str, Any], settings: Settings) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     for name in ("part", "what"):
-        table.add_column(name)
-    for name in ("parameters", "loss", "goal", "seconds", "valid functions"):
+        table.add_column(name, no_wrap=True)
+    for name in ("size", "loss", "goal", "seconds", "valid"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in results["contenders"]:
-        spread = f" ± {row['standard_deviation']:.4f}" if row["standard_deviation"] is not None else ""
+        spread = f" ± {row['standard_deviation']:.3f}" if row["standard_deviation"] is not None else ""
         table.add_row(
             row["part"],
             row["name"],

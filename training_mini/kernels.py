@@ -19,7 +19,7 @@ from .muon import Muon
 from .native_attention import attention_library
 
 # From so many FLOPs on, which are about 100 seconds of a CPU, compiling saves more time than it takes.
-LONG_RUN = 1e13
+LONG_RUN = {torch.float32: 5e12, torch.bfloat16: 1e13}
 
 
 def choose_kernels(run: Run) -> None:
@@ -80,9 +80,9 @@ def measured_choice(run: Run, sequences: int) -> tuple[dict[str, list[str]], boo
     dtype = torch.bfloat16 if is_bfloat16 or is_told_bfloat16 else torch.float32
     attention = FUSED
     if flops_of_step(model, tokens) >= SMALLEST_STEP:
-        is_for_native = dtype == torch.float32 and compiling_pays(run, tokens) and has_native_attention()
+        is_for_native = dtype == torch.float32 and compiling_pays(run, tokens, dtype) and has_native_attention()
         attention = fastest_attention(run.config, sequences, dtype, [BLOCKS, *([NATIVE] if is_for_native else [])])
-    is_compiled = may_be_compiled(run) and blocks_have_one_shape(run) and compiling_pays(run, tokens)
+    is_compiled = may_be_compiled(run) and blocks_have_one_shape(run) and compiling_pays(run, tokens, dtype)
     return {} if is_bfloat16 else products, is_bfloat16, attention, is_compiled
 
 
@@ -110,7 +110,7 @@ def blocks_have_one_shape(run: Run) -> bool:
     return has_one_shape and bool(run.blocks)
 
 
-def compiling_pays(run: Run, tokens: int) -> bool:
+def compiling_pays(run: Run, tokens: int, dtype: torch.dtype) -> bool:
     """Whether there is a compiler, and it saves more time than it takes, with so many tokens in a micro-batch."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(compiler) is None:
@@ -119,7 +119,7 @@ def compiling_pays(run: Run, tokens: int) -> bool:
     if optimization.max_minutes is not None:
         return optimization.max_minutes >= 2
     micro_batches = optimization.gradient_accumulation_steps
-    return optimization.max_steps * micro_batches * flops_of_step(run.unwrapped_model, tokens) >= LONG_RUN
+    return optimization.max_steps * micro_batches * flops_of_step(run.unwrapped_model, tokens) >= LONG_RUN[dtype]
 
 
 def has_native_attention() -> bool:

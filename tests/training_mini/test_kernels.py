@@ -136,6 +136,9 @@ def test_bfloat16_and_blocks(
     [
         ({}, True),
         ({"max_steps": 200}, False),
+        ({"max_steps": 4000}, True),
+        ({"max_steps": 4000, "mixed_precision": "bf16"}, False),  # which takes half the time
+        ({"max_steps": 6000, "mixed_precision": "bf16"}, True),
         ({"max_minutes": 5}, True),
         ({"max_minutes": 1}, False),
         ({"dropout_start": 0.1}, False),
