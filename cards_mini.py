@@ -74,6 +74,7 @@ class Facts:
         base: the model that the training started from.
         adapter: the settings of the adapter that was trained, for people.
         is_merged: the adapter was added to the weights.
+        is_chat: it was taught to answer in turns.
         step: the optimizer step after which the weights were saved.
         sequences: how many sequences it had learned from by then.
         optimizer: what people call the optimizer.
@@ -94,6 +95,7 @@ class Facts:
     base: str = ""
     adapter: str = ""
     is_merged: bool = False
+    is_chat: bool = False
     step: int | None = None
     sequences: int | None = None
     optimizer: str = ""
@@ -343,7 +345,8 @@ def preamble(facts: Facts, config: dict[str, Any], repository: str) -> str:
             tuned = f", fine-tuned on `{facts.dataset}`{way}" if facts.dataset else ""
             sentence = f"`{facts.base}`, a small decoder-only language model{tuned}{rounded}."
         else:
-            sentence = f"A small {kind} language model{size}{on}{rounded}. It continues text."
+            does = "answers in turns" if facts.is_chat else "continues text"
+            sentence = f"A small {kind} language model{size}{on}{rounded}. It {does}."
     return f"# {facts.title or repository.split('/')[-1] or title}\n\n{sentence}"
 
 
@@ -367,53 +370,55 @@ def usage(
     at = "" if revision is None else f', revision="{revision}"'
     trust = ", trust_remote_code=True" if trust_remote_code else ""
     beginning = (facts.prompts or [PROMPT])[0].strip()
-    prompt = json.dumps(beginning, ensure_ascii=False)  # as Python writes it
     needs = ["torch", "transformers"]
     if trust_remote_code and not is_adapter and "transformers_version" in config:
         needs[1] = f'"transformers>={config["transformers_version"]}"'  # the code was not tried with older ones
     needs += ["peft"] * is_adapter + ["accelerate", "bitsandbytes"] * bool(config.get("quantization_config"))
     lines = [f"```text\npip install {' '.join(needs)}\n```"]
     base = config.get("base_model_name_or_path")
+    write, write_by_pipeline = examples_of(beginning, facts.is_chat)
+    imported = settings = ""
+    if is_adapter and facts.is_chat:  # with those of the base, which peft leaves, an answer does not end
+        imported = ", GenerationConfig"
+        settings = f'\nmodel.generation_config = GenerationConfig.from_pretrained("{name}"{at})'
     if is_adapter and base:
         lines.append(f'''```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer{imported}
 
 tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})
 base = AutoModelForCausalLM.from_pretrained("{base}"{trust})
-model = PeftModel.from_pretrained(base, "{name}"{at})
-output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+model = PeftModel.from_pretrained(base, "{name}"{at}){settings}
+{write}
 ```
 
 Merged into the model, which makes it as fast as before:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer{imported}, pipeline
 
 base = AutoModelForCausalLM.from_pretrained("{base}"{trust})
-model = PeftModel.from_pretrained(base, "{name}"{at}).merge_and_unload()
+model = PeftModel.from_pretrained(base, "{name}"{at}).merge_and_unload(){settings}
 tokenizer = AutoTokenizer.from_pretrained("{base}"{trust})
 generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
-print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])
+{write_by_pipeline}
 ```''')
     elif is_adapter:
         lines.append(f'''```python
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer{imported}
 
-model = AutoPeftModelForCausalLM.from_pretrained("{name}"{trust})
+model = AutoPeftModelForCausalLM.from_pretrained("{name}"{trust}){settings}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+{write}
 ```''')
     else:
         lines.append(f'''```python
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="{name}"{at}{trust})
-print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])
+{write_by_pipeline}
 ```
 
 Step by step:
@@ -423,16 +428,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}"{at}{trust})
 model = AutoModelForCausalLM.from_pretrained("{name}"{at}{trust})
-output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
+{write}
 ```''')
     if is_adapter or revision is None:
         flag = "adapter" if is_adapter else "model"
+        how = "--interactive" if facts.is_chat else f"--prompt {shlex.quote(beginning)} --max_new_tokens 40"
         run_code = " --trust_remote_code" if trust_remote_code and not is_mini and not is_adapter else ""
         lines.append(f"""With Mini installed, from the command line:
 
 ```bash
-mini-generate --{flag} {name} --prompt {shlex.quote(beginning)} --max_new_tokens 40{run_code}
+mini-generate --{flag} {name} {how}{run_code}
 ```""")
     if trust_remote_code and not is_adapter:
         lines.append(
@@ -440,6 +445,25 @@ mini-generate --{flag} {name} --prompt {shlex.quote(beginning)} --max_new_tokens
             + ("; with Mini installed, `import modeling_mini` makes it unnecessary." if is_mini else ".")
         )
     return section_of("How to use", "\n\n".join(lines))
+
+
+def examples_of(beginning: str, is_chat: bool) -> tuple[str, str]:
+    """How `model` and `tokenizer`, and how `generator`, go on from a prompt, or answer it."""
+    prompt = json.dumps(beginning, ensure_ascii=False)  # as Python writes it
+    if not is_chat:
+        return (
+            f'output = model.generate(**tokenizer({prompt}, return_tensors="pt"), max_new_tokens=40)\n'
+            "print(tokenizer.decode(output[0], skip_special_tokens=True))",
+            f'print(generator({prompt}, max_new_tokens=40)[0]["generated_text"])',
+        )
+    messages = f'messages = [{{"role": "user", "content": {prompt}}}]'
+    return (
+        f"""{messages}
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**inputs, max_new_tokens=100)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))""",
+        f'{messages}\nprint(generator(messages, max_new_tokens=100)[0]["generated_text"][-1]["content"])',
+    )
 
 
 def data_section(facts: Facts) -> str:

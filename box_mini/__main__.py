@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from cards_mini import CARD, table
+from cards_mini import CARD, read_card, render, section_of, table
 from entry_points_mini import ArgumentParser, Settings, one_sentence_errors, option, quiet_libraries
 from files_mini import ADAPTER_CONFIG, BOX, MODEL_CONFIG, find_checkpoint, new_folder, read_json, write_text
 from training_mini.data.packages import PACKAGES, licence_of
@@ -27,6 +27,14 @@ ABOUT_THE_MODEL = (
     "Files that repeat others were left out, so that no copy of the held-out text was learned from. The figures are "
     "those before `--marks`, which gives the eight special tokens the embedding of an adapter."
 )
+
+HOW_TO_ASK = """
+Its base is the model that comes with Mini, so it answers where Mini is installed:
+
+```bash
+mini-generate --model box --interactive
+```
+"""
 
 
 @dataclass
@@ -111,12 +119,15 @@ def write_adapter(checkpoint: Path) -> None:
         save_file({name: value.bfloat16() for name, value in load_file(weights).items()}, weights, {"format": "pt"})
         config = {**read_json(folder / ADAPTER_CONFIG), "base_model_name_or_path": "box"}
         write_text(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
+        card = read_card(checkpoint / CARD)
+        texts = {"How to use": section_of("How to use", HOW_TO_ASK)}  # only Mini finds its base
+        write_text(folder / CARD, render(card.facts, card.metadata, {}, card, texts))
         also = "Its questions are about the whole standard library, also about the files that the model has not seen."
-        write_text(folder / CARD, card_with_origin(checkpoint, also))
+        write_text(folder / CARD, card_with_origin(folder, also))
 
 
 def card_with_origin(checkpoint: Path, about_the_text: str) -> str:
-    """The card of a run, and behind it what the run learned from and by which commands."""
+    """The card of a folder, and behind it what was learned from and by which commands."""
     versions = [("Python's standard library", f"{sys.version.split()[0]}, PSF-2.0")]
     for name in PACKAGES:
         package = importlib.metadata.distribution(name)

@@ -1,10 +1,24 @@
 """Facts are data, one function makes Markdown of them, and what a person writes stays."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import yaml
-from cards_mini import CARD, MARK, Card, Facts, checksum, parse_card, public_settings, read_card, render, split_sections
+from cards_mini import (
+    CARD,
+    MARK,
+    PLACEHOLDER,
+    Card,
+    Facts,
+    checksum,
+    parse_card,
+    public_settings,
+    read_card,
+    render,
+    split_sections,
+)
 
 CONFIG = {"model_type": "mini", "hidden_size": 64, "max_position_embeddings": 128}
 FACTS = Facts(parameters=1000, context=128, dataset="books", step=5, settings={
@@ -56,6 +70,20 @@ def test_what_is_not_known_is_left_out() -> None:
     assert "None" not in card and "nan" not in card
     unknown = Facts(dataset="books", settings={"seed": 1}, step=3)  # too little for a row of the training
     assert "## Training" not in render(unknown, {}, {})
+
+
+def test_examples_ask_a_model_that_answers() -> None:
+    facts = dataclasses.replace(FACTS, is_chat=True, prompts=["Who?"])
+    card = render(facts, {}, CONFIG)
+    assert "It answers in turns." in card and f"mini-generate --model {PLACEHOLDER} --interactive\n" in card
+    assert card.count('messages = [{"role": "user", "content": "Who?"}]\n') == 2 and 'generator("Who?"' not in card
+    for base in ({}, {"base_model_name_or_path": "user/base"}):
+        card = render(dataclasses.replace(facts, kind="adapter"), {}, base)
+        examples = re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL)
+        assert len(examples) == 1 + bool(base) and f"--adapter {PLACEHOLDER} --interactive\n" in card
+        for example in examples:  # an answer ends by the settings of the adapter
+            compile(example, CARD, "exec")
+            assert f'GenerationConfig.from_pretrained("{PLACEHOLDER}")\n' in example and "messages, " in example
 
 
 @pytest.mark.parametrize("heading", ["Limits", "Training", "(title)", "How to use"])

@@ -48,6 +48,21 @@ def test_blocks(tmp_path: Path) -> None:
         int, re.search(r"^right: (\d+)% in the first steps, (\d+)% in the last$", grpo, re.MULTILINE).groups()
     )
     assert last > first + 5
+    # The examples of the cards ask, and the answer ends; greedy, because a draw may be any.
+    for name in ("best", "merged"):
+        card = (tmp_path / "runs" / "chat" / name / "README.md").read_text(encoding="utf-8")
+        for block in re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL):
+            code = block.replace("PATH_OR_REPOSITORY", f"runs/chat/{name}").replace("=100)", "=100, do_sample=False)")
+            result = subprocess.run(
+                [fork_server.python(), "-c", code],
+                cwd=tmp_path,
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert result.returncode == 0, f"{block}\n{result.stderr}"
+            assert re.fullmatch(r"[A-Z][\w ]+\.\n", result.stdout), result.stdout
 
 
 def test_flags_that_are_named_exist(tmp_path: Path) -> None:

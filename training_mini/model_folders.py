@@ -60,7 +60,7 @@ def save_model(run: Run, name: str, evaluation: Evaluation | None) -> None:
 
 def card_of(run: Run, model: PreTrainedModel, state: TrainerState, evaluation: Evaluation | None) -> str:
     prompts = run.corpus.beginnings(run.held_out)
-    return model_card(model, run.arguments, state, evaluation, run.compressors, prompts)
+    return model_card(model, run.arguments, state, evaluation, run.compressors, prompts, run.corpus.is_chat)
 
 
 def save_sharded(run: Run, folder: Path, evaluation: Evaluation | None) -> None:
@@ -179,8 +179,15 @@ def model_card(
     evaluation: Evaluation | None,
     compressors: dict[str, float],
     prompts: list[str] | None = None,
+    is_chat: bool = False,
 ) -> str:
-    """The card of a checkpoint or an adapter, from facts of the run alone; `prompts` are beginnings of its corpus."""
+    """
+    The card of a checkpoint or an adapter, from facts of the run alone.
+
+    Args:
+        prompts: beginnings of its corpus.
+        is_chat: whether that corpus teaches conversations.
+    """
     adapter, base, dataset = arguments.adapter, arguments.model.model, arguments.data.dataset
     optimizer = arguments.optimization.optimizer
     name = Path(dataset).name or dataset
@@ -216,6 +223,7 @@ def model_card(
         base=display_name(base) if base is not None else "",
         adapter=adapter_facts(adapter) if adapter.lora_r else "",
         is_merged=bool(adapter.lora_r) and not has_adapter,
+        is_chat=is_chat,
         step=state.step,
         sequences=state.sequences,
         optimizer=OPTIMIZERS[optimizer].display_name,

@@ -11,7 +11,7 @@ from pathlib import Path
 import files_mini
 import pytest
 import torch
-from cards_mini import read_card
+from cards_mini import read_card, render
 from files_mini import BOX, display_name, find_checkpoint
 from generation_mini.arguments import GenerationArguments
 from generation_mini.program import model_to_load
@@ -137,6 +137,8 @@ def test_what_is_in_it() -> None:
     assert card.metadata["model-index"][0]["results"][0]["metrics"][0]["value"] < 1.05
     assert "| transformers | 5." in card.text and "box_mini/1_packages.yaml" in card.text
     assert json.loads((BOX["box-chat"] / "adapter_config.json").read_text())["base_model_name_or_path"] == "box"
+    chat = read_card(BOX["box-chat"] / "README.md")
+    assert chat.facts.is_chat and "mini-generate --model box --interactive" in chat.sections["How to use"]
     assert [display_name(str(folder)) for folder in BOX.values()] == list(BOX)
 
 
@@ -165,6 +167,8 @@ def test_it_is_made_of_a_run(quick_run: Path, tmp_path: Path, monkeypatch: pytes
     # Of the adapter too, which may be trained on any base: it is for the box.
     run = tmp_path / "run"
     shutil.copytree(BOX["box-chat"], run)
+    card = read_card(run / "README.md")
+    (run / "README.md").write_text(render(card.facts, card.metadata, {}))  # as the trainer writes it
     config = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/elsewhere"}))
     monkeypatch.setitem(files_mini.BOX, "box-chat", tmp_path / "chat")
@@ -173,6 +177,8 @@ def test_it_is_made_of_a_run(quick_run: Path, tmp_path: Path, monkeypatch: pytes
     written = json.loads((tmp_path / "chat" / "adapter_config.json").read_text())
     assert written == {**config, "base_model_name_or_path": "box"}
     assert not list((tmp_path / "chat").glob("tokenizer*")), "its tokenizer is that of the model"
+    before, after = (read_card(folder / "README.md").sections["How to use"] for folder in (run, tmp_path / "chat"))
+    assert "AutoPeftModelForCausalLM" in before and after == card.sections["How to use"]
     weights = [load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "chat")]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
