@@ -39,7 +39,7 @@ def test_blocks(tmp_path: Path) -> None:
     _, before, _, training, of_adapter, of_merged, in_python, of_rounded, peft, dpo, grpo = outputs
     assert len(ANSWERS) == 2 and "continues what you write" in before and "capital" not in before
     assert re.search(r"[\d,]+ of [\d,]+ parameters learn \([\d.]+%\), about [\d.]+ MiB", training)
-    assert "What is the capital of" in of_adapter
+    assert f"> {ANSWERS[0]}\n" in of_adapter
     assert "answers in turns" in of_merged and re.findall(r"^> (.+)$", of_merged, flags=re.MULTILINE) == ANSWERS
     assert in_python == "The capital of Italy is Rome.\n"
     assert "parameters learn" in of_rounded and "trainable params" in peft
