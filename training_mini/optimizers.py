@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import torch
-
-    from .arguments import OptimizationArguments
 
 # The kinds of parameters, and the setting with the peak learning rate of each. `matrices` are the matrices of the
 # blocks. An embedding that is also the head counts as `embedding`.
@@ -26,6 +24,18 @@ LEARNING_RATES = {
 }
 
 ParameterGroups = dict[str, dict[str, Any]]
+
+
+class OptimizerSettings(Protocol):
+    """What the optimizers below read of `OptimizationArguments`, which knows this file."""
+
+    learning_rate: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    muon_momentum: float
+    muon_iterations: int
+    muon_dtype: str | None
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,13 @@ class Optimizer:
     """
 
     display_name: str
-    make: Callable[[ParameterGroups, OptimizationArguments], list[torch.optim.Optimizer]]
+    make: Callable[[ParameterGroups, OptimizerSettings], list[torch.optim.Optimizer]]
     defaults: dict[str, Any]
     rates: dict[str, float]
     is_single: bool = True
 
 
-def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
+def make_adamw(groups: ParameterGroups, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
     import torch
 
@@ -71,7 +81,7 @@ def make_adamw(groups: ParameterGroups, settings: OptimizationArguments) -> list
     ]
 
 
-def make_muon(groups: ParameterGroups, settings: OptimizationArguments) -> list[torch.optim.Optimizer]:
+def make_muon(groups: ParameterGroups, settings: OptimizerSettings) -> list[torch.optim.Optimizer]:
     """
     Muon for the matrices of the blocks, AdamW for the rest: a row of the embedding or the head is one token.
 
