@@ -7,6 +7,7 @@ import io
 import math
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,7 @@ class RunRecord:
         path = folder / "config.yaml"
         if not path.is_file():
             raise ValueError(f"There is no run in {str(folder)!r}: it has no config.yaml.")
-        self.folder = folder
+        self.folder, self.name = folder, folder.resolve().name
         try:
             self.settings: dict[str, Any] = yaml.safe_load(read_text(path))
         except yaml.YAMLError:
@@ -66,10 +67,6 @@ class RunRecord:
         if not has_names or not self.settings:
             raise ValueError(f"{path} does not hold the settings of a run.")
         self.metrics = read_metrics(folder)
-
-    @property
-    def name(self) -> str:
-        return self.folder.name
 
     @cached_property
     def evaluations(self) -> list[tuple[int, float]]:
@@ -131,7 +128,7 @@ class RunRecord:
 
 
 class Group:
-    """Runs whose settings differ in the seed alone."""
+    """Runs whose settings differ in the seed alone, each with a seed of its own."""
 
     def __init__(self, runs: list[RunRecord]) -> None:
         self.runs = runs
@@ -165,12 +162,17 @@ class Group:
 
 
 def grouped(runs: list[RunRecord]) -> list[Group]:
-    """The runs by their settings, in the order in which they were given."""
-    groups: dict[str, list[RunRecord]] = {}
+    """
+    The runs by their settings, in the order in which they were given. Of several with one seed, each is in another
+    group: they are copies, or what versions of Mini or machines have made of the same settings.
+    """
+    groups: dict[tuple[str, int], list[RunRecord]] = {}
+    copies: Counter[str] = Counter()
     for run in runs:
-        ignored = ("seed", *WITHOUT_INFLUENCE)
-        key = repr(sorted((name, value) for name, value in run.settings.items() if name not in ignored))
-        groups.setdefault(key, []).append(run)
+        settings = sorted((name, value) for name, value in run.settings.items() if name not in WITHOUT_INFLUENCE)
+        but_seed = repr([(name, value) for name, value in settings if name != "seed"])
+        groups.setdefault((but_seed, copies[repr(settings)]), []).append(run)
+        copies[repr(settings)] += 1
     return [Group(members) for members in groups.values()]
 
 
@@ -293,7 +295,15 @@ def compare(folders: list[Path], out: Path) -> None:
     Raises:
         ValueError: if a folder holds no run.
     """
-    groups = grouped([RunRecord(folder) for folder in dict.fromkeys(folders)])
+    places: dict[Path, Path] = {}
+    for folder in folders:
+        places.setdefault(folder.resolve(), folder)
+    runs = [RunRecord(folder) for folder in places.values()]
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        if names[run.name] > 1:
+            run.name = str(run.folder)
+    groups = grouped(runs)
     console.print(table_of(groups))
     for note in notes_on(groups):
         console.print(f"Note: {note}", soft_wrap=True)

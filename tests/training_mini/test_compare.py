@@ -52,6 +52,23 @@ def test_seeds_of_one_setting_are_one_row_with_mean_and_spread(tmp_path: Path) -
     assert notes == []
 
 
+def test_runs_of_one_seed_are_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions of Mini with the settings of one file, say: their mean says nothing, and their spread even less."""
+    runs = [make_run(tmp_path / "old" / f"a-seed-{seed}", 2.0 + seed / 10, seed=seed) for seed in (1, 2)]
+    runs += [make_run(tmp_path / "new" / f"a-seed-{seed}", 1.0 + seed / 10, seed=seed) for seed in (1, 2)]
+    runs += [make_run(tmp_path / "old" / "b", 3.0)]
+    console = Console(width=200, record=True, file=io.StringIO())
+    monkeypatch.setattr(compare_module, "console", console)
+    monkeypatch.chdir(tmp_path)
+    main([*(str(run.relative_to(tmp_path)) for run in runs), str(runs[0]), "old/../old/b"])
+    rows = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    for name, figure in (("old/a", "2.1500"), ("new/a", "1.1500")):
+        (row,) = (row for row in rows if row.startswith(f"{name} (seeds 1, 2) "))
+        assert f" {figure} ± 0.0707" in row
+    (row,) = (row for row in rows if row.startswith("b "))
+    assert " 3.0000" in row and "±" not in row
+
+
 def test_what_makes_figures_incomparable_is_said(tmp_path: Path) -> None:
     small = make_run(tmp_path / "small", 3.0, 2.0)
     large = make_run(tmp_path / "large", 3.0, 1.9, parameters=1500, size="small")
