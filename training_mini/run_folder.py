@@ -86,10 +86,18 @@ def contents(folder: Path) -> list[Path]:
 
 
 def check_contents(folder: Path, arguments: Arguments) -> None:
-    """Raises `ValueError` if this run would write into another run, or into what is not the folder of a run."""
+    """
+    Raises:
+        ValueError: if this run would write into another run, or into what is not the folder of a run, or may not write
+            what it has to.
+    """
     if place := next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None):
         raise ValueError(f"output_dir must be a folder, and {str(place)!r} is a file.")
-    if not contents(folder) or arguments.run.resume:
+    if not contents(folder):
+        return
+    if arguments.run.resume:
+        if (checkpoints := folder / "checkpoints").is_dir() and not may_change(checkpoints):
+            raise ValueError(f"--resume cannot write into {str(checkpoints)!r}: make it writable.")
         return
     if not (folder / SETTINGS).is_file():
         raise ValueError(f"{str(folder)!r} holds files that are not a run of Mini; choose another --output_dir.")
@@ -98,6 +106,12 @@ def check_contents(folder: Path, arguments: Arguments) -> None:
             f"There is a run in {str(folder)!r} already: go on with it by --resume, replace it by --overwrite, "
             f"or choose another --output_dir."
         )
+    for place, *_ in os.walk(folder):
+        if not may_change(place) or (os.path.ismount(place) and place != str(folder)):
+            raise ValueError(
+                f"--overwrite cannot remove {place!r}, because it is not writable or a disk is mounted there: change "
+                f"that, or choose another --output_dir."
+            )
     sources = {"model": arguments.model.model, "dataset": arguments.data.dataset, "tokenizer": arguments.data.tokenizer}
     for setting, name in sources.items():
         for path in [name, *glob.iglob(name)] if name is not None else []:
@@ -106,6 +120,11 @@ def check_contents(folder: Path, arguments: Arguments) -> None:
                     f"{setting} {name!r} lies in {str(folder)!r}, and --overwrite would remove it: choose another "
                     f"--output_dir."
                 )
+
+
+def may_change(folder: str | Path) -> bool:
+    """Whether this process may write into a folder and remove what is in it."""
+    return os.access(folder, os.R_OK | os.W_OK | os.X_OK)
 
 
 def write_holder(descriptor: int) -> None:

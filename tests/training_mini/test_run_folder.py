@@ -65,6 +65,51 @@ def test_checkpoints_that_lie_elsewhere_by_a_link_are_left_there(tmp_path: Path)
     assert not run.exists() and (scratch / "step_2").is_dir()
 
 
+@pytest.fixture
+def permissions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permissions as they are for everybody but root, who may write wherever it is not mounted read-only."""
+
+    def access(path: str | Path, mode: int) -> bool:
+        return Path(path).stat().st_mode >> 6 & mode == mode
+
+    monkeypatch.setattr(os, "access", access)
+
+
+@pytest.mark.parametrize("place", ["final", "checkpoints/step_2"])
+def test_a_run_that_cannot_be_removed_stays_whole(place: str, tmp_path: Path, permissions: None) -> None:
+    for name in ("best", "checkpoints/step_2", "final"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    (tmp_path / place).chmod(0o555)
+    before = sorted(tmp_path.rglob("*"))
+    sentence = rf"^--overwrite cannot remove '.*{place}', because it is not writable .* choose another --output_dir\.$"
+    with pytest.raises(ValueError, match=sentence):
+        claim(tmp_path, "--overwrite")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / place).chmod(0o755)
+    claim(tmp_path, "--overwrite").release()
+
+
+def test_what_is_mounted_within_a_run_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text("seed: 1")
+    mounted = [str(tmp_path)]
+    monkeypatch.setattr(os.path, "ismount", lambda path: str(path) in mounted)
+    claim(tmp_path, "--overwrite").release()
+    mounted.append(str(tmp_path / "checkpoints"))
+    with pytest.raises(ValueError, match=r"^--overwrite cannot remove .*checkpoints'"):
+        claim(tmp_path, "--overwrite")
+
+
+def test_a_run_that_could_keep_nothing_does_not_go_on(tmp_path: Path, permissions: None) -> None:
+    (tmp_path / "checkpoints" / "step_2").mkdir(parents=True)
+    parse_arguments([]).save(tmp_path / "config.yaml")
+    claim(tmp_path, "--resume").release()
+    (tmp_path / "checkpoints").chmod(0o555)
+    with pytest.raises(ValueError, match=r"^--resume cannot write into '.*checkpoints': make it writable\.$"):
+        claim(tmp_path, "--resume")
+
+
 def test_what_a_run_reads_is_not_overwritten_by_it(tmp_path: Path, quick_run: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(quick_run, run)
