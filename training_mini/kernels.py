@@ -138,18 +138,26 @@ def compile_model(run: Run, try_step: Callable[[], object]) -> None:
 
     Args:
         try_step: computes both passes on a batch.
+
+    Raises:
+        ValueError: if it was asked for and fails on a CPU.
     """
-    if run.arguments.run.torch_compile or run.state.is_compiled:
-        torch.compiler.reset()  # torch compiles a function for 8 shapes in a process, and says little of the others
-    if run.arguments.run.compile_regions or run.state.is_compiled:
+    settings = run.arguments.run
+    if not (settings.torch_compile or run.state.is_compiled):
+        return
+    torch.compiler.reset()  # torch compiles a function for 8 shapes in a process, and says little of the others
+    if settings.compile_regions or run.state.is_compiled:
         for block in run.blocks:
             block.compile()
-    elif run.arguments.run.torch_compile:
+    else:
         run.model.compile()
-    if run.state.is_compiled and (reason := failure_of(run, lambda: (check_compiler(), try_step()))):
-        run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
-        run.state.is_compiled = False
-        uncompile(run.blocks)
+    if run.accelerator.device.type != "cpu" or not (reason := failure_of(run, lambda: (check_compiler(), try_step()))):
+        return
+    if settings.torch_compile:
+        raise ValueError(f"--torch_compile fails here, so leave it out: {reason}")
+    run.problems.append(f"The blocks of the model are not compiled, so training is slower: {reason}")
+    run.state.is_compiled = False
+    uncompile(run.blocks)
 
 
 def check_choice(run: Run, try_step: Callable[[], object]) -> None:

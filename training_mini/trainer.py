@@ -106,8 +106,8 @@ class Trainer:
             self.micro_batches = find_micro_batches(run, self.loss)
         try_step = functools.partial(self.forward_and_backward, self.state.step)
         check_choice(run, try_step)
-        if run.state.is_compiled:
-            self.monitor.say("Compiling the blocks of the model ...")
+        if run.state.is_compiled or self.arguments.run.torch_compile:
+            self.monitor.say("Compiling the model ...")
         compile_model(run, try_step)
         if self.arguments.monitoring.internals_steps:
             check_internals(run)

@@ -401,3 +401,28 @@ def test_a_compiler_that_hangs_is_not_used(tmp_path: Path, monkeypatch: pytest.M
     assert not trainer.run.state.is_compiled
     (problem,) = trainer.run.problems
     assert problem.endswith(f"so training is slower: the C++ compiler {str(compiler)!r} gave no answer in 0.5 seconds.")
+
+
+@pytest.mark.parametrize("flags", [["--torch_compile"], ["--torch_compile", "--compile_regions"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("exec sleep 100", r"gave no answer in 0\.5 seconds\.$"), (None, "No working C\\+\\+ compiler")],
+)
+def test_a_compiler_that_was_asked_for_and_fails_ends_the_run_before_it_begins(
+    script: str | None, reason: str, flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --overwrite, the run before it is still there."""
+    train_here(tmp_path / "run", "--max_steps", 3)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    compiler = tmp_path / "c++"
+    if script is not None:
+        compiler.write_text(f"#!/bin/sh\n{script}\n")
+        compiler.chmod(0o755)
+    monkeypatch.setattr(native_code, "SECONDS", 0.5)
+    torch.compiler.reset()
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, str(compiler)), "fx_graph_cache": False}),
+        pytest.raises(ValueError, match=f"^--torch_compile fails here, so leave it out: .*{reason}"),
+    ):
+        train_here(tmp_path / "run", "--max_steps", 3, "--overwrite", *flags)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
