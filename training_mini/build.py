@@ -111,6 +111,11 @@ class Run:
         """Within the context, the model has the moving average as its weights, if there is one."""
         return self.ema.in_place() if self.ema is not None else contextlib.nullcontext()
 
+    @property
+    def is_bfloat16(self) -> bool:
+        """Whether a step computes in bfloat16, by accelerate or by `autocast`."""
+        return self.accelerator.mixed_precision == "bf16" or self.state.is_bfloat16
+
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, a forward pass computes in bfloat16, if that was chosen for a CPU."""
         return torch.autocast("cpu", torch.bfloat16) if self.state.is_bfloat16 else contextlib.nullcontext()
@@ -253,8 +258,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     """
     accelerator, corpus, arguments = run.accelerator, run.corpus, run.arguments
     beginning = f"Resuming at step {run.state.step}" if run.state.step else "Training"
-    is_bfloat16 = accelerator.mixed_precision == "bf16" or run.state.is_bfloat16
-    precision = "bf16" if is_bfloat16 else "float32"
+    precision = "bf16" if run.is_bfloat16 else "float32"
     count = torch.get_num_threads()
     threads = f" with {count} thread{'s' * (count > 1)}" if accelerator.device.type == "cpu" else ""
     parallel = f" ({run.parallel.name})" if run.parallel.name else ""
@@ -270,7 +274,7 @@ def description_of(run: Run, micro_batches: int, peak_flops: float | None) -> li
     if arguments.model.model is not None:
         sequences = arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
         length, checkpointing = run.config.max_position_embeddings, arguments.run.gradient_checkpointing
-        about = describe_training(run.unwrapped_model, sequences, length, is_bfloat16, checkpointing)
+        about = describe_training(run.unwrapped_model, sequences, length, run.is_bfloat16, checkpointing)
         lines.append(f"From {arguments.model.model}: {about}.")
     if notes := run.batches.notes():
         lines.append(notes)

@@ -2,16 +2,19 @@
 
 import contextlib
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 
 import torch
-from memory_mini import free_memory
+from memory_mini import GIB, free_memory
 from modeling_mini.analysis.cost import ModelCost
 
 from .build import Run
 from .data.batches import Batch
+from .data.corpus import ExampleCorpus
 from .memory import memory_of_micro_batch
+from .muon import local
 
 UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
 MOST_STEPS = 50
@@ -25,24 +28,64 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
     """
     optimization = run.arguments.optimization
     share = optimization.train_batch_size // run.parallel.data_processes
-
-    cost = None
-    if run.accelerator.device.type == "cpu":
-        with contextlib.suppress(ValueError):
-            cost = ModelCost(run.config)
-    dtype = "bfloat16" if run.accelerator.mixed_precision == "bf16" or run.state.is_bfloat16 else "float32"
+    gradients = bytes_of_gradients(run)
 
     def try_micro_batches(sequences: int) -> None:
-        if cost is not None and memory_of_micro_batch(cost, run.arguments, sequences, dtype) > free_memory():
+        if memory_on_cpu(run, sequences, gradients if sequences < share else 0) > free_memory():
             raise torch.OutOfMemoryError("The CPU would be out of memory.")
         ids = torch.zeros(sequences, run.config.max_position_embeddings, dtype=torch.long).to(run.accelerator.device)
         for _ in range(min(2, share // sequences)):
-            with run.parallel.no_sync(run.model):
-                run.accelerator.backward(loss(Batch({"input_ids": ids}, ids), ids.numel())[0])
+            with run.parallel.no_sync(run.model), run.attention():
+                with run.autocast():
+                    of_batch, _ = loss(Batch({"input_ids": ids}, ids), ids.numel())
+                run.accelerator.backward(of_batch)
 
     count = optimization.gradient_accumulation_steps
     with optimizer_states(run.optimizers):
         return run.parallel.double_until_it_fits(run.model, share, count, try_micro_batches)
+
+
+def lack_of_memory(run: Run, micro_batches: int) -> str:
+    """
+    A sentence for the user if a step on a CPU may need more memory than is free; otherwise it is empty. It counts what
+    is there from the second step on, and what compiled blocks do not keep. Examples may be shorter than the context.
+
+    Args:
+        micro_batches: how many the share of a process in a batch is split into.
+    """
+    sequences = run.arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
+    # Each of AdamW's two moments is as large as the gradients. A run that is resumed has them already.
+    copies = 1 if any(optimizer.state for optimizer in run.optimizers) else 3
+    needed, free = memory_on_cpu(run, sequences, copies * bytes_of_gradients(run)), free_memory()
+    if needed <= free or isinstance(run.corpus, ExampleCorpus):
+        return ""
+    return (
+        f"A step on {sequences:,} x {run.config.max_position_embeddings:,} tokens at once may need "
+        f"{needed / GIB:,.1f} GiB of memory beside the model, and {free / GIB:,.1f} are free: if the system ends this "
+        f"run without a word, give a smaller train_batch_size or more gradient_accumulation_steps."
+    )
+
+
+def bytes_of_gradients(run: Run) -> int:
+    """Those of the weights that learn, or of the part of them that is on this process."""
+    return sum(local(weight).nbytes for weight in run.unwrapped_model.parameters() if weight.requires_grad)
+
+
+def memory_on_cpu(run: Run, sequences: int, beside: int = 0) -> int:
+    """
+    Bytes that the processes of a machine need on CPUs, each for the activations of so many sequences and their
+    gradients, and `beside`; by formula. 0 on a GPU, which says by itself that its memory is full, and for a model that
+    is not Llama-shaped.
+    """
+    if run.accelerator.device.type != "cpu":
+        return 0
+    try:
+        cost = ModelCost(run.config)
+    except ValueError:
+        return 0
+    dtype = "bfloat16" if run.is_bfloat16 else "float32"
+    needed = memory_of_micro_batch(cost, run.arguments, sequences, dtype) + beside
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * needed
 
 
 def seconds_of_step(run: Run, forward_and_backward: Callable[[int], object], seconds: float) -> float:

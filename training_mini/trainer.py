@@ -22,7 +22,7 @@ from .metrics import check_internals, inner_metrics, make_log_window, own_metric
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
-from .rehearsal import find_micro_batches
+from .rehearsal import find_micro_batches, lack_of_memory
 from .result import TrainingResult
 from .sampling import functions_of_run, samples_of_run
 from .saving import Saving
@@ -104,6 +104,8 @@ class Trainer:
         run.model.train()  # in evaluation mode, in which checkpoints are loaded, other tensors are kept
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
+        elif lack := lack_of_memory(run, self.micro_batches):
+            self.monitor.warn(lack)
         try_step = functools.partial(self.forward_and_backward, self.state.step)
         check_choice(run, try_step)
         if run.state.is_compiled or self.arguments.run.torch_compile:

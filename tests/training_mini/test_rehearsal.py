@@ -6,9 +6,11 @@ import pytest
 import torch
 from helpers.runs import QUICK, train_here
 from modeling_mini.analysis.cost import ModelCost
-from training_mini import rehearsal
+from training_mini import kernels, rehearsal
 from training_mini.arguments import parse_arguments
+from training_mini.cpu_attention import BLOCKS, name_of
 from training_mini.memory import memory_of_micro_batch
+from training_mini.rehearsal import lack_of_memory
 from training_mini.trainer import Trainer
 
 
@@ -67,6 +69,58 @@ def test_on_a_cpu_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: py
     trainer.monitor.close()
     trainer.run.run_folder.release()
     assert trainer.micro_batches == 4 and sizes == [2, 2]
+
+
+def test_processes_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
+    one = memory_of_micro_batch(ModelCost(trainer.run.config), trainer.arguments, 1, "float32")
+    gradients = 4 * trainer.run.unwrapped_model.num_parameters()
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: 2 * (2 * one + gradients))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    trainer.begin()
+    trainer.monitor.close()
+    trainer.run.run_folder.release()
+    assert trainer.micro_batches == 4, "with the gradients of the micro-batches before"
+
+
+def test_a_micro_batch_is_tried_as_it_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "measured_choice", lambda run, sequences: ({}, True, BLOCKS, False))
+    trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
+    model, ways = trainer.run.unwrapped_model, []
+    model.register_forward_pre_hook(
+        lambda *_: ways.append((torch.is_autocast_enabled("cpu"), model.config._attn_implementation))
+    )
+    trainer.begin()
+    trainer.monitor.close()
+    trainer.run.run_folder.release()
+    assert ways == [(True, name_of(BLOCKS))]
+
+
+def test_on_a_cpu_what_may_not_fit_is_said_before_it_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--max_steps", "3"]
+    trainer = Trainer(parse_arguments(flags))
+    memory = ModelCost(trainer.run.config).training_memory(8, 64)
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: memory.total - memory.weights)
+    assert lack_of_memory(trainer.run, 1) == ""
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: memory.total - memory.weights - 1)
+    assert lack_of_memory(trainer.run, 2) == ""
+    said = []
+    trainer.run.unwrapped_model.register_forward_pre_hook(lambda *_: said.append(capsys.readouterr().err))
+    trainer.train()
+    assert said[0].startswith("warning: A step on 8 x 64 tokens at once may need 0.0 GiB of memory beside the model, ")
+    assert said[0].count("\n") == 1
+    resumed = Trainer(parse_arguments(["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "4"]))
+    assert lack_of_memory(resumed.run, 1) == "", "the states of the optimizers are in memory"
+    resumed.run.run_folder.release()
+
+
+def test_conversations_may_be_shorter_than_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(parse_arguments([*QUICK, "--dataset", "chat-sample", "--output_dir", str(tmp_path / "run")]))
+    monkeypatch.setattr(rehearsal, "free_memory", lambda: 0)
+    assert lack_of_memory(trainer.run, 1) == ""
+    trainer.run.run_folder.release()
 
 
 def test_a_run_that_is_resumed_keeps_its_states(tmp_path: Path) -> None:
