@@ -1,6 +1,7 @@
 """Options of the trainer, each by what it changes in a run."""
 
 import contextlib
+import errno
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from helpers.programs import one_sentence, run_program
 from helpers.runs import QUICK, losses, metrics, train, train_here, weights
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -129,6 +131,21 @@ def test_tensorboard_has_what_metrics_have_and_goes_on_after_a_resume(tmp_path: 
     events.Reload()
     scalars = {event.step: event.value for event in events.Scalars("loss")}
     assert list(scalars.values()) == pytest.approx(losses(tmp_path / "run")) and len(scalars) == 8
+
+
+def test_a_tracker_that_cannot_write_does_not_end_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for name in ("log", "finish"):
+        monkeypatch.setattr(TensorBoardTracker, name, full)
+    train_here(tmp_path / "run", "--max_steps", 3, "--report_to", "tensorboard")
+    assert len(losses(tmp_path / "run")) == 3 and (tmp_path / "run" / "final").is_dir()
+    errors = capsys.readouterr().err
+    for what in ("the metrics of step 3 for trackers", "the end of the run for tensorboard"):
+        assert f"warning: {what} could not be written (No space left on device)." in errors
 
 
 def test_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,7 +176,8 @@ class Monitor:
         seconds = round(self._seconds_before + time.monotonic() - self._started, 3)
         with self.warning_of_errors(f"the metrics of step {step}"):
             append_text(self.metrics_path, json_lines([{"step": step, "seconds": seconds, **metrics}]))
-        self.accelerator.log(metrics, step=step)
+        with self.warning_of_errors(f"the metrics of step {step} for trackers"):
+            self.accelerator.log(metrics, step=step)
 
     def record_samples(self, step: int, samples: list[dict[str, str]]) -> None:
         """Adds lines to `samples.jsonl`. Lines of this step or later, from an interrupted run, are replaced."""

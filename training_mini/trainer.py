@@ -93,7 +93,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         # Not `end_training`, which also destroys the process group: over gloo, that hangs or aborts now and then.
         for tracker in self.accelerator.trackers:
-            tracker.finish()
+            with self.monitor.warning_of_errors(f"the end of the run for {tracker.name}"):
+                tracker.finish()
         return result
 
     def begin(self) -> None:
