@@ -411,7 +411,7 @@ class RunArguments(Settings):
     output_dir: str | None = option(None, "folder of the run (default: runs/SIZE-DATASET)", common=True)
     overwrite: bool = option(False, "replace the run that is in output_dir")
     resume: bool = option(False, "go on with the run in output_dir, or with the newest", common=True)
-    seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**63)
+    seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**32)
     save_steps: int = option(500, "write a checkpoint to resume from every so many steps, and at the end", at_least=1)
     keep_last: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
     keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none", at_least=0)

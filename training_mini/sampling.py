@@ -49,7 +49,7 @@ def write_samples(
             ids = torch.tensor([prompt_ids[: max_length - 1]], device=model.device)  # (1, prompt)
             tries: list[tuple[float, str]] = []
             while len(tries) < MOST_TRIES and (not tries or tries[-1][0] < LEAST_VISIBLE):
-                set_seed(seed + len(tries))
+                set_seed((seed + len(tries)) % 2**32)
                 output = model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),

@@ -161,6 +161,12 @@ def test_a_field_added_to_the_shape_becomes_a_flag_with_its_help_and_its_range(
     assert "how many eyes it has (default: 2)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_a_seed_that_numpy_does_not_take_is_refused() -> None:
+    assert parse_arguments(["--seed", str(2**32 - 1)]).run.seed == 2**32 - 1
+    with pytest.raises(ValueError, match=r"^seed must be .*4294967296.*, got 4294967296\.$"):
+        parse_arguments(["--seed", str(2**32)])
+
+
 def test_rope_parameters_are_read_as_a_mapping() -> None:
     for text in (
         "{rope_type: linear, rope_theta: 1e4, factor: 2}",

@@ -35,6 +35,9 @@ def test_a_sample_that_is_mostly_blank_is_written_anew(monkeypatch: pytest.Monke
     left[:] = texts["never"]
     assert write_samples(model, corpus, prompts, 64, 7)[0]["text"] == "def    x", "the least blank of four"
     assert left == ["xxxx"]
+    left[:] = texts["never"]
+    write_samples(model, corpus, prompts, 64, 2**32 - 1)
+    assert seeds[-4:] == [2**32 - 1, 0, 1, 2], "numpy takes no larger ones"
 
 
 @pytest.mark.parametrize(
