@@ -206,6 +206,32 @@ if [ "$1" = show ]; then echo 127.0.0.1; echo 127.0.0.2; else echo "$@" >> reque
 """
 
 
+@pytest.mark.parametrize(
+    ("there", "restarts", "flags"),
+    [
+        ([], "", ["--size", "tiny"]),
+        (["config.yaml", "checkpoints/step_2"], "", ["--resume"]),
+        (["config.yaml", "checkpoints/step_2"], "1", ["--resume"]),
+        (["config.yaml"], "1", ["--size", "tiny", "--overwrite"]),
+        # A run whose checkpoints were removed to make room, say: only the job that began a run may replace it.
+        (["config.yaml", "final"], "", ["--size", "tiny"]),
+    ],
+)
+def test_the_script_for_slurm_replaces_no_run_that_another_job_began(
+    there: list[str], restarts: str, flags: list[str], tmp_path: Path
+) -> None:
+    for name in there:
+        (tmp_path / "run" / name).mkdir(parents=True)
+    for name, text in (("srun", '#!/bin/bash\nprintf "%s\\n" "$@"\n'), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_RESTART_COUNT": restarts}
+    script = ["bash", str(ROOT / "configs" / "slurm" / "train.sh"), "run", "--size", "tiny"]
+    result = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    lines = result.stdout.splitlines()
+    assert lines[lines.index("mini") + 1 :] == [*flags, "--output_dir", "run"]
+
+
 @pytest.mark.slow
 def test_the_script_for_slurm_by_a_stand_in(tmp_path: Path) -> None:
     """Asked to stop, the job writes a checkpoint and is queued again; begun again, it goes on."""

@@ -21,8 +21,8 @@ shift
 flags=("$@")
 if compgen -G "$run/checkpoints/step_*" > /dev/null; then
   flags=(--resume)
-elif [ -e "$run/config.yaml" ]; then
-  flags+=(--overwrite)          # it ended before its first checkpoint
+elif [ -e "$run/config.yaml" ] && [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
+  flags+=(--overwrite)          # this job began the run, and ended before its first checkpoint
 fi
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}"
