@@ -50,15 +50,15 @@ class Conversation:
         self.is_chat = is_chat_model(model, tokenizer)
         self.turns: list[Turn] = []
 
-    def say(self, message: str, room: int) -> tuple[list[int], int]:
+    def say(self, message: str, max_new_tokens: int) -> tuple[list[int], int]:
         """
-        The ids to continue after a message of the user, and how many turns were forgotten for it: the oldest
-        leave until there are `room` tokens for the answer, or half a context if that is less.
+        The ids to continue after a message of the user, and how many turns were forgotten for it: the oldest leave
+        until an answer of `max_new_tokens` fits behind the rest, or one of half a context if that is less.
         """
         self.turns.append(Turn(message))
-        room = min(room, self.context // 2)
+        capacity = self.context - min(max_new_tokens, self.context // 2)
         forgotten = 0
-        while len(ids := self.ids()) > self.context - room and len(self.turns) > 1:
+        while len(ids := self.ids()) > capacity and len(self.turns) > 1:
             del self.turns[0]
             forgotten += 1
         return ids, forgotten

@@ -84,7 +84,10 @@ async def lines_of(views: AsyncIterator[list[Event]]) -> AsyncIterator[str]:
 
 async def body_of(request: Request) -> dict[str, Any]:
     """The JSON object of a request; ValueError where there is none."""
-    body = await request.json()  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    try:
+        body = await request.json()  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except RecursionError:
+        raise ValueError("The request is nested too deeply.") from None
     if not isinstance(body, dict):
         raise ValueError("The request must be a JSON object.")
     return body

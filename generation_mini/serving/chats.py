@@ -1,9 +1,11 @@
 """Conversations: the endpoints `/v1/chat/completions` and `/v1/responses`."""
 
+import inspect
 from typing import Any
 
 from fastapi import HTTPException
 from tokenization.chat import text_of
+from transformers import PreTrainedTokenizerBase
 from transformers.cli.serving import chat_completion, response, utils
 
 from ..text_generation import check_characters
@@ -21,15 +23,20 @@ NEUTRAL_IN_RESPONSES: dict[str, tuple[Any, ...]] = {
     "text": ({}, {"format": {"type": "text"}}),
     "truncation": ("disabled",),
 }
-# What the server itself tells `apply_chat_template`; a setting of the template has another name.
+# What `apply_chat_template` takes for itself, and the server tells it; a setting of the template has another name.
 TEMPLATE_ARGUMENTS = frozenset(
-    ("add_generation_prompt", "conversation", "messages", "return_dict", "return_tensors", "tokenize", "tools")
-)
+    (*inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters, "messages", "load_audio_from_video")
+) - {"documents"}
 stock_processor_inputs = chat_completion.ChatCompletionHandler.get_processor_inputs_from_messages
 
 
 class InTurns(Checked):
     """For handlers of conversations."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        # `<|end|>` in a message is no end of a turn but text, as in `encode_messages`.
+        self.chat_template_kwargs = {"sanitize_control_tokens": True, **self.chat_template_kwargs}
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)
@@ -70,7 +77,9 @@ class ChatCompletions(InTurns, chat_completion.ChatCompletionHandler):
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(map(is_message, messages)):
             raise HTTPException(400, "messages must be a list of objects with role and content, and not empty.")
-        with wrong_input_is_refused():
+        # Of some fields that are null, transformers would want an object.
+        body = {name: value for name, value in body.items() if value is not None}
+        with wrong_input_is_refused(body):
             return await super().handle_request(body, request_id)
 
 
@@ -86,9 +95,9 @@ class Responses(InTurns, response.ResponseHandler):
         Raises:
             HTTPException: 400, with a reason, for what does not work.
         """
-        with wrong_input_is_refused():
+        with wrong_input_is_refused(body):
             # Without the field, the server would answer by a stream, which is not what the protocol says.
-            return await super().handle_request({**body, "stream": bool(body.get("stream"))}, request_id)
+            return await super().handle_request({**body, "stream": body.get("stream") or False}, request_id)
 
     @staticmethod
     def _normalize_input(body: dict[str, Any]) -> list[dict[str, Any]]:

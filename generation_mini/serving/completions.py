@@ -12,7 +12,7 @@ from transformers.cli.serving import completion
 
 from ..text_generation import check_characters
 from .generating import limit_to_context
-from .requests import MOST_CHOICES, Checked, as_list, number_in, wrong_input_is_refused
+from .requests import MOST_CHOICES, MOST_TOKENS, Checked, as_list, number_in, wrong_input_is_refused
 
 MOST_LOGPROBS = 5  # as in OpenAI's protocol
 
@@ -32,7 +32,7 @@ class Completions(Checked, completion.CompletionHandler):
             HTTPException: 400, with a reason, for what does not work.
         """
         self._validate_request(body)
-        with wrong_input_is_refused():
+        with wrong_input_is_refused(body):
             return await self.complete(body, request_id)
 
     async def complete(self, body: dict[str, Any], request_id: str) -> Any:
@@ -51,11 +51,11 @@ class Completions(Checked, completion.CompletionHandler):
         if body.get("stream"):
             if len(prompts) > 1 or choices > 1 or echo or logprobs is not None:
                 raise HTTPException(400, "n, echo, logprobs and a list of prompts do not work with stream.")
+            number_in(body, "max_tokens", 1, 1, MOST_TOKENS)  # a stream of none would be one up to the end
             return await super().handle_request({**body, "prompt": prompts[0]}, request_id)
         answer = Answer(self, body, request_id)
         for prompt in prompts:
-            for _ in range(choices):
-                await answer.add_choice(prompt, echo, logprobs)
+            await answer.add_choices(prompt, choices, echo, logprobs)
         return JSONResponse(answer.content(), media_type="application/json")
 
 
@@ -88,9 +88,9 @@ class Answer:
         self.choices: list[CompletionChoice] = []
         self.prompt_tokens = self.completion_tokens = 0
 
-    async def add_choice(self, prompt: str, echo: bool, logprobs: int | None) -> None:
+    async def add_choices(self, prompt: str, count: int, echo: bool, logprobs: int | None) -> None:
         """
-        Continues a prompt.
+        Continues a prompt in `count` ways.
 
         Args:
             echo: whether the text begins with the prompt.
@@ -103,6 +103,12 @@ class Answer:
         if logprobs is not None and self.in_batches:
             raise HTTPException(400, "logprobs do not work with --continuous-batching: start the server without it.")
         prompt_ids = self.tokenizer(prompt).input_ids
+        self.prompt_tokens += len(prompt_ids)  # once, as in OpenAI's protocol
+        for _ in range(count):
+            await self.add_choice(prompt, prompt_ids, echo, logprobs)
+
+    async def add_choice(self, prompt: str, prompt_ids: list[int], echo: bool, logprobs: int | None) -> None:
+        """One of them."""
         text, ids, finish_reason = await self.continuation(prompt_ids)
         begin = len(prompt_ids)  # of the tokens that `text` shows
         if echo:
@@ -118,7 +124,6 @@ class Answer:
             finish_reason=finish_reason,
         )
         self.choices.append(choice)
-        self.prompt_tokens += len(prompt_ids)
         self.completion_tokens += len(ids)
 
     async def continuation(self, prompt_ids: list[int]) -> tuple[str, list[int], str]:
@@ -131,9 +136,7 @@ class Answer:
             limit_to_context(self.model, len(prompt_ids) - 1, config)
             return "", [], "length"
         inputs: dict[str, Any] = {"input_ids": prompt_ids}
-        if self.in_batches:
-            self.manager.init_cb(self.model, config)
-        else:
+        if not self.in_batches:
             input_ids = torch.tensor([prompt_ids], device=self.model.device)
             inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
         name = f"{self.request_id}-{len(self.choices)}"  # no two requests of a batch have the same

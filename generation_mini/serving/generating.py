@@ -8,7 +8,7 @@ from fastapi import HTTPException
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving import utils
 
-from ..text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop
+from ..text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop, failures_in_a_sentence
 from .requests import as_list
 
 
@@ -24,7 +24,8 @@ def limit_to_context(model: PreTrainedModel, length: int, config: GenerationConf
         return
     if length >= context:
         raise HTTPException(400, f"The prompt has {length} tokens, and the context of this model holds {context}.")
-    config.max_new_tokens = min(config.max_new_tokens or context, context - length)
+    most = context - length
+    config.max_new_tokens = most if config.max_new_tokens is None else min(config.max_new_tokens, most)
 
 
 def length_of(inputs: dict[str, Any]) -> int:
@@ -38,6 +39,38 @@ def ends_by_itself(ids: torch.Tensor | list[int], config: GenerationConfig) -> b
     return len(ids) > 0 and int(ids[-1]) in as_list(config.eos_token_id)
 
 
+class StreamError(utils._StreamError):
+    """An error in a stream, as one sentence. The server puts it between the quotation marks of JSON as it stands."""
+
+    def __init__(self, msg: str) -> None:
+        super().__init__(" ".join(msg.split()).replace("\\", "/").replace('"', "'"))
+
+
+class Watched:
+    """
+    A model whose `generate` leaves what it has written where the loop of the server can wait for it.
+
+    Attributes:
+        ids: of the new tokens; none after an error.
+    """
+
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
+        self.model, self.length = model, length
+        self.loop = asyncio.get_running_loop()
+        self.ids = self.loop.create_future()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def generate(self, **settings: Any) -> None:
+        ids: torch.Tensor | list[int] = []
+        try:
+            with failures_in_a_sentence():
+                ids = self.model.generate(**settings)[0, self.length :]
+        finally:
+            self.loop.call_soon_threadsafe(self.ids.set_result, ids)
+
+
 class OneByOne(utils.GenerateManager):
     """
     Requests one after the other.
@@ -48,6 +81,8 @@ class OneByOne(utils.GenerateManager):
     The stop strings of transformers would also be found where a prompt ends and the text begins, so the text alone is
     searched here. The server calls a text too long if it has `max_new_tokens`. So that one that ends by itself at that
     very position is not taken for it, `max_new_tokens` is cleared then.
+
+    A stream has the text that there is without one, also where it ends in the middle of a character.
     """
 
     def generate_streaming(
@@ -56,19 +91,26 @@ class OneByOne(utils.GenerateManager):
         limit_to_context(model, length_of(inputs), gen_config)
         inputs, stop = with_stop_strings(inputs, processor, gen_config)
         self.submit_seed(gen_config)
-        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **settings)
+        watched = Watched(model, length_of(inputs))
+        queue, streamer = super().generate_streaming(watched, processor, inputs, gen_config, **settings)
         text, passed_on = TextUntilStop(stop), asyncio.Queue()
 
         async def pass_on() -> None:
+            decoded = 0
             while True:
                 item = await queue.get()
                 is_end = item is None or isinstance(item, utils._StreamError)
                 if type(item) is str:
+                    decoded += len(item)
                     item = text.feed(item)
-                elif is_end and (rest := text.rest()):
-                    passed_on.put_nowait(rest)
-                if text.is_stopped:
-                    gen_config.max_new_tokens = None
+                elif is_end:
+                    ids, rest = await watched.ids, ""
+                    if settings.get("response_parser") is None:
+                        rest = text.feed(processor.decode(ids, skip_special_tokens=True)[decoded:])
+                    if rest := rest + text.rest():
+                        passed_on.put_nowait(rest)
+                    if text.is_stopped or ends_by_itself(ids, gen_config):
+                        gen_config.max_new_tokens = None
                 if item != "":
                     passed_on.put_nowait(item)
                 if is_end:
@@ -117,16 +159,20 @@ class InBatches(utils.CBGenerateManager):
 
     Attributes:
         shared: the settings that are those of the first request.
+        first: the settings of that request.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
     def init_cb(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
-        if self._cb is None:
-            self.first = gen_config
-            if self._cb_config is None and model.device.type == "cpu":
-                # By default the cache takes most of the memory, and a CPU needs a minute to fill that with zeros.
-                self._cb_config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
+        """Nothing, before `check` has let a request pass: one that is refused does not decide for the others."""
+
+    def begin(self, model: PreTrainedModel, gen_config: GenerationConfig) -> None:
+        """With the first request."""
+        self.first = gen_config
+        if self._cb_config is None and model.device.type == "cpu":
+            # By default the cache takes most of the memory, and a CPU needs a minute to fill that with zeros.
+            self._cb_config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=256)
         super().init_cb(model, gen_config)
 
     def generate_streaming(
@@ -148,6 +194,8 @@ class InBatches(utils.CBGenerateManager):
             raise HTTPException(400, "stop does not work with --continuous-batching: start the server without it.")
         if gen_config.seed_of_request is not None and gen_config.do_sample:
             raise HTTPException(400, "seed does not work with --continuous-batching: start the server without it.")
+        if self._cb is None:
+            self.begin(model, gen_config)
         for name in self.shared:
             shared, asked = getattr(self.first, name), getattr(gen_config, name)
             if asked != shared:

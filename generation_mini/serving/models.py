@@ -46,16 +46,28 @@ class ServedModels(model_manager.ModelManager):
 
     def _load_processor(self, model_id_and_revision: str, **settings: Any) -> PreTrainedTokenizerBase:
         if self.is_adapter(model_id_and_revision):
-            return load_model(self.checkpoint)[1]  # an adapter may have none of its own
+            return self.load_adapter()[1]  # an adapter may have none of its own
         return super()._load_processor(self.with_revision(model_id_and_revision), **settings)
 
     def _load_model(self, model_id_and_revision: str, **settings: Any) -> PreTrainedModel:
         if self.is_adapter(model_id_and_revision):
-            return load_model(self.checkpoint)[0]
-        model = super()._load_model(self.with_revision(model_id_and_revision), **settings)
+            model = self.load_adapter()[0]
+        else:
+            model = super()._load_model(self.with_revision(model_id_and_revision), **settings)
         if hasattr(model, "compile_decoding"):
             model.compile_decoding(only_kept=True)
         return model
+
+    def load_adapter(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model of the adapter, by the flags of the server, and its tokenizer."""
+        device = f"cuda:{self.device}" if isinstance(self.device, int) else self.device
+        return load_model(
+            self.checkpoint,
+            trust_remote_code=self.trust_remote_code,
+            dtype=self.dtype or "auto",
+            device=None if device == "auto" else device,
+            quantization=self.quantization and self.quantization.removeprefix("bnb-"),
+        )
 
     def get_gen_models(self) -> list[dict[str, Any]]:
         """The one model that requests may name, or those of the cache."""

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel
 
 from ..text_generation import failures_in_a_sentence
+from .models import split_model_id
 
 # What OpenAI's protocol has and the server would ignore, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -36,6 +37,8 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, and 1 at most"),
     "frequency_penalty": (lambda value: value > -1, "a number above -1"),
 }
+# Of `generation_config`: an answer is one text of tokens.
+NEUTRAL_IN_SETTINGS = {"num_return_sequences": (None, 1), "return_dict_in_generate": (None, False)}
 MOST_CHOICES = 128
 MOST_TOKENS = 1 << 31
 LARGEST_SEED = (1 << 63) - 1 - MOST_CHOICES  # each choice has the next one
@@ -60,17 +63,22 @@ class Checked:
         for name in self.neutral.keys() & body.keys() - self.supported:
             if body[name] is not None and body[name] not in self.neutral[name]:
                 raise HTTPException(400, f"{name} does not work here, got {body[name]!r}: leave it out.")
-        stop = body.get("stop")
-        if stop is not None and not all(isinstance(text, str) and text for text in as_list(stop)):
-            raise HTTPException(400, f"stop must be a text or a list of texts that are not empty, got {stop!r}.")
+        settings = settings_in(body.get("generation_config"))
+        for name, neutral in NEUTRAL_IN_SETTINGS.items():
+            if (value := settings.get(name)) not in neutral:
+                raise HTTPException(400, f"{name} does not work here, got {value!r}: leave it out.")
+        for stop in (body.get("stop"), settings.get("stop_strings")):
+            if stop is not None and not all(isinstance(text, str) and text for text in as_list(stop)):
+                raise HTTPException(400, f"stop must be a text or a list of texts that are not empty, got {stop!r}.")
+        for name in ("stream", "echo"):
+            if body.get(name) not in (None, True, False):
+                raise HTTPException(400, f"{name} must be true or false, got {body[name]!r:.80}.")
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if body.get(name) is not None:
                 number_in(body, name, 1, self.fewest_tokens, MOST_TOKENS)
         number_in(body, "seed", 0, 0, LARGEST_SEED)
         if not isinstance(suffix := body.get("suffix") or "", str):
             raise HTTPException(400, f"suffix must be a text, got {suffix!r}.")
-        if (settings := body.get("generation_config")) is not None and not is_json_object(settings):
-            raise HTTPException(400, f"generation_config must be the text of a JSON object, got {settings!r:.80}.")
         for name, (fits, words) in NUMBERS.items():
             if (value := body.get(name)) is None:
                 continue
@@ -90,14 +98,21 @@ class Checked:
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, PreTrainedModel, Any]:
         # transformers compares with the name of the start alone; a client may also name the folder that it stands for.
         models = self.model_manager
-        if models.force_model is not None and body.get("model") == models.checkpoint:
+        if models.force_model is None:
+            split_model_id(body.get("model"))  # refuses what is no name
+        elif body.get("model") == models.checkpoint:
             body["model"] = models.force_model
         return super()._resolve_model(body)
 
 
 @contextlib.contextmanager
-def wrong_input_is_refused() -> Iterator[None]:
-    """Status 400 and a sentence for wrong input, which would otherwise be an error of the server without a reason."""
+def wrong_input_is_refused(body: dict[str, Any] | None = None) -> Iterator[None]:
+    """
+    Status 400 and a sentence for wrong input, which would otherwise be an error of the server without a reason.
+
+    Args:
+        body: of the request, if it is JSON.
+    """
     try:
         with failures_in_a_sentence():
             yield
@@ -105,6 +120,11 @@ def wrong_input_is_refused() -> Iterator[None]:
         raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
+    except TypeError as error:
+        if body is None or body.get("generation_config") is None:
+            raise
+        # The rest of the request was looked at before; of these settings, transformers knows the types.
+        raise HTTPException(400, f"generation_config has settings that do not fit: {error}.") from None
     except OSError as error:
         if error.errno is not None:
             raise
@@ -115,11 +135,20 @@ def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def is_json_object(text: Any) -> bool:
+def settings_in(text: Any) -> dict[str, Any]:
+    """
+    The settings in the field `generation_config`, which is the text of a JSON object; none where there is no field.
+
+    Raises:
+        HTTPException: 400, if it is something else.
+    """
     try:
-        return isinstance(json.loads(text), dict)
-    except (TypeError, ValueError):
-        return False
+        settings = {} if text is None else json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise HTTPException(400, f"generation_config must be the text of a JSON object, got {text!r:.80}.")
+    return settings
 
 
 def number_in(body: dict[str, Any], name: str, default: int, least: int, most: int) -> int:

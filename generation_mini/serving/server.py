@@ -10,7 +10,7 @@ from transformers.cli.serving import chat_completion, completion, model_manager,
 
 from .chats import ChatCompletions, Responses
 from .completions import Completions
-from .generating import InBatches, OneByOne
+from .generating import InBatches, OneByOne, StreamError
 from .models import ServedModels, split_model_id
 from .transcriptions import Transcriptions
 
@@ -28,6 +28,7 @@ def install() -> None:
     server.split_model_id = split_model_id
     utils.GenerateManager = OneByOne
     utils.CBGenerateManager = InBatches
+    utils._StreamError = StreamError
 
 
 def build_server(*parts: Any, **settings: Any) -> FastAPI:

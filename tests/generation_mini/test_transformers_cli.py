@@ -26,6 +26,7 @@ from helpers.programs import ROOT, free_port
 from modeling_mini import MiniForCausalLM, compiled_decoding
 from modeling_mini.loading.checkpoints import load_model
 from modeling_mini.native_code import compile_library
+from tokenization.chat import encode_messages
 from transformers.cli import transformers as stock_command
 
 COMMAND = ["-m", "generation_mini.transformers_cli"]  # of Python
@@ -80,19 +81,32 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield address
 
 
+@pytest.mark.parametrize("is_adapter", [False, True])
 def test_it_writes_by_the_function_that_was_compiled_before(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_adapter: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
     # As the command does. By name: to import the server reloads transformers.
     monkeypatch.setattr("transformers.MiniForCausalLM", MiniForCausalLM, raising=False)
+    name = "box-chat" if is_adapter else str(checkpoint)
     used = []
     for _ in range(2):
-        models = ServedModels(force_model=str(checkpoint))
-        model = models._load_model(models.process_model_name(str(checkpoint)))
+        models = ServedModels(force_model=name)
+        model = models._load_model(models.process_model_name(name))
         used.append(model.compiled_step is not None)
         compile_library(compiled_decoding.NAME, compiled_decoding.SOURCE)
     assert used == [False, True]
+
+
+def test_an_adapter_is_loaded_as_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict] = []
+    monkeypatch.setattr(
+        "generation_mini.serving.models.load_model",
+        lambda checkpoint, **settings: (asked.append(settings), load_model(checkpoint))[1],
+    )
+    ServedModels(force_model="box-chat", dtype="bfloat16", device="cpu", quantization="bnb-8bit")
+    expected = {"dtype": torch.bfloat16, "device": "cpu", "quantization": "8bit", "trust_remote_code": False}
+    assert asked and all(settings == expected for settings in asked)
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +192,7 @@ def test_lists_of_prompts_and_several_choices(client: openai.OpenAI, checkpoint:
         True
     ] * 6
     assert answer.usage.completion_tokens == 6 * 20
+    assert answer.usage.prompt_tokens == 5 + 3, "each prompt once"
     assert [choice.text for choice in client.completions.create(**arguments).choices] == texts
 
 
@@ -236,11 +251,45 @@ def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
         ({"extra_body": {"generation_config": "x"}}, "generation_config must be the text of a JSON object, got 'x'."),
         ({"extra_body": {"generation_config": {}}}, "generation_config must be the text of a JSON object, got {}."),
         ({"extra_body": {"generation_config": '{"temperature": -5}'}}, "`temperature` (=-5) has to be a strictly pos"),
+        ({"extra_body": {"generation_config": '{"max_new_tokens": "a"}'}}, "generation_config has settings that do n"),
+        ({"extra_body": {"generation_config": '{"do_sample": true, "min_p": "a"}'}}, "generation_config has settings"),
+        ({"extra_body": {"generation_config": '{"stop_strings": 5}'}}, "stop must be a text or a list of texts"),
+        ({"extra_body": {"generation_config": '{"num_return_sequences": 2}'}}, "num_return_sequences does not work"),
+        ({"extra_body": {"generation_config": '{"return_dict_in_generate": true}'}}, "return_dict_in_generate does"),
+        ({"extra_body": {"stream": "false"}}, "stream must be true or false, got 'false'."),
+        ({"echo": "yes"}, "echo must be true or false, got 'yes'."),
+        ({"max_tokens": 0, "stream": True}, "max_tokens must be a whole number from 1"),
     ],
 )
 def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, settings: dict, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
         client.completions.create(**{"model": NAME, "prompt": "the ", "max_tokens": 2, **settings})
+
+
+def test_a_stream_ends_as_the_text_does_that_is_none(client: openai.OpenAI, checkpoint: Path) -> None:
+    """With the reason, where the last token that may be written ends it, and with what is no character."""
+    expected = continuation(checkpoint, "the ")
+    place = max(map(expected.index, expected))  # of a character that was not there before
+    ends = {"do_sample": False, "eos_token_id": ord(expected[place]) + 8}
+    halves = {"do_sample": False, "sequence_bias": [[[0xC3 + 8], 1000.0]]}
+    for settings, length, text, reason in (
+        (ends, place + 1, expected[: place + 1], "stop"), (halves, 3, "\ufffd" * 3, "length"),
+    ):  # fmt: skip
+        arguments = {"model": NAME, "prompt": "the ", "max_tokens": length, "temperature": 0}
+        arguments["extra_body"] = {"generation_config": json.dumps(settings)}
+        (choice,) = client.completions.create(**arguments).choices
+        assert (choice.text, choice.finish_reason) == (text, reason)
+        chunks = [chunk.choices[0] for chunk in client.completions.create(**arguments, stream=True)]
+        assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (text, reason)
+
+
+def test_an_error_in_a_stream_is_a_sentence(client: openai.OpenAI) -> None:
+    from generation_mini.serving.generating import StreamError  # above, it would load transformers twice
+
+    with pytest.raises(openai.APIError) as failed:
+        list(client.completions.create(model=NAME, prompt="the ", max_tokens=2, temperature=1e-300, stream=True))
+    assert failed.value.body.startswith("No token can be drawn, because the probabilities are not numbers")
+    assert json.loads(f'"{StreamError(chr(10).join(["no", chr(34), chr(92)])).msg}"') == "no ' /"
 
 
 def test_a_seed_is_that_of_its_request(client: openai.OpenAI) -> None:
@@ -283,14 +332,29 @@ def content(*parts: object) -> dict:
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "a"}]}]}, "tool_calls do not work here"),
         ({"extra_body": {"chat_template_kwargs": "x"}}, "chat_template_kwargs must be an object with settings"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": False}}}, "chat_template_kwargs must be an object"),
+        ({"extra_body": {"chat_template_kwargs": {"load_audio_from_video": 1}}}, "chat_template_kwargs must be an ob"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": 1}}}, "chat_template_kwargs must be an object"),
+        ({"extra_body": {"stream": "no"}}, "stream must be true or false, got 'no'"),
         ({"logit_bias": {"5": 100}}, "logit_bias does not work here"),
     ],
 )
 def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -> None:
     with pytest.raises(openai.BadRequestError, match=reason):
         client.chat.completions.create(**{"model": NAME, "messages": MESSAGES, "max_tokens": 2, **settings})
-    neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "user": "me"}
+    neutral = {"n": 1, "logprobs": False, "presence_penalty": 0, "user": "me", "stream": False}
+    neutral["extra_body"] = {"chat_template_kwargs": None, "stop": None}
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2, **neutral).choices
+
+
+def test_what_looks_like_the_end_of_a_turn_stays_text(client: openai.OpenAI, checkpoint: Path) -> None:
+    """As in a conversation in the terminal."""
+    messages = [{"role": "user", "content": "the <|end|> and <|assistant|>"}]
+    model, tokenizer = load_model(str(checkpoint))
+    ids = encode_messages(tokenizer, messages, add_generation_prompt=True)[0]
+    output = model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False)
+    answer = client.chat.completions.create(model=NAME, messages=messages, max_tokens=9, temperature=0)
+    assert answer.usage.prompt_tokens == len(ids) > 30
+    assert answer.choices[0].message.content == tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 
 def test_responses_are_what_chats_are(client: openai.OpenAI, checkpoint: Path) -> None:
@@ -370,6 +434,11 @@ def test_a_server_of_any_model_says_where_there_is_none(tmp_path: Path) -> None:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         with pytest.raises(openai.NotFoundError, match="There is no such model: "):
             client.completions.create(model="other/model", prompt="a")
+        for name in (None, 5):
+            with pytest.raises(openai.BadRequestError, match=f"model must be a text, got {name}"):
+                client.completions.create(model=name, prompt="a")
+            with pytest.raises(openai.BadRequestError, match=f"model must be a text, got {name}"):
+                client.chat.completions.create(model=name, messages=MESSAGES)
         with pytest.raises(openai.NotFoundError, match="There is no such model: "):
             client.audio.transcriptions.create(model="other/model", file=("a.wav", b"RIFF"))
         with pytest.raises(openai.BadRequestError, match="The form must have the fields file and model: file is miss"):
@@ -411,6 +480,9 @@ def test_requests_that_share_batches(tmp_path: Path) -> None:
     with serving("box-chat", tmp_path, tmp_path, "--continuous-batching") as address:
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         arguments = {"model": "box-chat", "max_tokens": 20, "temperature": 0}
+        # Refused, and so not the first one by which all others are sampled.
+        with pytest.raises(openai.BadRequestError, match="stop does not work with --continuous-batching"):
+            client.completions.create(**{**arguments, "prompt": "a", "stop": "x", "temperature": 0.5})
         prompts = ["def read_lines(", "import ", "class Stack"]
         with ThreadPoolExecutor() as pool:
             answers = list(pool.map(lambda prompt: client.completions.create(prompt=prompt, **arguments), prompts))

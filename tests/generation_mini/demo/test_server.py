@@ -72,6 +72,7 @@ def test_a_conversation_is_read_in_turns_and_the_oldest_leave(author: Author) ->
     [
         ("write", "nothing", "Expecting value"),
         ("write", "[]", "must be a JSON object"),
+        ("write", "[" * 100_000, "nested too deeply"),
         ("write", "{}", "messages must be of the user and the assistant in turns"),
         ("write", '{"prompt": 1}', "The prompt must be text"),
         ("write", '{"prompt": "\\ud800"}', "not valid UTF-8 at character 0"),
