@@ -7,6 +7,8 @@ from entry_points_mini import ArgumentParser, Settings, option
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+# As the Hub writes names of licences; which of them there are, it says itself.
+LICENSE = re.compile(r"[a-z0-9][a-z0-9._+-]*")
 SHARD_SIZE = re.compile(r"\d+(\.\d+)?\s*(KB|MB|GB)")
 # Of the formats of modeling_mini.export, those that hold a model for others. To import that package loads torch, for
 # which `--help` should not wait.
@@ -44,7 +46,7 @@ class SharingArguments(Settings):
             if value is not None and not REFERENCE.fullmatch(value):
                 kind = {"revision": "branch, such as experiment", "tag": "version, such as v1"}[name]
                 raise ValueError(f"{name} must be the name of a {kind}, got {value!r}.")
-        self.license = (self.license or "").strip().lower() or None  # as the Hub writes them
+        self.license = license_of(self.license)
         if not SHARD_SIZE.fullmatch(self.max_shard_size) or not re.search("[1-9]", self.max_shard_size):
             raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, got {self.max_shard_size!r}.")
         if not self.commit_message.strip():
@@ -61,6 +63,19 @@ class SharingArguments(Settings):
             raise ValueError("space shows the model of main: give it without --revision.")
         if self.base_model is not None and not is_name(self.base_model):
             raise ValueError(f"base_model must be a name on the Hub, such as user/name, got {self.base_model!r}.")
+
+
+def license_of(text: str | None) -> str | None:
+    """
+    The name of a licence as the Hub writes it; `None` for an empty text.
+
+    Raises:
+        ValueError: for what cannot be the name of one.
+    """
+    name = (text or "").strip().lower()
+    if name and not LICENSE.fullmatch(name):
+        raise ValueError(f"license must be a name that the Hub knows, such as apache-2.0, mit or other, got {text!r}.")
+    return name or None
 
 
 def is_name(repository: str) -> bool:

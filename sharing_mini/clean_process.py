@@ -55,7 +55,8 @@ def main() -> None:
     model.eval()
     inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
-    most = max(1, min(request["tokens"], model.config.max_position_embeddings - inputs["input_ids"].shape[1]))
+    context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize  # recurrent models have none
+    most = max(1, min(request["tokens"], context - inputs["input_ids"].shape[1]))
     with torch.no_grad():
         logits = model(**inputs).logits.float()
         greedy = model.generate(**inputs, do_sample=False, max_new_tokens=most)[0].tolist()

@@ -13,7 +13,7 @@ from files_mini import MODEL_CONFIG
 from modeling_mini.export import export
 from rich.console import Console
 
-from .arguments import SharingArguments, check_name
+from .arguments import SharingArguments, check_name, license_of
 from .card import gather, write_card
 from .hub import Hub, check_token
 from .space import write_space
@@ -61,7 +61,8 @@ def push(
         notify: gets sentences on the way.
 
     Raises:
-        ValueError: for what the user has to set right, in one sentence; nothing has been made public then.
+        ValueError: for what the user has to set right, in one sentence; nothing has been made public then, unless the
+            sentence says that what is on the Hub is not what was sent, or does not load from there.
         ConnectionError: for what may be right later; the same call goes on where this one ended.
     """
     arguments = arguments or SharingArguments()
@@ -201,12 +202,15 @@ def prompt_of(run: Path | None) -> str:
 
 
 def ask_for_license() -> str | None:
-    """A licence is the user's to choose: it is asked for where somebody can answer."""
+    """
+    A licence is the user's to choose: it is asked for where somebody can answer.
+
+    Raises:
+        ValueError: for an answer that cannot be the name of one.
+    """
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
-    return (
-        console.input("Licence of the model, such as apache-2.0, mit or cc-by-4.0 (empty: none yet): ").strip() or None
-    )
+    return license_of(console.input("Licence of the model, such as apache-2.0, mit or cc-by-4.0 (empty: none yet): "))
 
 
 def send(
@@ -222,8 +226,6 @@ def send(
         target.create(arguments.private)
     notify(f"Uploading {len(staged.files)} files, {sum(p.stat().st_size for p in staged.files.values()):,} bytes ...")
     result.pushed = target.push(staged.files, arguments.commit_message, staged.kind, arguments.create_pr)
-    if arguments.tag is not None:
-        target.tag(arguments.tag, result.pushed.commit)
     check_listing(staged, target.listing(result.pushed.commit), target.name)
     if proof is not None:
         notify("Loading it from the Hub in a clean process ...")
@@ -238,6 +240,8 @@ def send(
         if after is not None:
             check_same(proof, after, target.name)
             result.verified = True
+    if arguments.tag is not None:  # not before: it names one set of files for good
+        target.tag(arguments.tag, result.pushed.commit)
     if arguments.space:
         space = Repository(hub, target.name, type="space")
         check_card(hub, space_folder / CARD, "space")

@@ -21,16 +21,19 @@ from files_mini import (
     MODEL_CONFIG,
     find_checkpoint,
     read_json,
+    read_text,
     run_of,
     write_text,
     writing,
 )
 from huggingface_hub import save_torch_state_dict
+from jinja2 import TemplateSyntaxError
 from modeling_mini.loading.checkpoints import check_generation_config
 from modeling_mini.remote_code import AUTO_MAP, remote_code_files, write_remote_code
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils.chat_template_utils import render_jinja_template
 
 CURVES = "curves.png"
 COMMON = [r"README\.md", r"LICENSE(\.txt|\.md)?", r"curves\.png"]
@@ -59,7 +62,7 @@ EXPECTED = {
     ],
 }  # fmt: skip
 # Files that are no text, so that no secret is looked for in them.
-BINARY = (".safetensors", ".gguf", ".onnx", ".onnx_data", ".png")
+BINARY = re.compile(r".*\.(safetensors|gguf|onnx(_data(_\d+)?|\.data)?|png|wasm)")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill", ".msgpack")
 NOT_OF_THE_FOLDER = (".cache/huggingface/", ".git/", ".gitattributes")
 SECRETS = {
@@ -181,15 +184,27 @@ def stage(source: Source, into: Path, max_shard_size: str = "5GB", token: str | 
 
 def check_files(source: Source) -> None:
     """
-    Nothing is there that should not be, and nothing is missing.
+    Nothing is there that should not be, nothing is missing, and what is read without a word where it is damaged can be
+    read.
 
     Raises:
         ValueError: naming the file.
     """
+    files = files_of(source.folder)
+    check_expected(source, files)
+    for name, path in files.items():
+        if path.suffix == ".json" and any(re.fullmatch(pattern, name) for pattern in LOADED):
+            read_json(path)  # from_pretrained passes over some that are cut short
+    check_generation_config(source.folder)
+    check_chat_templates(source.folder)
+    check_missing(source, files)
+
+
+def check_expected(source: Source, files: dict[str, Path]) -> None:
+    """Raises ValueError for a file that is no part of a model, may run code, or is a link that would be left out."""
     expected = list(EXPECTED[source.kind])
     if source.kind == "model":
         expected += map(re.escape, code_files(source.folder))
-    files = files_of(source.folder)
     for name, path in files.items():
         if is_pickle(path):
             raise ValueError(
@@ -206,10 +221,29 @@ def check_files(source: Source) -> None:
     for path in source.folder.rglob("*"):
         if path.is_symlink() and not path.is_file():
             raise ValueError(f"{str(path)!r} is a link to a folder or to nothing: put what it means in its place.")
-    for name, path in files.items():
-        if path.suffix == ".json" and any(re.fullmatch(pattern, name) for pattern in LOADED):
-            read_json(path)  # from_pretrained passes over some that are cut short
-    check_generation_config(source.folder)
+
+
+def check_chat_templates(folder: Path) -> None:
+    """Raises ValueError for a chat template that is no Jinja: the model loads and writes, and fails in a chat."""
+    config = folder / "tokenizer_config.json"
+    named = read_json(config).get("chat_template") if config.is_file() else None
+    found = [(config, each) for each in (named if isinstance(named, list) else [named])]
+    if (path := folder / "chat_template.jinja").is_file():
+        found.append((path, read_text(path)))
+    for path, template in found:
+        if isinstance(template, dict):
+            template = template.get("template")
+        if template is None:
+            continue
+        try:
+            render_jinja_template([], chat_template=template)
+        except (TemplateSyntaxError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise ValueError(f"{str(path)!r} holds a chat template that is no Jinja: {reason}.") from None
+
+
+def check_missing(source: Source, files: dict[str, Path]) -> None:
+    """Raises ValueError if a file is missing, or the weights of two saves are there."""
     needed = {
         "model": ("tokenizer.json",), "adapter": ("adapter_model.safetensors",), "onnx": ("tokenizer.json",)
     }  # fmt: skip
@@ -287,7 +321,7 @@ def check_secrets(staged: Staged, token: str | None = None) -> None:
     """Raises ValueError, without repeating it, if something in a file of text looks like a token or a key."""
     patterns = {**SECRETS, **({"your token": re.escape(token)} if token else {})}
     for name, path in staged.files.items():
-        if path.suffix in BINARY:
+        if BINARY.fullmatch(name):
             continue
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         for what, pattern in patterns.items():

@@ -211,6 +211,7 @@ def test_mistakes_are_one_sentence(server: HubServer, quick_run: Path, tmp_path:
         (["run", "user/name", "--base_model", "folder"], "base_model must be a name on the Hub"),
         (["run", "user/name", "--max_shard_size", "5"], "max_shard_size must be a size such as 5GB"),
         (["run", "user/name", "--commit_message", " "], "commit_message must not be empty"),
+        (["run", "user/name", "--license", "foo bar"], "license must be a name that the Hub knows, such as apache-2.0"),
     ):
         with pytest.raises(ValueError, match=re.escape(words)):
             parse_arguments(argv)

@@ -296,7 +296,10 @@ def test_commit_of_the_code(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_license_is_asked_for_where_somebody_can_answer(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sharing_mini.pushing.sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("sharing_mini.pushing.sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: " cc-by-4.0 ")
+    monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: " CC-BY-4.0 ")
     assert ModelCard(card_of(model)).data.license == "cc-by-4.0"
+    monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: "foo bar")
+    with pytest.raises(ValueError, match=r"license must be a name that the Hub knows, .*, got 'foo bar'"):
+        card_of(model)
     monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: "")
     assert ModelCard(card_of(model)).data.license is None

@@ -16,11 +16,11 @@ from helpers.modules import importable
 from helpers.programs import ROOT
 from modeling_mini.loading.checkpoints import load_model
 from safetensors.torch import load_file, save_file
-from sharing_mini.staging import bytes_of, find_source, is_pickle, stage
+from sharing_mini.staging import Staged, bytes_of, check_secrets, find_source, is_pickle, stage
 from sharing_mini.verification import prove
 from tokenization import ByteTokenizer
 from training_mini.own_model import name_code, write_code
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig
 
 
 def refusal(model: Path, tmp_path: Path, **settings: str) -> str:
@@ -236,6 +236,46 @@ def test_generation_settings_that_do_not_fit(
     assert f"{path} {words}" in refusal(model, tmp_path)
     with pytest.raises(ValueError, match=re.escape(words)):
         load_model(str(model))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("chat_template.jinja", "{% for message in messages %}", "Unexpected end of template"),
+        ("chat_template.jinja", "{{ messages | words }}", "No filter named 'words'"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages"}, "unexpected end of template"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": "{% if %}"}]}, "Expected an expr"),
+        ("tokenizer_config.json", {"chat_template": 5}, "no Jinja"),
+    ],
+)
+def test_chat_template_that_is_no_jinja(
+    model: Path, tmp_path: Path, name: str, content: str | dict[str, object], words: str
+) -> None:
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((model / name).read_text()), **content})
+    (model / name).write_text(content)
+    sentence = refusal(model, tmp_path)
+    assert f"{name}' holds a chat template that is no Jinja: " in sentence and words in sentence
+
+
+def test_a_model_without_a_context_writes_in_a_clean_process(tmp_path: Path) -> None:
+    config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1, bos_token_id=1, eos_token_id=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    ByteTokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "staged").mkdir()
+    staged = stage(find_source(str(tmp_path / "model")), tmp_path / "staged")
+    assert len(prove(staged, str(staged.folder), "def ").ids) > 4
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "onnx/model.onnx_data_1", "model.onnx.data", "model.gguf"])
+def test_in_weights_no_secret_is_looked_for(tmp_path: Path, name: str) -> None:
+    """They may be larger than the memory, and any bytes come to stand in them."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(SECRETS["an AWS key"])
+    check_secrets(Staged(tmp_path, "onnx"))
+    (tmp_path / "labels.json").write_text(SECRETS["an AWS key"])
+    with pytest.raises(ValueError, match=r"labels\.json, line 1, has what looks like an AWS key"):
+        check_secrets(Staged(tmp_path, "onnx"))
 
 
 def test_a_folder_of_mini_without_its_code_goes_up_with_it(model: Path, tmp_path: Path) -> None:

@@ -423,7 +423,9 @@ def test_what_arrives_is_compared_with_what_was_sent(hub: HubServer, model: Path
         tree["config.json"] = (tree["config.json"][0] + b" ", False)
 
     hub.faults.append(Fault("POST", "/commit/", "none", after=break_it))
-    assert "config.json in 'user/name' on the Hub is not the file that was sent" in refused(lambda: share(model))
+    sentence = refused(lambda: share(model, tag="v1"))
+    assert "config.json in 'user/name' on the Hub is not the file that was sent" in sentence
+    assert hub.model(NAME).tags == {}, "a tag names one set of files for good"
 
 
 def test_weights_may_be_empty_of_change_and_tags_move_on(hub: HubServer, model: Path) -> None:
