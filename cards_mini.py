@@ -274,27 +274,36 @@ def render(
         **(texts or {}),
     }
     made = {heading: text for heading, text in made.items() if text}
-    words = words_of_the_source(before.words, made) if texts else before.words
     if before.is_own and not texts:
         made = {heading: text for heading, text in made.items() if heading == QUANTIZED}
-        own = before.text.strip() if not before.sections else "\n\n".join(words.values())
+        own = before.text.strip() if not before.sections else "\n\n".join(before.words.values())
         body = [own, *made.values()]
     else:
-        # An earlier sample is no longer that of these weights, and a licence stands in the metadata.
-        stale = {SAMPLE, "License"}
-        kept = {heading: text for heading, text in before.sections.items() if heading not in stale}
-        kept = {heading: text.replace(PLACEHOLDER, repository or PLACEHOLDER) for heading, text in kept.items()}
-        made = {**kept, **made}
+        words = words_of_the_source(before.words, made) if texts else before.words
+        made = {**kept_sections(before, repository), **made}
         made = {heading: text for heading, text in made.items() if heading not in words}
-        both = {**made, **words}
-        others = [heading for heading in both if heading not in HEADINGS]
-        order = (*BEFORE_LIMITS, *others, *HEADINGS[len(BEFORE_LIMITS) :])
-        body = [*(both[heading] for heading in order if heading in both), MARK]
-        made = {heading: made[heading] for heading in order if heading in made}
+        body = [*in_order({**made, **words}).values(), MARK]
+        made = in_order(made)
     facts = dataclasses.replace(facts, written={heading: checksum(text) for heading, text in made.items()})
     data = ModelCardData(**metadata, **{KEY: facts.as_dict()})
     text = "\n\n".join(part for part in body if part)
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
+
+
+def kept_sections(before: Card, repository: str) -> dict[str, str]:
+    """
+    The sections of a program, which stay where there is nothing new to say. But a sample is that of earlier weights,
+    and a licence stands in the metadata.
+    """
+    kept = {heading: text for heading, text in before.sections.items() if heading not in (SAMPLE, "License")}
+    return {heading: text.replace(PLACEHOLDER, repository or PLACEHOLDER) for heading, text in kept.items()}
+
+
+def in_order(sections: dict[str, str]) -> dict[str, str]:
+    """In the order of `HEADINGS`, with those of other headings before the limits."""
+    others = (heading for heading in sections if heading not in HEADINGS)
+    order = (*BEFORE_LIMITS, *others, *HEADINGS[len(BEFORE_LIMITS) :])
+    return {heading: sections[heading] for heading in order if heading in sections}
 
 
 def words_of_the_source(words: dict[str, str], made: dict[str, str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Writes with a trained model: `python generate.py --prompt "def "`, or `--help` for every setting."""
+"""Writes with a trained model: `python generate.py --prompt "def "`, or `--help all` for every setting."""
 
 from generation_mini.__main__ import main
 

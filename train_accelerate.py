@@ -1,4 +1,4 @@
-"""Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help` for every setting."""
+"""Trains a Mini language model: `accelerate launch train_accelerate.py`, or `--help all` for every setting."""
 
 import contextlib
 import os

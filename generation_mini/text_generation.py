@@ -230,6 +230,25 @@ class Continuation:
     text: str = ""
     finish_reason: str = "length"
 
+    def add(self, new_ids: list[int], text: IncrementalDetokenizer, end_ids: Sequence[int], most: int) -> bool:
+        """
+        Takes what was written in a window. Returns whether the text has ended.
+
+        Args:
+            new_ids: behind the end, there is padding.
+            text: that of the sequence, which has read them if there are stop strings.
+            most: how many tokens the window could hold.
+        """
+        end = next((k for k, token_id in enumerate(new_ids) if token_id in end_ids), None)
+        if text.is_stopped:
+            end = len(text.ids) - len(self.ids)  # its ids are those that were read before it stopped
+        self.ids += new_ids[:end]
+        if end is not None:
+            self.finish_reason = "stop" if text.is_stopped else "end"
+        elif len(new_ids) < most:
+            self.finish_reason = "stop"  # by a criterion of the caller
+        return self.finish_reason != "length"
+
 
 def generation_config(model: PreTrainedModel, arguments: GenerationArguments) -> GenerationConfig:
     """The model's own settings with those of the user over them."""
@@ -317,6 +336,14 @@ def check_sequences_fit(model: PreTrainedModel, sequences: int, length: int, cop
         )
 
 
+def padded(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The ids of several sequences, padded on the left, and their attention mask, both (sequences, longest)."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (length - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
 def write_on(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -344,34 +371,31 @@ def write_on(
     context = context_of(model)
     longest = max(map(len, prompts))
     config = generation_config(model, arguments)
-    at_once = len(prompts) * max(arguments.num_return_sequences, config.num_beams or 1)
-    is_greedy = not config.do_sample and (config.num_beams or 1) == 1
-    check_sequences_fit(model, at_once, min(context, longest), 1 if is_greedy else 2)
+    ways, beams = arguments.num_return_sequences, config.num_beams or 1
+    is_greedy = not config.do_sample and beams == 1
+    check_sequences_fit(model, len(prompts) * max(ways, beams), min(context, longest), 1 if is_greedy else 2)
     end_ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     start = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    keep = max(1, context // 2)
+    kept = max(1, context // 2) - len(start)
     if longest >= context:
         notify(
-            f"The prompt has {longest} tokens and the context {context}: only the last {keep - len(start)} "
-            f"tokens of the prompt are used."
+            f"The prompt has {longest} tokens and the context {context}: only the last {kept} tokens of the prompt are "
+            f"used."
         )
-    ways = arguments.num_return_sequences
     results = [Continuation() for _ in range(ways * len(prompts))]
     texts = [IncrementalDetokenizer(tokenizer, arguments.stop) for _ in results]
     writing = {i: list(prompts[i // ways]) for i in range(len(results))}
     # Beams of one prompt compete, so their number is part of the first window; after it, each text goes on alone.
-    config.num_return_sequences = ways if (config.num_beams or 1) > 1 else 1
+    config.num_return_sequences = ways if beams > 1 else 1
     own_criteria = generate.pop("stopping_criteria", [])
     processors = [*own_processors(arguments), *generate.pop("logits_processor", [])]
     written = 0
     while writing and written < arguments.max_new_tokens:
         for i, ids in writing.items():
             if len(ids) >= context:
-                writing[i] = start + ids[len(ids) - (keep - len(start)) :]
-        rows = list(writing.values())[:: config.num_return_sequences]
-        length = max(map(len, rows))
-        inputs = torch.tensor([[tokenizer.pad_token_id or 0] * (length - len(ids)) + ids for ids in rows])
-        mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in rows])
+                writing[i] = start + ids[len(ids) - kept :]
+        inputs, mask = padded(list(writing.values())[:: config.num_return_sequences], tokenizer.pad_token_id or 0)
+        length = inputs.shape[1]
         config.max_new_tokens = min(context - length, arguments.max_new_tokens - written)
         config.min_new_tokens = min(config.max_new_tokens, max(0, arguments.min_new_tokens - written)) or None
         criteria = [*own_criteria]
@@ -385,17 +409,7 @@ def write_on(
         written += config.max_new_tokens
         config.num_return_sequences = 1
         for i, new_ids in zip(list(writing), output[:, length:].tolist(), strict=True):
-            end = next((k for k, token_id in enumerate(new_ids) if token_id in end_ids), None)
-            stopped = texts[i].is_stopped
-            if stopped:
-                # Its ids are those that were read before it stopped; after them comes padding.
-                end = len(texts[i].ids) - len(results[i].ids)
-            results[i].ids += new_ids[:end]
-            if end is not None:
-                results[i].finish_reason = "stop" if stopped else "end"
-                del writing[i]
-            elif len(new_ids) < config.max_new_tokens:
-                results[i].finish_reason = "stop"  # by a criterion of the caller
+            if results[i].add(new_ids, texts[i], end_ids, config.max_new_tokens):
                 del writing[i]
             else:
                 writing[i] += new_ids
