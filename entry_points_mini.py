@@ -264,9 +264,12 @@ class ArgumentParser(argparse.ArgumentParser):
             formatter.add_text(f"{self.prog} --help all shows {hidden} more flags.")
         print(formatter.format_help(), end="")
 
+    def _parse_optional(self, arg_string: str) -> Any:
+        return None if isinstance(arg_string, ListItem) else super()._parse_optional(arg_string)
+
     def error(self, message: str) -> NoReturn:
         """Raises ValueError, where argparse would print the usage and end the program."""
-        raise ValueError(f"{message[0].upper()}{message[1:]}; --help lists the flags.")
+        raise ValueError(f"{message[0].upper()}{message[1:]}; --help all lists the flags.")
 
     def parse(
         self,
@@ -354,12 +357,16 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, UniqueKeys)
 
 
+class ListItem(str):
+    """An item of a list, which for an `ArgumentParser` is no flag, whatever it begins with."""
+
+
 def as_flags(values: Mapping[str, Any]) -> list[str]:
     """The flags that say the same as these settings, by name; `None` and an empty list are not given."""
     flags: list[str] = []
     for name, value in values.items():
         if isinstance(value, list | tuple):
-            flags += [f"--{name}", *map(str, value)] if value else []
+            flags += [f"--{name}", *map(ListItem, value)] if value else []
         elif isinstance(value, dict):
             flags.append(f"--{name}={yaml.safe_dump(value, default_flow_style=True)}")
         elif value is not None:

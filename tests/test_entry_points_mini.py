@@ -62,6 +62,18 @@ def test_a_flag_wins_over_the_file(tmp_path: Path) -> None:
     assert from_yaml(tmp_path, text, *flags) == Example(4, ["z"], "f", False)
 
 
+def test_an_item_of_a_list_that_looks_like_a_flag_is_none(tmp_path: Path) -> None:
+    text = "names: [-x, --steps=3, --fast]\nfast: true\n"
+    assert from_yaml(tmp_path, text) == Example(names=["-x", "--steps=3", "--fast"], fast=True)
+    with pytest.raises(ValueError, match="There is no flag '-x'"):
+        from_yaml(tmp_path, "", "--names", "a", "-x")
+
+
+def test_a_mistake_names_the_flag_that_shows_all() -> None:
+    with pytest.raises(ValueError, match=r"invalid int value: 'x'; --help all lists the flags\."):
+        parse_training(["--seed", "x"])
+
+
 def test_a_key_of_yaml_that_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"is not valid YAML: 'steps' stands there a second time .*line 3, column 1"):
         from_yaml(tmp_path, "steps: 3\nfolder: f\nsteps: 4\n")

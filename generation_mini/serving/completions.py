@@ -10,7 +10,7 @@ from openai.types import Completion, CompletionChoice, CompletionUsage
 from openai.types.completion_choice import Logprobs
 from transformers.cli.serving import completion
 
-from ..text_generation import check_characters
+from ..text_generation import IncrementalDetokenizer, check_characters
 from .generating import limit_to_context
 from .requests import MOST_CHOICES, MOST_TOKENS, Checked, as_list, number_in, wrong_input_is_refused
 
@@ -155,9 +155,10 @@ class Answer:
             logits = self.model(torch.tensor([ids], device=self.model.device), use_cache=False).logits[0]
         scores = logits.float().log_softmax(-1).cpu()  # (length, vocabulary), of the token that follows
         table = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[] if count else None, text_offset=[])
+        before = IncrementalDetokenizer(self.tokenizer)
         for position in range(begin, len(ids)):
-            # Of a character, the first bytes are not a character yet.
-            offset = len(self.tokenizer.decode(ids[begin:position], skip_special_tokens=True).rstrip("\ufffd"))
+            offset = len(before.text)  # in whole characters
+            before.add(ids[position])
             if offset >= len(text):
                 break
             table.tokens.append(self.tokenizer.decode([ids[position]]))
