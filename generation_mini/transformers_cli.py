@@ -82,7 +82,7 @@ def add_mini() -> None:
 def check(argv: list[str]) -> None:
     """
     Raises:
-        ValueError: if `serve` is given a folder without a model, or `chat` a server that is not there.
+        ValueError: if `serve` is given a folder without a model, or `chat` a server that is not there or no address.
     """
     command, name, *others = argv if len(argv) > 1 else [*argv, ""]
     if command == "serve" and (name in BOX or Path(name).is_dir()):
@@ -93,6 +93,8 @@ def check(argv: list[str]) -> None:
         server = others[0] if others and others[0].startswith("http") else DEFAULT_SERVER
         try:
             httpx2.get(urljoin(server, "/health"))
+        except (httpx2.InvalidURL, ValueError) as error:
+            raise ValueError(f"{server!r} is no address of a server: {error}.") from None
         except httpx2.TransportError:
             raise ValueError(
                 f"No server answers at {server}: start it in another terminal by `mini-transformers serve {name}`, and "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cards_mini import CARD, PROMPT
 from entry_points_mini import quiet_libraries
-from files_mini import MODEL_CONFIG
+from files_mini import MODEL_CONFIG, read_json_lines
 from modeling_mini.export import export
 from rich.console import Console
 
@@ -189,16 +189,9 @@ def check_base(hub: Hub, staged: Staged) -> None:
 
 def prompt_of(run: Path | None) -> str:
     """What the run let its model continue, or a word."""
-    path = run / "samples.jsonl" if run is not None else None
-    if path is not None and path.is_file():
-        for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines()):
-            try:
-                prompt = json.loads(line)["prompt"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                continue
-            if isinstance(prompt, str):
-                return prompt
-    return PROMPT
+    samples = read_json_lines(run / "samples.jsonl") if run is not None else []
+    prompts = [sample["prompt"] for sample in samples if isinstance(sample.get("prompt"), str)]
+    return prompts[-1] if prompts else PROMPT
 
 
 def ask_for_license() -> str | None:

@@ -540,6 +540,12 @@ def test_chat_before_the_server_is_there() -> None:
         assert "`mini-transformers serve runs/mine`" in done.stderr
 
 
+@pytest.mark.parametrize("address", ["http://localhost:port", "http://[x"])
+def test_chat_with_what_is_no_address(address: str) -> None:
+    with pytest.raises(ValueError, match=rf"^'{re.escape(address)}' is no address of a server: Invalid .*\.$"):
+        transformers_cli.check(["chat", "runs/mine", address])
+
+
 def test_what_is_no_model(tmp_path: Path) -> None:
     result = subprocess.run(
         [fork_server.python(), *COMMAND, "serve", str(tmp_path)],

@@ -232,6 +232,8 @@ def test_damaged_lines_of_a_run_are_passed_over(quick_run: Path, tmp_path: Path)
     assert card_of(run) == before and "It has read" in before
     (run / "samples.jsonl").write_bytes(b'{"prompt": "A"}\n[1]\n3\n{"prompt": 3}\n\xff')
     assert prompt_of(run) == "A"
+    (run / "samples.jsonl").write_text('{"prompt": "A"}\n{"prompt": "B\u2028C"}\n')
+    assert prompt_of(run) == "B\u2028C", "which is no end of a line"
 
 
 @pytest.mark.parametrize(
