@@ -4,14 +4,18 @@ export const canLook = true;
 
 export async function load() {}
 
-async function post(path, request, signal) {
-  let response;
+// What browsers say of a broken connection ("Failed to fetch", "network error") does not help anybody.
+async function received(answer, signal) {
   try {
-    response = await fetch(path, { method: "POST", body: JSON.stringify(request), signal });
+    return await answer;
   } catch (error) {
     if (signal?.aborted) throw error;
     throw new Error("The server does not answer: it has ended, or the network is down.");
   }
+}
+
+async function post(path, request, signal) {
+  const response = await received(fetch(path, { method: "POST", body: JSON.stringify(request), signal }), signal);
   if (!response.ok) {
     const { error } = await response.json().catch(() => ({}));
     throw new Error(error ?? `The server answers with error ${response.status}.`);
@@ -25,7 +29,7 @@ export async function* write(request, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const { value, done } = await reader.read();
+    const { value, done } = await received(reader.read(), signal);
     if (done) break;
     const lines = (rest + value).split("\n");
     rest = lines.pop();

@@ -2,12 +2,12 @@
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import uvicorn
-from generation_mini.demo import listen
+from generation_mini.demo import listen, server
 from generation_mini.demo.server import make_app
 from generation_mini.demo.writing import Author
 from helpers import browser
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium h
 def served(author: Author) -> Iterator[str]:
     port = free_port()
     held = listen("127.0.0.1", port)
-    server = uvicorn.Server(uvicorn.Config(make_app(author, "a model"), log_level="warning"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [held]})
+    program = uvicorn.Server(uvicorn.Config(make_app(author, "a model"), log_level="warning"))
+    thread = threading.Thread(target=program.run, kwargs={"sockets": [held]})
     thread.start()
     try:
         yield f"http://127.0.0.1:{port}/"
     finally:
-        server.should_exit = True
+        program.should_exit = True
         thread.join()
 
 
@@ -160,6 +160,21 @@ def test_a_server_that_has_ended_is_said_in_a_sentence(author: Author, opened: O
         found.page.wait_for_function("document.querySelector('#problem').textContent !== ''")
         assert found.page.inner_text("#problem").startswith("The server does not answer: it has ended,")
         assert text and found.page.is_enabled("#write")
+
+
+def test_a_connection_that_breaks_in_the_middle_is_said_in_a_sentence(
+    author: Author, opened: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def break_off(views: object) -> AsyncIterator[str]:
+        yield '{"notice": "It begins."}\n'
+        raise OSError("the server ends")
+
+    monkeypatch.setattr(server, "lines_of", break_off)
+    with served(author) as url, opened(url) as found:
+        found.page.wait_for_selector("#write:enabled")
+        found.page.click("#write")
+        found.page.wait_for_function("document.querySelector('#problem').textContent !== ''")
+        assert found.page.inner_text("#problem").startswith("The server does not answer: it has ended,")
 
 
 def test_two_visitors_write_one_after_the_other(author: Author, opened: Opener) -> None:
