@@ -104,10 +104,12 @@ class OneByOne(utils.GenerateManager):
                     decoded += len(item)
                     item = text.feed(item)
                 elif is_end:
-                    ids, rest = await watched.ids, ""
-                    if settings.get("response_parser") is None:
+                    ids = await watched.ids
+                    rest = ""
+                    if settings.get("response_parser") is None:  # which would make other items of the tokens
                         rest = text.feed(processor.decode(ids, skip_special_tokens=True)[decoded:])
-                    if rest := rest + text.rest():
+                    rest += text.rest()
+                    if rest:
                         passed_on.put_nowait(rest)
                     if text.is_stopped or ends_by_itself(ids, gen_config):
                         gen_config.max_new_tokens = None
