@@ -209,8 +209,10 @@ class TokenStream:
             ValueError: if nothing is left to train on.
         """
         pieces: list[np.ndarray] = []
-        while sum(map(len, pieces)) < tokens and self._next_document():
+        count = 0
+        while count < tokens and self._next_document():
             pieces.append(self._ids)
+            count += len(self._ids)
         self._held_out = len(pieces)
         if not pieces or not self._next_document():
             raise ValueError(
@@ -252,13 +254,23 @@ class TokenStream:
         return {"epoch": self.epoch, "records": self._at_document, "used": self._used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
+        """
+        Goes to a position.
+
+        Raises:
+            ValueError: if the document that the position is in has become shorter, or is not there any more.
+        """
         self._begin(state["records"])
         if state["records"] is None:
             self._skip_held_out()
         else:
             self._next_document()
             self._used = state["used"]
+            if self._used > len(self._ids):
+                raise ValueError(
+                    f"The data of {self.name!r} has changed: the document in which the run stood is shorter now, or "
+                    f"is not there. Give the data as it was, or begin a new run."
+                )
         self.epoch = state["epoch"]
 
 

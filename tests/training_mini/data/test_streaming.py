@@ -66,6 +66,17 @@ def test_position_is_exact(folder: Path, read: int) -> None:
     assert third.read(50).tolist() == other.read(50).tolist()
 
 
+@pytest.mark.parametrize("last", [[], ["x"]], ids=["gone", "shorter"])
+def test_a_position_in_text_that_has_changed_is_refused(folder: Path, last: list[str]) -> None:
+    """It is there no more, and to look for it would never end."""
+    ids, stream = all_ids(), open_corpus(folder).train
+    stream.read(len(ids) - 3 - (ids.index(2, 99) + 1))  # all but the end of the last document
+    position = json.loads(json.dumps(stream.state_dict()))
+    (folder / "2.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS[40:59], *last]))
+    with pytest.raises(ValueError, match=r"data' has changed: the document in which the run stood is shorter now"):
+        open_corpus(folder).train.load_state_dict(position)
+
+
 def make(folder: Path, batch_size: int = 4, parts: int = 1) -> StreamBatches:
     corpus = open_corpus(folder, parts=parts)
     return StreamBatches((corpus.train, *corpus.other_parts), Collator(16, 1), batch_size, seed=3)
