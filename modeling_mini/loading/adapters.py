@@ -16,14 +16,17 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-def base_of_adapter(adapter: str) -> str:
+def base_of_adapter(adapter: str, config: "PeftConfig | None" = None) -> str:
     """
     The model that an adapter says it was trained on.
+
+    Args:
+        config: that of the adapter, if it was read before.
 
     Raises:
         ValueError: if there is no adapter, if peft does not know its type, or if it names no model.
     """
-    if not (base := config_of_adapter(adapter).base_model_name_or_path):
+    if not (base := (config or config_of_adapter(adapter)).base_model_name_or_path):
         raise ValueError(
             f"The adapter {adapter!r} does not say which model it belongs to: name that by --model, and the adapter by "
             f"--adapter."
@@ -56,7 +59,12 @@ def config_of_adapter(adapter: str) -> "PeftConfig":
 
 
 def with_adapter(
-    model: PreTrainedModel, adapter: str, merge_quantized: bool = False, vocabulary: int = 0, merge: bool = True
+    model: PreTrainedModel,
+    adapter: str,
+    merge_quantized: bool = False,
+    vocabulary: int = 0,
+    merge: bool = True,
+    config: "PeftConfig | None" = None,
 ) -> PreTrainedModel:
     """
     A model with an adapter in it. The adapter is merged into the weights, so that generating is as fast as without it.
@@ -67,13 +75,14 @@ def with_adapter(
         merge_quantized: merge into quantized weights too, which rounds what the adapter has learned.
         vocabulary: how many tokens the tokenizer of the adapter has, if it brings one.
         merge: whether to merge where that is possible.
+        config: that of the adapter, if it was read before.
 
     Raises:
         ValueError: if the adapter cannot be read, or does not fit the model.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
-    config = config_of_adapter(adapter)
+    config = config or config_of_adapter(adapter)
     base = config.base_model_name_or_path
     trained_on = f", which was trained on {base!r}," if base else ""
     misfit = f"The adapter {adapter!r}{trained_on} does not fit {model.name_or_path!r}"

@@ -56,8 +56,10 @@ def load_model(
         checkpoint, adapter = None, checkpoint
     if adapter is not None and (adapter in BOX or Path(adapter).is_dir()):
         adapter = find_checkpoint(adapter)
+    # What is no adapter is refused before any loading.
+    adapter_config = config_of_adapter(adapter) if adapter is not None else None
     if checkpoint is None:
-        named = base_of_adapter(adapter)
+        named = base_of_adapter(adapter, adapter_config)
         try:
             base, tokenizer = load_checkpoint(find_checkpoint(named), **loading)
         except ValueError as error:
@@ -66,8 +68,6 @@ def load_model(
                 f"it by --model and the adapter by --adapter. {error}"
             ) from None
     else:
-        if adapter is not None:
-            config_of_adapter(adapter)  # refuses what is no adapter, before any loading
         base, tokenizer = load_checkpoint(checkpoint, **loading)
     if adapter is None:
         return base, tokenizer
@@ -79,7 +79,7 @@ def load_model(
         own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
         if len(own) > len(tokenizer):  # tokens were added before it was trained
             tokenizer, vocabulary = own, len(own)
-    return with_adapter(base, adapter, merge_quantized, vocabulary, merge), tokenizer
+    return with_adapter(base, adapter, merge_quantized, vocabulary, merge, adapter_config), tokenizer
 
 
 def has_tokenizer(adapter: str) -> bool:

@@ -115,6 +115,15 @@ def test_every_way_to_load_an_adapter_gives_the_same(name: str, base: Path, adap
     assert torch.equal(logits(unloaded), logits(merged)) and torch.equal(write(unloaded, "fast"), tokens)
 
 
+def test_the_configuration_of_an_adapter_is_read_once(base: Path, adapters: dict[str, Path]) -> None:
+    """On the Hub, each time would be a request."""
+    read = peft.PeftConfig.from_pretrained
+    for model, adapter in ((None, adapters["lora"]), (base, adapters["lora"]), (adapters["lora"], None)):
+        with mock.patch.object(peft.PeftConfig, "from_pretrained", side_effect=read) as reading:
+            load_model(*(None if each is None else str(each) for each in (model, adapter)))
+        assert reading.call_count == 1, (model, adapter)
+
+
 def test_dora_by_the_code_of_a_checkpoint(base: Path, adapters: dict[str, Path]) -> None:
     remote = get_class_from_dynamic_module("modeling_mini.MiniForCausalLM", base).from_pretrained(base)
     assert not isinstance(remote, MiniForCausalLM)
