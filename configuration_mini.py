@@ -179,6 +179,10 @@ class MiniConfig(MiniShape, PreTrainedConfig):
         rotary_dim = int(self.head_dim * share) if self.head_dim is not None else 0
         if not 0 < share <= 1 or (self.head_dim is not None and rotary_dim < 2):
             raise ValueError(f"partial_rotary_factor must be in (0, 1] and leave at least two features, got {share}.")
+        if rope["rope_type"] == "dynamic" and rotary_dim == 2:
+            raise ValueError(
+                "head_dim or partial_rotary_factor must be larger: rope_type dynamic needs two pairs of features."
+            )
         for name in ("short_factor", "long_factor"):
             if name in rope and len(rope[name]) != rotary_dim // 2:
                 raise ValueError(f"{name} must have {rotary_dim // 2} numbers, one for each pair of rotary features.")

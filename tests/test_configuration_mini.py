@@ -106,6 +106,7 @@ ROPE_THAT_CANNOT_WORK = {
     "factor of 0": rope("linear", factor=0),
     "negative factor": rope("dynamic", factor=-1.0),
     "factor that is text": rope("yarn", factor="abc", original_max_position_embeddings=128),
+    "dynamic with one pair": {"head_dim": 2, **rope("dynamic", factor=2.0)},
     "no original context": rope("yarn", factor=2.0, original_max_position_embeddings=0),
     "beta that is text": rope("yarn", factor=2.0, original_max_position_embeddings=128, beta_fast="a"),
     "frequency that is text": rope(

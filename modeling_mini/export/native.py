@@ -67,6 +67,8 @@ def native_config(config: MiniConfig) -> PreTrainedConfig:
             raise unequal(config, "head_dim", "in StableLM it is hidden_size / num_attention_heads")
         if proportional and not turns_whole_heads:
             raise unequal(config, "partial_rotary_factor", "StableLM cannot have that with proportional frequencies")
+        if not proportional and int(config.head_dim * share) % 2:
+            raise unequal(config, "partial_rotary_factor", "StableLM cannot turn an odd number of features")
         fields["rope_parameters"]["partial_rotary_factor"] = share  # the default would be a quarter
         return StableLmConfig(layer_norm_eps=config.norm_eps, **fields)
 

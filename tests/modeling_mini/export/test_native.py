@@ -149,6 +149,7 @@ def test_every_preset_has_a_native_class(name: str) -> None:
         ("hidden_size", {"norm_type": "rmsnorm", "hidden_size": 65, "head_dim": 16}),
         ("partial_rotary_factor", {"norm_type": "rmsnorm", "rope_parameters": HALF_TURNED}),
         ("partial_rotary_factor", {"rope_parameters": HALF_TURNED | {"rope_type": "proportional"}}),
+        ("partial_rotary_factor", {"rope_parameters": HALF_TURNED | {"partial_rotary_factor": 0.2}}),
     ],
 )  # fmt: skip
 def test_what_no_class_equals_is_refused_by_its_field(field: str, fields: dict[str, Any]) -> None:
