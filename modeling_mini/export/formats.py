@@ -44,7 +44,11 @@ class GgufOptions(Settings):
 class OnnxOptions(Settings):
     """What to write beside the model as it is."""
 
-    q8: bool = option(False, "also a copy with matrices of 8 bits, a quarter of the size: onnx/model_quantized.onnx")
+    q8: bool = option(
+        False,
+        "also a copy with matrices of 8 bits, onnx/model_quantized.onnx: a quarter of the size of a larger model, and "
+        "more where the vocabulary is large, because the embedding stays as it is",
+    )
     node_modules: str | None = option(
         None,
         "folder where npm installed @huggingface/transformers: what the page needs of it is copied beside the page",

@@ -3,6 +3,7 @@ The page on which a model writes. It runs at two places: generation_mini/demo ha
 computes in the browser. Each brings a `writer.js`, which is all that the page knows of where the model is.
 """
 
+import contextlib
 import html
 import json
 from pathlib import Path
@@ -72,10 +73,14 @@ def sentences(card: Card, model: PreTrainedModel, is_chat: bool) -> list[str]:
         f"A language model of {model.num_parameters():,} parameters{on}.",
         f"{manner}, and sees at most {context:,} tokens at once." if context else f"{manner}.",
     ]
-    figures = {
-        metric["type"]: metric["value"]
-        for index in card.metadata.get("model-index", []) for result in index["results"] for metric in result["metrics"]
-    }  # fmt: skip
+    figures = {}
+    with contextlib.suppress(AttributeError, KeyError, TypeError):  # people may have written anything there
+        figures = {
+            metric["type"]: metric["value"]
+            for index in card.metadata.get("model-index", [])
+            for result in index["results"]
+            for metric in result["metrics"]
+        }
     if isinstance(bits := figures.get("bits_per_byte"), int | float):
         compressor = next(iter(reversed(facts.compressors.items())), None)
         than = f"; {compressor[0]} -9 needs {compressor[1]:.2f}" if compressor else ""

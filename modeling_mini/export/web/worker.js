@@ -201,7 +201,7 @@ async function write(request) {
       const maker = new PieceMaker();
       const read = ids.flatMap((id, i) => maker.add(factsOf(id, rowOf(i)))).concat(maker.finish());
       postMessage({ read: { ids: [...ids], pieces: request.messages ? undefined : read } });
-      if (isNewWindow) postMessage({ notice: longPrompt(promptLength) });
+      if (isNewWindow) postMessage({ notice: longPrompt(promptLength, promptLength - window.dropped) });
     }
     if (isNewWindow) {
       flush();
@@ -222,8 +222,8 @@ async function write(request) {
   postMessage({ end: { reason, tokens: written, seconds: (performance.now() - started) / 1000 } });
 }
 
-const longPrompt = (length) =>
-  `The prompt has ${length} tokens and the context ${context}: only the last ${(context >> 1) - 1} tokens are used.`;
+const longPrompt = (length, kept) =>
+  `The prompt has ${length} tokens and the context ${context}: only the last ${kept} tokens are used.`;
 
 onmessage = ({ data }) => {
   isStopped = data.stop ?? false;

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from cards_mini import CARD, Facts, render
+from cards_mini import CARD, Card, Facts, render
 from configuration_mini import MiniConfig
 from filelock import FileLock
 from generation_mini.arguments import GenerationArguments
@@ -32,6 +32,7 @@ from modeling_mini.export.__main__ import run
 from modeling_mini.export.onnx import TRANSFORMERS_JS, VENDORED, empty_cache, largest_difference
 from modeling_mini.export.onnx_graph import ACTIVATIONS, build_graph
 from modeling_mini.loading.checkpoints import load_model
+from modeling_mini.web import sentences
 from onnx_ir import to_proto
 from tokenization import CHAT_TEMPLATE, ByteTokenizer, CharTokenizer, encode_messages
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -232,6 +233,12 @@ def test_the_page_of_a_merged_adapter_describes_the_adapter(checkpoint: Path, tm
     assert '"Take two eggs"' in page
 
 
+def test_a_page_goes_without_figures_that_are_written_in_another_form() -> None:
+    for figures in (None, "0.9", [{"name": "a model"}], [{"results": [{"metrics": [{"type": "accuracy"}]}]}]):
+        lines = sentences(Card({"model-index": figures}, Facts(), ""), make_model(), is_chat=False)
+        assert lines[1:] == ["It continues what you write, and sees at most 48 tokens at once."]
+
+
 def test_eight_bits(checkpoint: Path, exported: Path) -> None:
     exact, quantized = exported / "onnx" / "model.onnx", exported / "onnx" / "model_quantized.onnx"
     model = MiniForCausalLM.from_pretrained(checkpoint)
@@ -275,6 +282,20 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert (
         f"npm/@huggingface/transformers@{TRANSFORMERS_JS}/dist/transformers.min.js" in (out / "worker.js").read_text()
     )
+
+
+def test_a_model_whose_frequencies_change_with_the_text_is_compared_call_by_call(tmp_path: Path) -> None:
+    model = make_model(**CONFIGS["longrope"])
+    (tmp_path / "model.onnx").write_bytes(to_proto(build_graph(model)).SerializeToString())
+    assert largest_difference(model, tmp_path / "model.onnx") < 1e-5
+
+
+def test_the_size_of_eight_bits_is_a_share_of_all_files(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(onnx, "LARGEST_FILE", 100_000)
+    out = export("onnx", checkpoint, tmp_path / "out", q8=True)
+    share = int(re.search(r"`model_quantized\.onnx` \((\d+)% of the size\)", (out / "README.md").read_text())[1])
+    quantized, *exact = (out / "onnx" / f"model{rest}" for rest in ("_quantized.onnx", ".onnx", ".onnx_data"))
+    assert share == round(100 * quantized.stat().st_size / sum(file.stat().st_size for file in exact))
 
 
 def test_bad_input(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
