@@ -97,6 +97,8 @@ def draw_activations(
         axes = figure.subplots(2, 3).flat
         for axis, (field, (name, scale)) in zip(axes, panels.items(), strict=False):
             for suffix, (label, color, marker) in KINDS.items():
+                if f"layers.0{suffix}" not in activations:  # blocks of others may have other parts
+                    continue
                 values = [getattr(activations[f"layers.{layer}{suffix}"], field) for layer in range(layers)]
                 axis.plot(range(layers), values, color=color, marker=marker, markersize=4, label=label, **line)
             axis.set_title(name, loc="left", fontsize=9)

@@ -21,7 +21,7 @@ from modeling_mini.analysis import (
 from modeling_mini.analysis.activations import ActivationRecorder
 from modeling_mini.analysis.figures import figure_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 SIZES = {
     "hidden_size": 32,
@@ -259,6 +259,15 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
         rgb = torch.tensor([int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)])
         assert ((torch.from_numpy(pixels) - rgb).abs().amax(dim=-1) < 0.01).sum() > 200
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_picture_of_blocks_with_other_parts(tmp_path: Path) -> None:
+    shape = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    model, ids = PhiForCausalLM(PhiConfig(**shape, num_attention_heads=2, pad_token_id=0)), batch(1)
+    with record_activations(model) as recorder:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert "layers.0.mlp" in recorder.statistics() and "layers.0.mlp.hidden" not in recorder.statistics()
+    draw_activations(recorder.statistics(), gradient_norms(model), tmp_path / "activations.png")
 
 
 def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
