@@ -35,7 +35,7 @@ def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
     The tokenizer that was asked for; `None` for one that is learned from the text, once it is read.
 
     Raises:
-        ValueError: if no tokenizer can be loaded, or it has no token that ends a document.
+        ValueError: if no tokenizer can be loaded, or it has no tokenizer.json, or no token that ends a document.
     """
     if arguments.tokenizer in (None, "byte"):
         return ByteTokenizer()
@@ -48,6 +48,11 @@ def make_tokenizer(arguments: DataArguments) -> PreTrainedTokenizerBase | None:
             f"--tokenizer {arguments.tokenizer!r} is neither byte, char nor bpe, and no tokenizer could be loaded from "
             f"it ({' '.join(str(error).split())[:200]})."
         ) from None
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"The tokenizer {arguments.tokenizer!r} is a program in Python ({type(tokenizer).__name__}): Mini needs "
+            f"one that has a tokenizer.json."
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"The tokenizer {arguments.tokenizer!r} has no eos token to put between documents.")
     return tokenizer

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,8 @@ def own_corpus(
             raise ValueError("This run learns from data that Python gave it: resume it by train(..., data=...) again.")
         return load_corpus(arguments, max_eval_tokens, show_progress)
     datasets = sys.modules.get("datasets")  # an object of it can only be there if it was imported
-    if isinstance(data, str | bytes | dict):
+    can_be_read = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
+    if isinstance(data, str | bytes | Mapping) or not can_be_read:
         raise ValueError(
             f"data must be a datasets.Dataset or an iterable of token ids, got {type(data).__name__}: name a file by "
             f"dataset in the settings, or one split of a DatasetDict."
@@ -126,7 +127,12 @@ def arrays_of_ids(data: Iterable[Any], vocabulary: int) -> Iterator[np.ndarray]:
         return
     singles: list[int] = []
     for item in data:
-        ids = item["input_ids"] if isinstance(item, dict) else item
+        if isinstance(item, Mapping) and "input_ids" not in item:
+            raise ValueError(
+                f"The data has a record without input_ids ({', '.join(map(str, item))}): give texts and examples as a "
+                f"datasets.Dataset, or encode them."
+            )
+        ids = item["input_ids"] if isinstance(item, Mapping) else item
         if np.ndim(ids) == 0:
             singles.append(ids)
         if singles and (np.ndim(ids) or len(singles) == INTEGERS_AT_ONCE):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from training_mini.arguments import DataArguments
 from training_mini.data import encoding, formats
 from training_mini.data.corpus import Corpus, load_corpus
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 WORDS = "def return self value € größe 日本語 None \n    \n\n import numbers 1234 == (x) [i]: 'don't'".split(" ")
 
@@ -113,6 +113,12 @@ def test_vocabularies_that_cannot_be(load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is encoded and has a tokenizer of its own: leave out --tokenizer"):
         load(encoded.parent, tokenizer="bpe")
     assert all_ids(load(encoded.parent)) == all_ids(corpus)
+
+
+def test_a_tokenizer_in_python_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a program in Python \(ByT5Tokenizer\): Mini needs one that has"):
+        encoding.make_tokenizer(DataArguments(tokenizer=str(tmp_path)))
 
 
 def test_a_sample_is_bounded_and_lies_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,12 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset
 from helpers.runs import losses
+from tokenization import ByteTokenizer
 from training_mini import TrainingSettings, train
 from training_mini.arguments import DataArguments
 from training_mini.data.corpus import ExampleCorpus, StreamCorpus, TextCorpus
 from training_mini.data.own import OWN_DATA, own_corpus
+from transformers import BatchEncoding
 
 IDS = np.random.default_rng(0).integers(8, 264, 6000)
 ROWS = IDS.reshape(-1, 60)
@@ -55,9 +57,10 @@ def records() -> Iterator[dict[str, list[int]]]:
     "make",
     [
         Again, lambda: iter(ROWS), lambda: iter(IDS), lambda: ({"input_ids": torch.from_numpy(row)} for row in ROWS),
+        lambda: (BatchEncoding({"input_ids": row.tolist()}) for row in ROWS),
         lambda: IterableDataset.from_generator(records),
     ],
-    ids=["iterable", "iterator", "single ids", "records", "stream without named columns"],
+    ids=["iterable", "iterator", "single ids", "records", "what tokenizers give", "stream without named columns"],
 )  # fmt: skip
 def test_an_iterable_is_read_in_its_order_with_its_beginning_held_out(make: Callable[[], Iterable[Any]]) -> None:
     corpus = corpus_of(make())
@@ -109,6 +112,9 @@ def test_epochs_of_an_iterable_begin_anew_and_an_iterator_ends() -> None:
     [
         ("text.txt", "must be a datasets.Dataset or an iterable of token ids, got str"),
         (DatasetDict(), "one split of a DatasetDict"),
+        (ByteTokenizer()(["a", "b"]), "an iterable of token ids, got BatchEncoding"),
+        (lambda: iter(ROWS), "an iterable of token ids, got function"),
+        ([{"text": "a"}], r"has a record without input_ids \(text\): give texts and examples as a datasets.Dataset"),
         ([1.5, 2.5], "must be token ids, which are integers, got 1.5|must be token ids, which are integers"),
         (["a text"], "which are integers, got 'a text' .*: give texts as a datasets.Dataset, or encode them"),
         ([8, 264], "has the token id 264, and the tokenizer has 264"),
@@ -116,7 +122,10 @@ def test_epochs_of_an_iterable_begin_anew_and_an_iterator_ends() -> None:
         ([8], "has 1 token ids, too few"),
         (iter([[8, 9]]), "has no more than the 600 tokens to hold out"),
     ],
-    ids=["path", "splits", "floats", "texts", "too large", "negative", "too few", "too short"],
+    ids=[
+        *("path", "splits", "encoding", "function", "records of text", "floats", "texts", "too large", "negative"),
+        *("too few", "too short"),
+    ],
 )
 def test_what_is_no_data_is_one_sentence(data: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
