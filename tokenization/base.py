@@ -157,10 +157,10 @@ class MiniTokenizer(TokenizersBackend):
                 token_bytes[i] = token.content.encode("utf-8")
         return token_bytes
 
-    @property
+    @functools.cached_property
     @abstractmethod
     def _vocabulary_bytes(self) -> list[bytes]:
-        """As `token_bytes`, without the added tokens."""
+        """As `token_bytes`, without the added tokens. A corpus of short documents is decoded in thousands of calls."""
 
     def bytes_per_token(self) -> np.ndarray:
         """The number of bytes of text that each id stands for, `(len(self),)`; 0 for special tokens."""

@@ -49,7 +49,7 @@ class ByteLevelTokenizer(MiniTokenizer):
         encoder.backend.pre_tokenizer.add_prefix_space = False
         return dataclasses.replace(encoder, first_byte_id=FIRST_BYTE_ID)
 
-    @property
+    @functools.cached_property
     def _vocabulary_bytes(self) -> list[bytes]:
         tokens = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
         special = [b""] * len(SPECIAL_TOKENS)

@@ -175,7 +175,7 @@ class CharTokenizer(MiniTokenizer):
             table[ord(character)] = FIRST_CHARACTER_ID + i
         return table
 
-    @property
+    @functools.cached_property
     def _vocabulary_bytes(self) -> list[bytes]:
         """Unknown characters come back as U+FFFD."""
         special = [b""] * FIRST_CHARACTER_ID

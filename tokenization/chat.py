@@ -9,6 +9,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 # Unicode promises that these are in no text. One of them splits what would otherwise be read as a special token.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+HALF_OF_A_CHARACTER = re.compile("[\ud800-\udfff]")
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 
 
@@ -69,16 +70,18 @@ def text_of(content: Any) -> str:
     The text of a message: its content, or that of the parts which that has.
 
     Raises:
-        ValueError: if the content is neither text nor parts of the type text alone.
+        ValueError: if the content is neither text nor parts of the type text alone, or has half of a character.
     """
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, Sequence):
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, Sequence):
         raise ValueError(f"A message needs a content: text, or a list of parts of the type text; got {content!r:.80}.")
-    for part in content:
+    for part in parts:
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ValueError(f"A message is text, and a part of it that is not cannot be read: {part!r:.80}.")
-    return "".join(part["text"] for part in content)
+    text = "".join(part["text"] for part in parts)
+    if half := HALF_OF_A_CHARACTER.search(text):  # programs that cut a text leave it in JSON
+        raise ValueError(f"A message has half of a character, U+{ord(half[0]):04X}, at character {half.start() + 1}.")
+    return text
 
 
 def marks_the_assistant(tokenizer: PreTrainedTokenizerBase) -> bool:
