@@ -7,6 +7,7 @@ conversation too. TRL uses the same forms.
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,7 +105,13 @@ def encode_example(
             prompt, completion = check_messages(name, prompt), check_messages(name, completion)
             ids, _ = encode_messages(tokenizer, prompt + completion)
             begun, _ = encode_messages(tokenizer, prompt, add_generation_prompt=True)
-            return ids, [number >= len(begun) for number in range(len(ids))]
+            same = sum(itertools.takewhile(bool, (a == b for a, b in zip(ids, begun, strict=False))))
+            if same < len(begun) - 1:  # the last id may have merged with the completion
+                raise ValueError(
+                    "the chat template writes the prompt in another way where a completion follows, so nobody knows "
+                    "where that begins: give the record as messages."
+                )
+            return ids, [number >= same for number in range(len(ids))]
     except ValueError as error:
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     if not isinstance(prompt, str) or not isinstance(completion, str):
@@ -118,6 +125,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text, without special tokens. Text that looks like a special token stays text."""
     if isinstance(tokenizer, MiniTokenizer):
         return tokenizer.encode_corpus(text.encode("utf-8", "replace")).tolist()
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half of a character, as above
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
@@ -180,6 +188,7 @@ def write_examples(
     beginning = tokenizer("").input_ids
     lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
     ends: set[int] = set()
+    is_chat = False
     with contextlib.ExitStack() as stack:
         writers = {
             split: [
@@ -193,6 +202,7 @@ def write_examples(
             for writer, values in zip(writers[split], (ids, mask), strict=True):
                 writer.write(np.array(values, dtype=writer.dtype))
             lengths[split].append(len(ids))
+            is_chat = kind == "messages" or isinstance(record[1].get("prompt"), list)
             advance(1)
             if True in mask:
                 ends.add(ids[len(ids) - 1 - mask[::-1].index(True)])
@@ -205,6 +215,7 @@ def write_examples(
         np.save(folder / f"{split}-ends.npy", np.cumsum(lengths[split]))
     return {
         "kind": kind,
+        "is_chat": is_chat,
         "dtype": id_dtype.name,
         "has_assistant_mask": kind == "completion" or marks_the_assistant(tokenizer),
         # The last id of a turn, if it is a special token, as in every known chat template.

@@ -9,7 +9,6 @@ depend on the size of the corpus.
 import dataclasses
 import hashlib
 import json
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,8 +17,16 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from files_mini import read_json, replace_folder, write_text
-from tokenization import CHAT_TEMPLATE, MiniTokenizer, encode_messages, joins_last_space, load_tokenizer
+from files_mini import new_folder, read_json, write_text
+from tokenization import (
+    CHAT_TEMPLATE,
+    EOS_ID,
+    CharTokenizer,
+    MiniTokenizer,
+    encode_messages,
+    joins_last_space,
+    load_tokenizer,
+)
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..arguments import Arguments, DataArguments
@@ -128,8 +135,10 @@ class TextCorpus(Corpus):
                 f"assistant_only_loss needs records with messages, or with prompt and completion, and "
                 f"{arguments.data.dataset!r} is text."
             )
-        separator = config.eos_token_id if arguments.data.document_attention else None
-        collator = Collator(config.max_position_embeddings, config.bos_token_id, separator)
+        # The tokenizer's, which stands after each document: the configuration of a trained model may have several ends.
+        end = self.tokenizer.eos_token_id
+        begin = next((i for i in (config.bos_token_id, self.tokenizer.bos_token_id) if i is not None), end)
+        collator = Collator(config.max_position_embeddings, begin, end if arguments.data.document_attention else None)
         ids = self.validation[: arguments.monitoring.max_eval_tokens or None]
         batches = self._training_batches(collator, arguments.optimization.train_batch_size, arguments.run.seed)
         return batches, HeldOutText(ids, self.bytes_per_token, collator)
@@ -141,7 +150,7 @@ class TextCorpus(Corpus):
         if not given and self.is_python:
             return [(python_prompt(self.tokenizer), ids_of_function(self.tokenizer))]
         given = given or self.beginnings(held_out)[:1] or ["\n"]
-        return [(prompt, self.tokenizer(prompt, verbose=False).input_ids) for prompt in given]
+        return [(prompt, ids_of_prompt(self.tokenizer, prompt)) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
         ids = self.validation[:READ_FOR_BEGINNINGS]
@@ -216,7 +225,7 @@ class ExampleCorpus(Corpus):
         if not given:
             return list(self._different_prompts(held_out, HELD_OUT_PROMPTS).items())
         if not self.is_chat:
-            return [(prompt, tokenizer(prompt, verbose=False).input_ids) for prompt in given]
+            return [(prompt, ids_of_prompt(tokenizer, prompt)) for prompt in given]
         conversations = [[{"role": "user", "content": prompt}] for prompt in given]
         ids = [encode_messages(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
         return list(zip(given, ids, strict=True))
@@ -233,10 +242,15 @@ class ExampleCorpus(Corpus):
             ids = held_out.collator.prompt(number)
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             if fits(text):
-                found.setdefault(text, ids.tolist())
+                found.setdefault(text, ids.tolist() or [self.tokenizer.eos_token_id])
             if len(found) == count:
                 break
         return found
+
+
+def ids_of_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The ids of a prompt; where nothing is written before an empty one, a text begins as after the end of another."""
+    return tokenizer(prompt, verbose=False).input_ids or [tokenizer.eos_token_id]
 
 
 def is_short_question(text: str) -> bool:
@@ -286,7 +300,9 @@ def load_corpus(
     if source is None and is_encoded(arguments):
         if arguments.tokenizer == "bpe":
             raise ValueError(f"{arguments.dataset!r} is encoded and has a tokenizer of its own: leave out --tokenizer.")
-        return open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
+        corpus = open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
+        check_encoded_by(corpus.tokenizer, arguments)
+        return corpus
     source = source or open_source(arguments)
     kind = kind_of(source, arguments.text_column)
     tokenizer = make_tokenizer(arguments)
@@ -305,19 +321,22 @@ def load_corpus(
         settings |= {"kind": kind, "chat_template": short_hash(str(template))}
     if arguments.encoding != "utf-8":
         settings["encoding"] = arguments.encoding
-    # How records are read is no setting of a run: one that began before it was written down can go on.
-    folder = cache / "corpora" / short_hash(json.dumps(settings) + source.read_as)
+    # How records are read is no setting of a run: one that began before it was written down can go on. Nor is the token
+    # that ends a document, which two tokenizers with the same vocabulary may choose otherwise.
+    end = "" if tokenizer is None or tokenizer.eos_token_id == EOS_ID else str(tokenizer.eos_token_id)
+    folder = cache / "corpora" / short_hash(json.dumps(settings) + source.read_as + end)
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / FACTS).is_file():
-            partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-            partial.mkdir()
-            encode_corpus(source, kind, tokenizer, arguments, settings, partial, show_progress)
-            replace_folder(partial, folder)
+            with new_folder(folder) as partial:
+                encode_corpus(source, kind, tokenizer, arguments, settings, partial, show_progress)
     corpus = open_corpus(source.name, folder)
-    is_python = source.found is not None and all(file.suffix == ".py" for file in source.found.files)
-    return dataclasses.replace(corpus, notes=notes_of(source, read_json(folder / FACTS)), is_python=is_python)
+    return dataclasses.replace(
+        corpus,
+        tokenizer=tokenizer or corpus.tokenizer,  # what was asked for may have another chat template than the first one
+        notes=notes_of(source, read_json(folder / FACTS)),
+        is_python=source.found is not None and all(file.suffix == ".py" for file in source.found.files),
+    )
 
 
 def notes_of(source: DocumentSource, facts: dict[str, Any]) -> tuple[str, ...]:
@@ -348,6 +367,21 @@ def size_of(number_of_bytes: int) -> str:
 def is_encoded(arguments: DataArguments) -> bool:
     """Whether the dataset is a folder of ids that were encoded before."""
     return (Path(arguments.dataset) / FACTS).is_file()
+
+
+def check_encoded_by(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> None:
+    """Raises ValueError if another tokenizer is named, or that of another model, than the one that encoded a folder."""
+    if arguments.tokenizer in (None, "byte"):  # nobody may have named it
+        return
+    asked_for = make_tokenizer(arguments)
+    is_same = isinstance(tokenizer, CharTokenizer)
+    if asked_for is not None:
+        is_same = asked_for.get_vocab() == tokenizer.get_vocab()
+    if not is_same:
+        raise ValueError(
+            f"{arguments.dataset!r} was encoded by another tokenizer than {arguments.tokenizer!r}: name the text "
+            f"itself by --dataset, so that it is encoded anew."
+        )
 
 
 def open_corpus(name: str, folder: Path) -> Corpus:
@@ -384,7 +418,7 @@ def read_corpus(name: str, folder: Path) -> Corpus:
             # The second is its name in corpora that were encoded before it was renamed.
             has_assistant_mask=facts.get("has_assistant_mask", facts.get("marks_what_is_said")),
             end_ids=tuple(facts["end_ids"]),
-            is_chat=facts["kind"] == "messages",
+            is_chat=facts.get("is_chat", facts["kind"] == "messages"),
             **about,
         )
     train = ShardedIds(folder, "train", facts["dtype"], facts["train_shards"])

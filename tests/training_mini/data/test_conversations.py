@@ -9,7 +9,7 @@ import pytest
 import torch
 import zstandard
 from modeling_mini import MiniConfig, MiniForCausalLM
-from tokenization import ByteTokenizer
+from tokenization import CHAT_TEMPLATE, ByteTokenizer
 from torch import nn
 from training_mini.arguments import DataArguments
 from training_mini.data.batches import NOT_LEARNED
@@ -63,6 +63,25 @@ def test_prompt_and_completion_as_messages(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [{"prompt": whole[:3], "completion": whole[3:]}] * 6)
     batch = collator_of(corpus, 16).make([0])
     assert TOKENIZER.decode(batch.targets[batch.targets != NOT_LEARNED]) == "d<|end|>"
+    ((_, ids),) = corpus.make_prompts(None, ["a"])
+    assert corpus.is_chat and TOKENIZER.decode(ids) == "<|bos|><|user|>a<|end|><|assistant|>"
+
+
+def test_a_prompt_that_is_written_otherwise_where_a_completion_follows_is_refused(tmp_path: Path) -> None:
+    """As by a template that begins the thoughts of a model: what is learned would begin in the midst of something."""
+    template = CHAT_TEMPLATE + "{%- if add_generation_prompt -%}think{%- endif -%}"
+    ByteTokenizer(chat_template=template).save_pretrained(tmp_path / "thinks")
+    turns = chat("a", "b")["messages"]
+    with pytest.raises(ValueError, match=r"jsonl record 1: the chat template writes the prompt in another way"):
+        corpus_of(tmp_path, [{"prompt": turns[:1], "completion": turns[1:]}] * 6, tokenizer=str(tmp_path / "thinks"))
+
+
+def test_an_empty_prompt_of_a_tokenizer_without_bos_is_an_end(tmp_path: Path) -> None:
+    """A model has to read something before it writes."""
+    ByteTokenizer(add_bos_token=False).save_pretrained(tmp_path / "bare")
+    corpus = corpus_of(tmp_path, [{"prompt": "", "completion": "x"}] * 6, tokenizer=str(tmp_path / "bare"))
+    held_out = HeldOutExamples(ExampleCollator(corpus.validation, 16, 0, True), corpus.bytes_per_token, 0)
+    assert corpus.make_prompts(held_out, []) == corpus.make_prompts(held_out, [""]) == [("", [2])]
 
 
 def test_every_token_is_learned_if_asked_for(tmp_path: Path) -> None:
@@ -199,6 +218,7 @@ def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of it that is not cannot be read"),
         ({"messages": [{"content": "x"}]}, "a message needs a role and a content that is text"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "has tool_calls, which are not"),
+        ({"messages": [{"role": "user", "content": "cut\ud83d"}]}, "has half of a character, U+D83D, at character 4"),
         ({"messages": [{"role": "bot", "content": "x"}]}, "must be system, user or assistant, got bot"),
         ({"prompt": "x", "completion": None}, "must have messages, or a prompt and a completion"),
         ({"prompt": 1, "completion": "x"}, "must have messages, or a prompt and a completion"),

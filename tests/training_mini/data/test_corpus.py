@@ -13,10 +13,19 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 import zstandard
 from helpers.programs import ROOT, run_program, start_program
-from tokenization import ByteTokenizer, CharTokenizer
-from training_mini.arguments import DataArguments
+from tokenization import SPECIAL_TOKENS, BpeTokenizer, ByteTokenizer, CharTokenizer
+from training_mini.arguments import (
+    AdapterArguments,
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    MonitoringArguments,
+    OptimizationArguments,
+    RunArguments,
+)
 from training_mini.data import corpus as corpus_module
 from training_mini.data import documents as documents_module
 from training_mini.data import formats as formats_module
@@ -25,7 +34,7 @@ from training_mini.data.corpus import Corpus, load_corpus
 from training_mini.data.formats import decoded
 from training_mini.data.packing import ExampleCollator, HeldOutExamples
 from training_mini.data.sources import open_source
-from transformers import tokenization_utils_base
+from transformers import LlamaConfig, tokenization_utils_base
 
 
 @pytest.fixture
@@ -374,6 +383,53 @@ def test_encoded_folder_is_a_dataset_anywhere(load, tmp_path: Path) -> None:
     (moved / "tokenizer" / "tokenizer.json").write_text("")
     with pytest.raises(ValueError, match=r"^The encoded text in '.*moved' is damaged: remove that folder, and encode"):
         load(moved)
+
+
+def test_text_that_cannot_be_encoded_leaves_nothing_in_the_cache(load, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"some text " * 1000 + b"\xff")
+    with pytest.raises(ValueError, match="is not valid UTF-8"):
+        load(tmp_path / "a.txt", tokenizer="char")
+    assert not [path for path in (cache / "corpora").iterdir() if path.is_dir()]
+
+
+def test_an_encoded_folder_goes_with_no_other_tokenizer(load, tmp_path: Path) -> None:
+    """A model would learn ids that mean something else to it."""
+    (tmp_path / "a.txt").write_text("some text " * 1000)
+    load(tmp_path / "a.txt")
+    encoded = next((tmp_path / "cache" / "corpora").glob("*/corpus.json")).parent
+    assert load(encoded, tokenizer=str(encoded / "tokenizer")).settings == load(encoded).settings
+    BpeTokenizer.train(["some text " * 9], 270).save_pretrained(tmp_path / "bpe")
+    for other in ("char", str(tmp_path / "bpe")):
+        with pytest.raises(ValueError, match=f"^'.*' was encoded by another tokenizer than '{other}': name the text"):
+            load(encoded, tokenizer=other)
+
+
+def test_two_tokenizers_of_one_vocabulary_keep_what_they_differ_in(load, tmp_path: Path) -> None:
+    """As those of a base model and of the model of instructions that was made of it."""
+    ByteTokenizer().save_pretrained(tmp_path / "base")
+    other = {"eos_token": "<|end|>", "extra_special_tokens": list(SPECIAL_TOKENS[2:]), "chat_template": "other"}
+    ByteTokenizer(**other).save_pretrained(tmp_path / "chats")
+    (tmp_path / "a.txt").write_text("some text " * 1000)
+    base, chats = (load(tmp_path / "a.txt", tokenizer=str(tmp_path / name)) for name in ("base", "chats"))
+    assert (base.validation[-1], chats.validation[-1]) == (2, 7)
+    assert (base.tokenizer.eos_token_id, chats.tokenizer.eos_token_id, chats.tokenizer.chat_template) == (2, 7, "other")
+    ByteTokenizer(chat_template="third").save_pretrained(tmp_path / "third")
+    assert load(tmp_path / "a.txt", tokenizer=str(tmp_path / "third")).tokenizer.chat_template == "third"
+
+
+def test_documents_end_and_windows_begin_as_the_tokenizer_says(load, tmp_path: Path) -> None:
+    """The configuration of a model of others may name several ends, and no beginning."""
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": "a" * i}) + "\n" for i in range(1, 60)))
+    corpus = load(tmp_path / "lines.jsonl")
+    arguments = Arguments(
+        *(ModelArguments(), AdapterArguments(), DataArguments(document_attention=True)),
+        *(OptimizationArguments(train_batch_size=4), MonitoringArguments(), RunArguments()),
+    )
+    config = LlamaConfig(bos_token_id=None, eos_token_id=[7, 2], max_position_embeddings=64)
+    (batch,) = corpus.make_batches(arguments, config)[0].micro_batches(0)
+    ends = batch.targets[:, :-1] == 2
+    assert ends.any() and torch.equal(batch.inputs["position_ids"][:, 1:] == 0, ends)
+    assert (batch.inputs["input_ids"][:, 0] == 1).all()
 
 
 def test_a_long_prompt_of_a_sample_is_no_warning(load, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
