@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,8 @@ SAMPLED_BYTES = 1 << 16
 BATCH_BYTES = 1 << 20
 # What one process encodes in so many seconds is not worth the start of others.
 ALONE_SECONDS = 3.0
+
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # as SentencePiece writes a byte
 
 Chunk = tuple[str, bytes | None]  # the split, and text that is encoded by itself; `None` at the end of a document
 
@@ -214,11 +217,15 @@ def number_of_processors() -> int:
 def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
     Bytes of text per id, `(len(tokenizer),)`, 0 for special tokens. Exact for bytes, characters and byte-level BPE, and
-    for tokens that were added; for others, the length of the decoded token.
+    for tokens that were added; for others, the length of what the token adds to decoded text.
     """
     if isinstance(tokenizer, MiniTokenizer):
         return tokenizer.bytes_per_token()
-    is_byte_level = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    decoder = str(tokenizer.backend_tokenizer.decoder)
+    is_byte_level, falls_back_to_bytes = "ByteLevel" in decoder, "ByteFallback" in decoder
+    # At the beginning of a text, the decoders of SentencePiece drop the space of a token such as "▁the".
+    before = tokenizer("a", add_special_tokens=False).input_ids[-1:]
+    length_before = len(tokenizer.decode(before).encode("utf-8"))
     added = tokenizer.added_tokens_decoder
     special = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     lengths = np.zeros(len(tokenizer), dtype=np.int64)
@@ -226,6 +233,10 @@ def bytes_per_token(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         if i in added:
             lengths[i] = len(added[i].content.encode("utf-8"))
         elif (token := tokenizer.convert_ids_to_tokens(i)) is not None:
-            # In the byte-level alphabet each character stands for one byte.
-            lengths[i] = len(token) if is_byte_level else len(tokenizer.decode([i]).encode("utf-8"))
+            if is_byte_level:  # each character stands for a byte
+                lengths[i] = len(token)
+            elif falls_back_to_bytes and BYTE_TOKEN.fullmatch(token):
+                lengths[i] = 1
+            else:
+                lengths[i] = len(tokenizer.decode([*before, i]).encode("utf-8")) - length_before
     return lengths

@@ -264,3 +264,17 @@ def test_bytes_of_added_tokens_of_characters() -> None:
     tokenizer.add_tokens(["日本"])
     lengths = encoding.bytes_per_token(tokenizer)
     assert lengths[tokenizer("a日本b", add_special_tokens=False).input_ids].tolist() == [1, 6, 1]
+
+
+def test_bytes_of_tokens_that_have_the_space_before_them() -> None:
+    """As Llama 2 and Gemma have them: alone, such a token is decoded without its space."""
+    merges = [("▁", "t"), ("▁t", "h"), ("▁th", "e"), ("▁", "a")]
+    tokens = ["</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrst", *map("".join, merges)]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    text = "aha, there and the é\n  these  "
+    assert encoding.bytes_per_token(tokenizer)[tokenizer(text).input_ids].sum() == len(text.encode())
