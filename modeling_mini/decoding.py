@@ -566,6 +566,7 @@ def decode(
     Args:
         reads_prompt: the compiled step of the model reads the prompt, too.
     """
+    input_ids = input_ids.long()  # the native step reads 64 bits, and transformers' loop gives them back
     batch, length = input_ids.shape
     mask, position_ids, cache = (model_kwargs.get(k) for k in ("attention_mask", "position_ids", "past_key_values"))
     pad_token = generation_config._pad_token_tensor

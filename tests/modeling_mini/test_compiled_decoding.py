@@ -246,6 +246,15 @@ def test_a_token_outside_of_the_vocabulary_is_no_address(pad_token_id: int, size
     assert sizes
 
 
+def test_token_ids_of_32_bits(compiled: MiniForCausalLM) -> None:
+    """As numpy makes them on some systems."""
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    expected = compiled.generate(PROMPT, **settings, fast_decoding=False)
+    for how in (True, "exact"):
+        written = compiled.generate(PROMPT.int(), **settings, fast_decoding=how)
+        assert written.dtype == torch.int64 and torch.equal(written, expected)
+
+
 def test_exact_is_decoded_without(sizes: list[int]) -> None:
     model = make_model()
     model.compile_decoding()
