@@ -16,7 +16,8 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
     The tokenizer of a checkpoint folder or Hub repository: one of Mini's own classes where it is such a one, so that it
     has the raw path for corpora, and otherwise what `AutoTokenizer` gives.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    # Or it would ask on the terminal whether code beside the tokenizer may run, such as that of a model in the folder.
+    tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
     if not tokenizer.is_fast:
         return tokenizer
     for kind in (ByteTokenizer, CharTokenizer, BpeTokenizer):

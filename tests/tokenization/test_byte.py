@@ -1,5 +1,6 @@
 """ByteTokenizer: frozen ids, exact decoding, and the raw path of corpora equal to the tokenizer itself."""
 
+import json
 import random
 import subprocess
 from pathlib import Path
@@ -152,6 +153,15 @@ def test_load_tokenizer_finds_the_class_again(tokenizer: ByteTokenizer, tmp_path
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.special_tokens_map == tokenizer.special_tokens_map
     assert set(SPECIAL_TOKENS) == set(loaded.all_special_tokens)
+
+
+def test_nobody_is_asked_about_code_beside_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ByteTokenizer().save_pretrained(tmp_path)
+    config = {"model_type": "own_kind", "auto_map": {"AutoConfig": "code.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    questions: list[str] = []
+    monkeypatch.setattr("builtins.input", questions.append)
+    assert type(load_tokenizer(tmp_path)) is ByteTokenizer and questions == []
 
 
 def test_load_tokenizer_leaves_others_as_they_are(tmp_path: Path) -> None:
