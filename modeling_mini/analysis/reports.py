@@ -251,9 +251,9 @@ def parse_memory(size: str) -> int:
     """`"24GiB"` or `"24GB"` in bytes; raises ValueError otherwise."""
     try:
         memory = convert_file_size_to_int(size)
-    except ValueError:
+    except (ValueError, OverflowError):
         memory = 0
-    if memory < 1:
+    if not 0 < memory < sys.maxsize:
         raise ValueError(f"device_memory must be a size with its unit, such as 24GiB or 500MB, got {size!r}.")
     return memory
 

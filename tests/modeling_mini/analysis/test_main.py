@@ -128,6 +128,10 @@ def test_no_cell_of_the_heads_breaks_in_two(width: int, heads: int, cell: str, m
             "cost --preset tiny --device_memory 24G",
             "device_memory must be a size with its unit, such as 24GiB or 500MB, got '24G'.",
         ),
+        *(
+            (f"cost --preset tiny --device_memory {size}GiB", "device_memory must be a size with its unit")
+            for size in ("1e30", "1e400")
+        ),
         ("cost --preset gpt2 --batch_size 1000000 --measure", "Measuring needs 105.9 TiB, and "),
         ("attention", "Give exactly one of --prompt and --text_file."),
         ("attention --prompt a --text_file corpus.txt", "Give exactly one of --prompt and --text_file."),
