@@ -55,10 +55,10 @@ def token_labels(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str
     One short label for each id. Usually it is the text of the token, with white space made visible. Where a token is
     only a part of a character, it is the bytes in hexadecimal; for a special token, the name without its brackets.
     """
-    labels = []
+    labels, special_ids = [], set(tokenizer.all_special_ids)
     for token_id, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
         text = tokenizer.decode([token_id])
-        if token_id in tokenizer.all_special_ids:
+        if token_id in special_ids:
             label = token.strip("<|>")
         elif "\N{REPLACEMENT CHARACTER}" in text and all(character in BYTE_OF_CHARACTER for character in token):
             label = " ".join(f"{BYTE_OF_CHARACTER[character]:02X}" for character in token)
