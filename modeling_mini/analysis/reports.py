@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..loading.checkpoints import load_checkpoint
+from ..loading.checkpoints import load_model
 from .activations import gradient_norms, record_activations
 from .arguments import ActivationsArguments, AttentionArguments, CostArguments
 from .attention import AttentionSummary, summarize_attention
@@ -203,9 +203,8 @@ def find_config(arguments: CostArguments) -> tuple[PreTrainedConfig, str]:
 
 
 def find_model(model: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The model, its tokenizer, and what people call them."""
-    checkpoint = find_checkpoint(model)
-    return *load_checkpoint(checkpoint), display_name(checkpoint)
+    """The model, with the adapter in it if it is the folder of one; its tokenizer; and what people call them."""
+    return *load_model(model), display_name(find_checkpoint(model))
 
 
 def find_windows(

@@ -174,8 +174,8 @@ def test_longest_prompt_fits(working_folder: Path) -> None:
 
 
 def test_figures_name_a_model_as_the_command_line_does(working_folder: Path) -> None:
-    names = {name: reports.find_model(name)[2] for name in ("runs/tiny-python-stdlib", "box")}
-    assert names == {"runs/tiny-python-stdlib": "tiny-python-stdlib", "box": "box"}
+    names = {name: reports.find_model(name)[2] for name in ("runs/tiny-python-stdlib", "box", "box-chat")}
+    assert names == {"runs/tiny-python-stdlib": "tiny-python-stdlib", "box": "box", "box-chat": "box-chat"}
 
 
 def test_help_names_commands_and_flags(capsys: pytest.CaptureFixture) -> None:
