@@ -156,13 +156,17 @@ class MiniConfig(MiniShape, PreTrainedConfig):
 
     def validate_rope(self) -> None:
         """The checks of transformers for each RoPE type, and as errors what it only warns of or does not look at."""
-        for name, value in (self.rope_parameters or {}).items():
+        parameters = self.rope_parameters or {}
+        needed = NEEDED_ROPE_NUMBERS
+        if parameters.get("rope_type") in ("linear", "dynamic", "llama3", "proportional"):  # others do without
+            needed += ("factor",)
+        for name, value in parameters.items():
             if name not in ROPE_NUMBERS:
                 continue
             is_list = name in ("short_factor", "long_factor")
             if is_list and not isinstance(value, list):
                 raise ValueError(f"{name} must be a list of numbers, got {value!r}.")
-            values = value if is_list else [value] if name in NEEDED_ROPE_NUMBERS or value is not None else []
+            values = value if is_list else [value] if name in needed or value is not None else []
             for number in values:
                 if isinstance(number, bool) or not isinstance(number, int | float):
                     raise ValueError(f"{name} of rope_parameters must be a number, got {number!r}.")

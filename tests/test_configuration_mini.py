@@ -104,6 +104,7 @@ ROPE_THAT_CANNOT_WORK = {
     "theta that is a list": {"rope_parameters": {"rope_type": "default", "rope_theta": [1, 2]}},
     "theta that is nothing": {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
     "factor of 0": rope("linear", factor=0),
+    "factor that is nothing": rope("linear", factor=None),
     "negative factor": rope("dynamic", factor=-1.0),
     "factor that is text": rope("yarn", factor="abc", original_max_position_embeddings=128),
     "dynamic with one pair": {"head_dim": 2, **rope("dynamic", factor=2.0)},
