@@ -1,6 +1,7 @@
 """Makes the parts of a run from its settings: checks, the run folder, the model, its optimizers and its batches."""
 
 import contextlib
+import functools
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -342,11 +343,7 @@ def make_model(
     """
     start: ShardedStart | None = None
     is_sharded = parallel.is_sharded and not arguments.adapter.lora_r
-
-    def check(config: PreTrainedConfig) -> None:
-        if not isinstance(corpus, ExampleCorpus):  # examples may be much shorter than the context
-            check_memory(arguments, parallel, config)
-
+    check = functools.partial(check_memory, arguments, parallel)
     if hooks.has_model:
         model = given_model(hooks.model, corpus)
         check(model.config)

@@ -12,7 +12,6 @@ from modeling_mini.analysis.cost import ModelCost
 
 from .build import Run
 from .data.batches import Batch
-from .data.corpus import ExampleCorpus
 from .memory import memory_of_micro_batch
 from .muon import local
 
@@ -48,7 +47,7 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
 def lack_of_memory(run: Run, micro_batches: int) -> str:
     """
     A sentence for the user if a step on a CPU may need more memory than is free; otherwise it is empty. It counts what
-    is there from the second step on, and what compiled blocks do not keep. Examples may be shorter than the context.
+    is there from the second step on, and what compiled blocks do not keep.
 
     Args:
         micro_batches: how many the share of a process in a batch is split into.
@@ -57,7 +56,7 @@ def lack_of_memory(run: Run, micro_batches: int) -> str:
     # Each of AdamW's two moments is as large as the gradients. A run that is resumed has them already.
     copies = 1 if any(optimizer.state for optimizer in run.optimizers) else 3
     needed, free = memory_on_cpu(run, sequences, copies * bytes_of_gradients(run)), free_memory()
-    if needed <= free or isinstance(run.corpus, ExampleCorpus):
+    if needed <= free:
         return ""
     return (
         f"A step on {sequences:,} x {run.config.max_position_embeddings:,} tokens at once may need "

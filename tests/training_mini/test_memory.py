@@ -33,6 +33,8 @@ def test_what_fits_by_gradient_accumulation_is_not_refused(tmp_path: Path, monke
     Trainer(parse_arguments([*flags, "--gradient_accumulation_steps", "64"])).run.run_folder.release()
 
 
-def test_conversations_may_be_shorter_than_the_context(tmp_path: Path) -> None:
+def test_conversations_fill_whole_contexts(tmp_path: Path) -> None:
+    """What is packed into a sequence is padded to the length of the context."""
     flags = [*QUICK, "--dataset", "chat-sample", "--train_batch_size", "64", "--max_position_embeddings", "10000000"]
-    Trainer(parse_arguments([*flags, "--output_dir", str(tmp_path / "run")])).run.run_folder.release()
+    with pytest.raises(ValueError, match="A step on 64 x 10,000,000 tokens at once needs at least"):
+        Trainer(parse_arguments([*flags, "--output_dir", str(tmp_path / "run")]))

@@ -116,13 +116,6 @@ def test_on_a_cpu_what_may_not_fit_is_said_before_it_is_tried(
     resumed.run.run_folder.release()
 
 
-def test_conversations_may_be_shorter_than_the_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(parse_arguments([*QUICK, "--dataset", "chat-sample", "--output_dir", str(tmp_path / "run")]))
-    monkeypatch.setattr(rehearsal, "free_memory", lambda: 0)
-    assert lack_of_memory(trainer.run, 1) == ""
-    trainer.run.run_folder.release()
-
-
 def test_a_run_that_is_resumed_keeps_its_states(tmp_path: Path) -> None:
     train_here(tmp_path / "run", "--max_steps", 3)
     flags = ["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--find_batch_size"]
