@@ -26,6 +26,7 @@ from .checkpoints import CHECKSUMS, STATE, TrainerState, Weights, save_tensors, 
 from .distributed import Parallel
 from .lora import has_lora
 from .muon import local
+from .rehearsal import bytes_of_gradients, memory_of_step
 
 LARGE = 2**26  # bytes of a checkpoint, for each process
 T = TypeVar("T")
@@ -167,7 +168,7 @@ class CheckpointWriter:
 def is_in_background(run: Run) -> bool:
     """
     Whether the checkpoints of a run are written in the background: as asked; by default those that are large and for
-    whose copy the memory of the host has room. A small one is on the disk before a step would end.
+    whose copy the memory of the host has room beside a step. A small one is on the disk before a step would end.
 
     Raises:
         ValueError: if it was asked for and cannot be.
@@ -179,14 +180,14 @@ def is_in_background(run: Run) -> bool:
         raise ValueError("--async_save: DeepSpeed writes its checkpoints itself, and training waits; leave it out.")
     needed = max(parallel.gather(bytes_of_copy(run)))  # parts of a sharded model differ, and all decide alike
     on_machine, free = needed * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), free_memory()
-    lacks_memory = parallel.anyone(on_machine > free)
-    if lacks_memory and asked:
+    if parallel.anyone(on_machine > free) and asked:
         raise ValueError(
             f"--async_save copies the weights and the state of the optimizer, {on_machine / GIB:.1f} GiB on this "
             f"machine, and {free / GIB:.1f} GiB of its memory are free; leave it out, and training waits for each "
             f"checkpoint."
         )
-    return bool(asked) or not (lacks_memory or needed < LARGE)
+    step = memory_of_step(run, run.arguments.optimization.gradient_accumulation_steps)  # which has not begun yet
+    return bool(asked) or not (parallel.anyone(on_machine + step > free) or needed < LARGE)
 
 
 def bytes_of_copy(run: Run) -> int:
@@ -196,5 +197,4 @@ def bytes_of_copy(run: Run) -> int:
     """
     has_adapter = has_lora(run.unwrapped_model)
     weights = [weight for weight in run.unwrapped_model.parameters() if weight.requires_grad or not has_adapter]
-    learned = sum(local(weight).nbytes for weight in weights if weight.requires_grad)
-    return sum(local(weight).nbytes for weight in weights) + (2 + (run.ema is not None)) * learned
+    return sum(local(weight).nbytes for weight in weights) + (2 + (run.ema is not None)) * bytes_of_gradients(run)

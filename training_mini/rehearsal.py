@@ -45,24 +45,34 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
 
 
 def lack_of_memory(run: Run, micro_batches: int) -> str:
-    """
-    A sentence for the user if a step on a CPU may need more memory than is free; otherwise it is empty. It counts what
-    is there from the second step on, and what compiled blocks do not keep.
-
-    Args:
-        micro_batches: how many the share of a process in a batch is split into.
-    """
-    sequences = run.arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
-    # Each of AdamW's two moments is as large as the gradients. A run that is resumed has them already.
-    copies = 1 if any(optimizer.state for optimizer in run.optimizers) else 3
-    needed, free = memory_on_cpu(run, sequences, copies * bytes_of_gradients(run)), free_memory()
+    """A sentence for the user if a step on a CPU may need more memory than is free; otherwise it is empty."""
+    needed, free = memory_of_step(run, micro_batches), free_memory()
     if needed <= free:
         return ""
+    sequences = sequences_at_once(run, micro_batches)
     return (
         f"A step on {sequences:,} x {run.config.max_position_embeddings:,} tokens at once may need "
         f"{needed / GIB:,.1f} GiB of memory beside the model, and {free / GIB:,.1f} are free: if the system ends this "
         f"run without a word, give a smaller train_batch_size or more gradient_accumulation_steps."
     )
+
+
+def memory_of_step(run: Run, micro_batches: int) -> int:
+    """
+    Bytes that a step needs on the CPUs of a machine beside the weights, from the second step on, and what compiled
+    blocks do not keep among them. 0 as `memory_on_cpu` has it.
+
+    Args:
+        micro_batches: how many the share of a process in a batch is split into.
+    """
+    # Each of AdamW's two moments is as large as the gradients. A run that is resumed has them already.
+    copies = 1 if any(optimizer.state for optimizer in run.optimizers) else 3
+    return memory_on_cpu(run, sequences_at_once(run, micro_batches), copies * bytes_of_gradients(run))
+
+
+def sequences_at_once(run: Run, micro_batches: int) -> int:
+    """Those of a micro-batch on one process."""
+    return run.arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
 
 
 def bytes_of_gradients(run: Run) -> int:

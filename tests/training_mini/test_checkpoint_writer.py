@@ -9,6 +9,7 @@ import torch
 from helpers.runs import losses, metrics, train_here, weights
 from training_mini import checkpoint_writer
 from training_mini.checkpoints import damage_of, states_of
+from training_mini.rehearsal import memory_of_step
 
 SETTINGS = ("--max_steps", 12, "--save_steps", 2, "--keep_last", 9, "--async_save", "true", "--ema_decay", 0.9)
 
@@ -110,6 +111,11 @@ def test_by_default_large_checkpoints_for_which_there_is_memory(
 
         patched.setattr(type(run.parallel), "gather", larger)
         assert checkpoint_writer.is_in_background(run), "both decide alike"
+    copy, step = 3 * 4 * learned, memory_of_step(run, 1)
+    assert step > 4 * learned, "the gradients and more"
+    for free, has_room in ((copy + step, True), (copy + step - 1, False)):
+        monkeypatch.setattr(checkpoint_writer, "free_memory", lambda free=free: free)
+        assert checkpoint_writer.is_in_background(run) == has_room
     monkeypatch.setattr(checkpoint_writer, "free_memory", lambda: 1000)
     assert not checkpoint_writer.is_in_background(run)
     run.arguments.run.async_save = True
