@@ -426,8 +426,8 @@ def make_accelerator(arguments: Arguments) -> Accelerator:
         raise ValueError("--tf32 needs an NVIDIA GPU of the Ampere generation or later; leave it out here.")
     if run.bf16 and torch.cuda.is_available() and not has_bf16:
         raise ValueError(f"--bf16: {torch.cuda.get_device_name()} has no bfloat16; use --bf16 false.")
-    if has_tf32 and run.tf32 is not False:
-        torch.set_float32_matmul_precision("high")
+    if has_tf32:  # also where it is not wanted: an earlier run in this process may have turned it on
+        torch.set_float32_matmul_precision("highest" if run.tf32 is False else "high")
     launched_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launched_precision not in ("no", "bf16"):
         raise ValueError(

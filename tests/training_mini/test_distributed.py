@@ -1,15 +1,18 @@
 """How processes agree, on stand-ins for several of them; on real ones: tests/test_parallel.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from helpers.programs import ROOT
 from helpers.runs import train_here
 from modeling_mini import MiniConfig
-from training_mini import model_folders
-from training_mini.distributed import Parallel, check_mesh, read_mesh
+from training_mini import distributed, model_folders
+from training_mini.arguments import parse_arguments
+from training_mini.distributed import Parallel, check_mesh, make_accelerator, read_mesh
 from transformers import GPT2Config
 
 
@@ -40,6 +43,18 @@ def test_an_error_of_the_main_process_ends_every_process(error: Exception, elsew
         parallel_of([], sent[0]).raise_everywhere(None)
     assert str(raised.value) == str(error)
     parallel_of([]).raise_everywhere(None)  # and nothing happens where nothing did
+
+
+def test_a_run_has_no_tf32_of_an_earlier_one_in_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(distributed, "Accelerator", lambda **_: SimpleNamespace(device=torch.device("cuda")))
+    for flags in ([], ["--tf32", "false"], ["--tf32"]):
+        make_accelerator(parse_arguments(flags))
+    assert set_to == ["high", "highest", "high"]
 
 
 def test_a_card_that_cannot_be_made_is_told_to_the_other_processes(
