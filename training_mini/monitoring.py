@@ -162,6 +162,13 @@ class Monitor:
         }
         self.accelerator.init_trackers("mini", flat, {key: arguments[key] for key in names if key in arguments})
 
+    def finish_trackers(self) -> None:
+        """Lets the trackers write what they still hold."""
+        # Not `end_training`, which also destroys the process group: over gloo, that hangs or aborts now and then.
+        for tracker in self.accelerator.trackers:
+            with self.warning_of_errors(f"the end of the run for {tracker.name}"):
+                tracker.finish()
+
     @property
     def metrics_path(self) -> Path:
         return self.folder / "metrics.jsonl"

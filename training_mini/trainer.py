@@ -91,10 +91,7 @@ class Trainer:
             self.run.run_folder.release()
         self.callbacks.call("on_train_end")
         self.accelerator.wait_for_everyone()
-        # Not `end_training`, which also destroys the process group: over gloo, that hangs or aborts now and then.
-        for tracker in self.accelerator.trackers:
-            with self.monitor.warning_of_errors(f"the end of the run for {tracker.name}"):
-                tracker.finish()
+        self.monitor.finish_trackers()
         return result
 
     def begin(self) -> None:
