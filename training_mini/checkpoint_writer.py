@@ -22,7 +22,17 @@ from memory_mini import GIB, free_memory
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from .build import Run
-from .checkpoints import CHECKSUMS, STATE, TrainerState, Weights, save_tensors, sha256, states_of, step_of
+from .checkpoints import (
+    CHECKSUMS,
+    STATE,
+    TrainerState,
+    Weights,
+    save_tensors,
+    sha256,
+    states_of,
+    step_of,
+    without_settings,
+)
 from .distributed import Parallel
 from .lora import has_lora
 from .muon import local
@@ -110,7 +120,7 @@ class CheckpointWriter:
                     use_non_blocking_copy=False,
                 )
             )
-        return self._stager.stage(weights.tensors())
+        return self._stager.stage(without_settings(weights.tensors()))
 
     def _begin(self, partial: Path) -> None:
         if self.parallel.accelerator.is_main_process:

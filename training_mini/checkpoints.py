@@ -123,7 +123,7 @@ class Weights:
         if self.parallel.is_deepspeed:
             self.parallel.accelerator.save_state(str(folder))
         else:
-            save_tensors(self.tensors(), folder)
+            save_tensors(without_settings(self.tensors()), folder)
 
     def load(self, folder: Path) -> None:
         """Loads the tensors. The settings of the optimizers are not loaded: the present command decides them."""
@@ -132,9 +132,7 @@ class Weights:
             return
         tensors = self.tensors()
         ignore_being_alone()
-        # Without the settings: another version of Mini may have had others.
-        state = {"state": tensors["optimizer"]["state"]}
-        dcp.load({**tensors, "optimizer": state}, checkpoint_id=folder)
+        dcp.load(without_settings(tensors), checkpoint_id=folder)
         if self.has_lora:  # the tensors are the parameters themselves, and have been loaded in place
             set_optimizer_state_dict(self.model, self.optimizers, tensors["optimizer"])
         else:
@@ -146,7 +144,10 @@ class Weights:
             )
 
     def tensors(self) -> dict[str, Any]:
-        """The tensors themselves, not copies; of a sharded model, the part of this process."""
+        """
+        The tensors themselves, not copies; of a sharded model, the part of this process. With the settings of the
+        optimizers, which torch asks for when it loads them.
+        """
         if self.has_lora:
             # Weights that are not trained are in the checkpoint that the run started from.
             unwrapped = self.parallel.accelerator.unwrap_model(self.model)
@@ -158,6 +159,14 @@ class Weights:
         if self.ema is not None:
             tensors["average"] = self.ema.averages
         return tensors
+
+
+def without_settings(tensors: dict[str, Any]) -> dict[str, Any]:
+    """
+    The tensors without the settings of the optimizers: another version of Mini may have had others, and torch takes as
+    long to write one of them as a small tensor.
+    """
+    return {**tensors, "optimizer": {"state": tensors["optimizer"]["state"]}}
 
 
 def save_tensors(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup | None = None) -> None:
