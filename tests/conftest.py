@@ -20,9 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores already
 else:  # and this folder, in which the decoding step is compiled once
     os.environ["MINI_CACHE"] = tempfile.mkdtemp(prefix="mini-test-cache-")
-# Whatever Mini writes is flushed, and a disk takes milliseconds for that, some 50 times in the shortest run; and the
-# 29,000 files of an environment are removed from memory in one second, from a disk in half a minute. Where there is
-# room, and programs may run from there, the folders of tests lie in memory; pytest removes those of tests that pass.
+# Whatever Mini writes is flushed, and a disk takes milliseconds for that, some 50 times in the shortest run. Where
+# there is room, and programs may run from there, the folders of tests lie in memory; pytest removes those of tests that
+# pass.
 if (
     os.access("/dev/shm", os.W_OK)
     and not os.statvfs("/dev/shm").f_flag & os.ST_NOEXEC

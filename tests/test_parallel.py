@@ -25,7 +25,7 @@ from training_mini.arguments import OptimizationArguments
 from training_mini.checkpoints import damage_of, states_of
 
 CONFIGS = ROOT / "configs" / "accelerate"
-SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6".split()
+SETTINGS = "--max_steps 12 --eval_steps 6 --save_steps 6 --max_eval_tokens 1100".split()
 
 
 def command(
@@ -140,7 +140,8 @@ def test_meshes_equal_one_process(
 @pytest.mark.slow
 def test_an_adapter_on_a_mesh_equals_one_process(one_with_heads: Path, tmp_path: Path) -> None:
     quick = QUICK[:2] + QUICK[QUICK.index("--train_batch_size") :]  # the shape is that of the model
-    settings = (*quick, "--model", one_with_heads, "--lora_r", 4, "--max_steps", 5, *METHODS, "--output_dir")
+    settings = (*quick, "--model", one_with_heads, "--lora_r", 4, "--max_steps", 5, "--max_eval_tokens", 1100)
+    settings += (*METHODS, "--output_dir")
     forked(None, tmp_path, *settings, "one")
     meshes = {"cpu_hsdp.yaml": "2 dp_replicate x 2 dp_shard", "cpu_tensor_parallel.yaml": "2 dp_shard x 2 tp"}
     for config, mesh in meshes.items():
@@ -162,7 +163,7 @@ def test_an_adapter_on_a_mesh_equals_one_process(one_with_heads: Path, tmp_path:
 @pytest.mark.slow
 def test_a_checkpoint_that_is_read_by_shards_trains_as_one_that_is_loaded_whole(one: Path, tmp_path: Path) -> None:
     quick = QUICK[:2] + QUICK[QUICK.index("--train_batch_size") :]
-    settings = (*quick, "--model", one, "--max_steps", 5, "--output_dir")
+    settings = (*quick, "--model", one, "--max_steps", 5, "--max_eval_tokens", 1100, "--output_dir")
     forked("cpu_fsdp2.yaml", tmp_path, *settings, "sharded")
     forked(None, tmp_path, *settings, "one")
     assert losses(tmp_path / "sharded") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)

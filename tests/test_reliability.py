@@ -34,17 +34,27 @@ def run(cwd: Path, *arguments: object, kill_after: float | None = None) -> int:
     return process.wait(timeout=300)
 
 
+KILLED = [*QUICK, "--max_steps", 200, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
+KILLED += ["--max_eval_tokens", 1100]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """The run that nobody kills, and its seconds."""
+    cwd = tmp_path_factory.mktemp("unbroken")
+    fork_server.server()  # starts once, and its start is not the run's
+    began = time.monotonic()
+    assert run(cwd, *KILLED, "--output_dir", "whole") == 0
+    return cwd / "whole", time.monotonic() - began
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
 @pytest.mark.parametrize("async_save", ["false", "true"])
-def test_fifty_kills(async_save: str, tmp_path: Path) -> None:
+def test_fifty_kills(async_save: str, unbroken: tuple[Path, float], tmp_path: Path) -> None:
     """`kill -9` at 50 random instants of a run that saves at every step: it ends as an unbroken one, bit by bit."""
-    settings = [*QUICK, "--max_steps", 200, "--save_steps", 1, "--eval_steps", 25, "--residual_dropout", 0.1]
-    settings += ["--async_save", async_save]
-    fork_server.server()  # starts once, and its start is not the run's
-    began = time.monotonic()
-    assert run(tmp_path, *settings, "--output_dir", "whole") == 0
-    whole_seconds = time.monotonic() - began
+    settings = [*KILLED, "--async_save", async_save]
+    whole, whole_seconds = unbroken
     generator = random.Random(0)
     parts, kills, while_saving, steps = tmp_path / "parts", 0, 0, []
     while kills < 50:
@@ -52,7 +62,7 @@ def test_fifty_kills(async_save: str, tmp_path: Path) -> None:
         how = ["--resume"] if has_state else [*settings, "--overwrite"]
         code = run(tmp_path, *how, "--output_dir", "parts", kill_after=generator.uniform(0.0, whole_seconds / 10))
         if code == 0:  # done before 50 kills: once more from the beginning, with other instants
-            check_equal(parts, tmp_path / "whole")
+            check_equal(parts, whole)
             shutil.rmtree(parts)
             continue
         assert code == -signal.SIGKILL
@@ -66,7 +76,7 @@ def test_fifty_kills(async_save: str, tmp_path: Path) -> None:
                 load_file(folder / "model.safetensors")
                 break
     assert run(tmp_path, "--resume", "--output_dir", "parts") == 0
-    check_equal(parts, tmp_path / "whole")
+    check_equal(parts, whole)
     print(f"\n50 kills, {while_saving} while saving; checkpoints found at steps {steps}")
     assert while_saving >= 3 and len(set(steps)) >= 10, "the kills fell where they can hurt"
 

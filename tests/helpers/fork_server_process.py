@@ -73,7 +73,8 @@ MINI = (
     "training_mini.from_python",
     "training_mini.trainer",
 )
-PROGRAMS = ("train_accelerate.py", "generate.py", "push_to_hub.py")
+TRAINERS = ("train_accelerate.py", "resume_worker.py")
+PROGRAMS = (*TRAINERS, "generate.py", "push_to_hub.py")
 PACKAGES = ("box_mini", "generation_mini", "modeling_mini", "sharing_mini", "training_mini")
 # Variables that are read by Mini, by what is not preloaded, by shells, or when processes find each other. Any other
 # might have been read when the server started. torch's compiler sets two in the process of the tests, once it is used,
@@ -323,7 +324,7 @@ def main(folder: str, descriptor: int, root: str) -> None:
         return is_possible and (kind != "mini" or is_of_mini(request, files, root))
 
     request = serve(f"{folder}/{kind}", life, can_run)
-    if kind == "mini" and request["program"].endswith(PROGRAMS[0]) and "PYTEST_DRAWS" not in request["environment"]:
+    if kind == "mini" and request["program"].endswith(TRAINERS) and "PYTEST_DRAWS" not in request["environment"]:
         use_picture(picture)
     try:
         become(request)

@@ -52,10 +52,10 @@ def forked(config: str | None, cwd: Path, *arguments: object, program: str = "tr
     are forked, with the variables that `accelerate launch` sets, which saves the imports of launcher and processes.
     """
     if config is None:
-        result = run_program(program, *arguments, cwd=cwd, OMP_NUM_THREADS="1")
+        result = run_program(program, *arguments, cwd=cwd, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
         assert result.returncode == 0, result.stderr
         return result.stdout
-    environments = environments_of(config)
+    environments = [{**environment, "PYTHONPATH": str(ROOT)} for environment in environments_of(config)]
     processes = [start_program(program, *arguments, cwd=cwd, **environment) for environment in environments]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), outputs
