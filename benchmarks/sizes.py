@@ -74,7 +74,9 @@ def measure_size(size: str, settings: Settings) -> dict[str, Any]:
     """The row of a size."""
     clock = Clock(settings)
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingSettings(dataset="sample", size=size, max_steps=10**6, output_dir=f"{folder}/{size}")
+        arguments = TrainingSettings(
+            dataset="sample", size=size, max_steps=10**6, max_eval_tokens=2048, output_dir=f"{folder}/{size}"
+        )
         run = train(arguments, callbacks=[clock]).run
     batch = run.arguments.optimization.train_batch_size * run.model.config.max_position_embeddings
     parameters = run.model.num_parameters()

@@ -100,7 +100,7 @@ def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from helpers.runs import QUICK
 
     cwd = tmp_path_factory.mktemp("quick")
-    steps = ["--max_steps", 40, "--eval_steps", 20, "--save_steps", 20]
+    steps = ["--max_steps", 40, "--eval_steps", 20, "--save_steps", 20, "--max_eval_tokens", 8192]
     result = run_program("train_accelerate.py", *QUICK, *steps, cwd=cwd, PYTEST_DRAWS="1")
     assert result.returncode == 0, result.stderr
     return cwd / "runs" / "tiny-sample"

@@ -28,6 +28,7 @@ from trl import SFTConfig, SFTTrainer
 
 LEARNED = 0.005  # nats that validation falls at least by, in runs of seconds
 FLAGS = "--dataset sample --train_batch_size 8 --warmup_steps 2 --logging_steps 1 --learning_rate 1e-2".split()
+FLAGS += ["--max_eval_tokens", "8192"]  # as for the run that they start from
 
 
 def tune(folder: Path, base: Path, *flags: object) -> tuple[Trainer, TrainingResult]:

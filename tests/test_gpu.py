@@ -73,6 +73,7 @@ def test_quantized_weights(quick_run: Path, tmp_path: Path, kind: str, bound: fl
     assert 0 < difference(logits[kind], logits[None]) < bound
     place = ["--model", str(quick_run), "--dataset", "sample", "--output_dir", str(tmp_path / "run")]
     settings = [*place, "--lora_r", "4", f"--load_in_{kind}", "true", "--max_steps", "3", "--warmup_steps", "0"]
+    settings += ["--max_eval_tokens", "2048"]
     trainer = Trainer(parse_arguments(settings))
     trainer.train()
     learned = [p for name, p in trainer.run.unwrapped_model.named_parameters() if "lora_B" in name]

@@ -54,7 +54,8 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path, request:
     assert result.returncode == 0 and result.stdout.startswith(prompt), result.stderr
     assert "train one on text of your own: mini-train --dataset FILE" in result.stderr
     train = (
-        "--dataset sample --hidden_size 64 --num_hidden_layers 1 --max_steps 3 --warmup_steps 1 --train_batch_size 2"
+        "--dataset sample --hidden_size 64 --num_hidden_layers 1 --max_steps 3 --warmup_steps 1 --train_batch_size 2 "
+        "--max_eval_tokens 2048"
     )
     result = subprocess.run([python.with_name("mini-train"), *train.split()], **run)
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,8 @@
 """
 Does a launch configuration work on this machine? `python -m training_mini.check_launch fsdp2`
 
-It trains a small model on one process, and again as the configuration says. It resumes the second run from its
-checkpoint, and compares the losses. Use it where there are several GPUs: the tests have none.
+It trains a small model as the configuration says, and resumes that run from its checkpoint. Then it trains the same
+model on one process, and compares the losses. Use it where there are several GPUs: the tests have none.
 """
 
 import argparse
@@ -21,7 +21,7 @@ STEPS = 20
 # Both runs in float32, because bfloat16 would round differently on another number of processes.
 RUN = f"""--dataset sample --size tiny --max_position_embeddings 32 --train_batch_size 64 --warmup_steps 5
 --max_steps {STEPS} --eval_steps {STEPS // 2} --save_steps {STEPS // 2} --logging_steps 1 --bf16 false
---optimizer adamw --lr_scheduler_type constant""".split()  # an optimizer that DeepSpeed takes too
+--max_eval_tokens 2048 --lr_scheduler_type constant --optimizer adamw""".split()  # which DeepSpeed takes too
 TOLERANCE = 2e-3  # nats; TF32 and another order of sums stay below it
 
 
@@ -37,9 +37,10 @@ def main() -> None:
         one, many = Path(folder) / "one", Path(folder) / "many"
         launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
         launch += ["--config_file", str(config_file), "--mixed_precision", "no", *arguments.launch_flags]
-        run([sys.executable, str(PROGRAM), *RUN, "--output_dir", str(one)])
+        # First what may not work.
         first = run([*launch, str(PROGRAM), *RUN, "--max_steps", str(STEPS // 2), "--output_dir", str(many)])
         run([*launch, str(PROGRAM), "--resume", "--output_dir", str(many), "--max_steps", str(STEPS)])
+        run([sys.executable, str(PROGRAM), *RUN, "--output_dir", str(one)])
         layout = next(line for line in first.splitlines() if line.startswith("Training: "))
         print(layout)
         differences = [abs(a - b) for a, b in zip(losses(one), losses(many), strict=True)]

@@ -78,10 +78,11 @@ PROGRAMS = (*TRAINERS, "generate.py", "push_to_hub.py")
 PACKAGES = ("box_mini", "generation_mini", "modeling_mini", "sharing_mini", "training_mini")
 # Variables that are read by Mini, by what is not preloaded, by shells, or when processes find each other. Any other
 # might have been read when the server started. torch's compiler sets two in the process of the tests, once it is used,
-# and scikit-learn, of assisted decoding, two for Intel's OpenMP (KMP_), which torch does not have on Linux.
+# and scikit-learn, of assisted decoding, two for Intel's OpenMP (KMP_), which torch does not have on Linux. CXX is
+# given where there shall be no compiler, so that torch's, which has read it, is not called.
 READ_LATE = (
-    "ACCELERATE_", "COLUMNS", "CUDA_VISIBLE_DEVICES", "FSDP_", "GROUP_", "KMP_", "LOCAL_", "MASTER_", "MINI_", "OLDPWD",
-    "PARALLELISM_CONFIG_", "PATH", "PS1", "PWD", "PYTEST_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH",
+    "ACCELERATE_", "COLUMNS", "CUDA_VISIBLE_DEVICES", "CXX", "FSDP_", "GROUP_", "KMP_", "LOCAL_", "MASTER_", "MINI_",
+    "OLDPWD", "PARALLELISM_CONFIG_", "PATH", "PS1", "PWD", "PYTEST_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH",
     "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK", "ROLE_", "SHLVL", "SLURM_", "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR",
     "TORCH_NCCL_", "TRACKIO_", "WORLD_SIZE", "_",
 )  # fmt: skip

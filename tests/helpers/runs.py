@@ -21,7 +21,7 @@ from training_mini.trainer import Trainer
 QUICK = (
     "--dataset sample --num_hidden_layers 2 --hidden_size 64 --intermediate_size 64 --num_attention_heads 2 "
     "--num_key_value_heads 1 --max_position_embeddings 64 --train_batch_size 8 --warmup_steps 2 --logging_steps 1 "
-    "--max_eval_tokens 8192"
+    "--max_eval_tokens 2048"
 ).split()
 # More steps than any test waits for, and few enough that the trainer compiles nothing.
 ENDLESS = 20_000

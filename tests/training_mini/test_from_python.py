@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 SMALL: dict[str, Any] = {
     "dataset": "sample", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2,
     "num_key_value_heads": 1, "max_position_embeddings": 64, "train_batch_size": 8, "warmup_steps": 2,
-    "logging_steps": 1, "max_eval_tokens": 8192, "max_steps": 6, "eval_steps": 3,
+    "logging_steps": 1, "max_eval_tokens": 2048, "max_steps": 6, "eval_steps": 3,
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ SHAPE = {
     "num_key_value_heads": 1, "max_position_embeddings": 64,
 }  # fmt: skip
 RUN: dict[str, Any] = {
-    "dataset": "sample", "train_batch_size": 8, "warmup_steps": 2, "logging_steps": 1, "max_eval_tokens": 8192,
+    "dataset": "sample", "train_batch_size": 8, "warmup_steps": 2, "logging_steps": 1, "max_eval_tokens": 2048,
     "max_steps": 4, "eval_steps": 2, "save_steps": 2,
 }  # fmt: skip
 FLAGS = "--max_steps 4 --eval_steps 2 --save_steps 2 --model_class square_mini:SquareForCausalLM".split()

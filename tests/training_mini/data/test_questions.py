@@ -1,8 +1,10 @@
 """Conversations about the standard library."""
 
+import functools
 from pathlib import Path
 
 import pytest
+from training_mini.data import questions
 from training_mini.data.questions import Definition, definitions_in, python_questions
 
 SOURCE = '''"""What the module is for.
@@ -48,7 +50,10 @@ def test_definitions_are_those_with_a_docstring(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_conversations_take_turns_and_are_the_same_each_time() -> None:
+def test_conversations_take_turns_and_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Reading the library takes seven seconds, and what is drawn from it none.
+    read_once = functools.cache(lambda file, module: list(definitions_in(file, module)))
+    monkeypatch.setattr(questions, "definitions_in", read_once)
     examples = python_questions()
     assert len(examples) > 3000 and examples == python_questions()
     answers = {}
