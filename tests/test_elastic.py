@@ -64,18 +64,17 @@ def test_a_restart_says_that_it_does_not_overwrite_a_run_of_its_own_settings(tmp
     assert not (tmp_path / "run" / "note").exists()
 
 
+ON_MACHINE = "tests/helpers/on_machine.py"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rendezvous", ["--standalone", "--master_port"])
 def test_a_killed_worker_brings_all_back_from_the_newest_checkpoint(rendezvous: str, tmp_path: Path) -> None:
     forked("cpu.yaml", tmp_path, *QUICK, "--max_steps", 60, "--output_dir", "whole")  # on two processes too
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "2"]
-    torchrun += [rendezvous, *([str(free_port())] if rendezvous == "--master_port" else [])]
-    torchrun += [str(ROOT / "train_accelerate.py")]
-    process = subprocess.Popen(
-        [*torchrun, *QUICK, "--max_steps", "60", "--save_steps", "10", "--output_dir", "run"],
-        cwd=tmp_path, env={**os.environ, **ON_CPU, "PYTHON_EXEC": fork_server.python()}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    flags = ["--nproc_per_node", 2, "--max_restarts", 2, rendezvous]
+    flags += [free_port()] if rendezvous == "--master_port" else []
+    training = [ROOT / "train_accelerate.py", *QUICK, "--max_steps", 60, "--save_steps", 10, "--output_dir", "run"]
+    process = start_program(ON_MACHINE, "", "torchrun", *flags, *training, cwd=tmp_path, **ON_CPU)
     wait_for_steps(tmp_path / "run", 15, process, seconds=300)
     workers = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
     workers[0].kill()
@@ -100,20 +99,17 @@ def two_networks(names: list[str]) -> None:
 
 
 @pytest.fixture
-def machines() -> Iterator[list[tuple[list[str], str, dict[str, str]]]]:
+def machines() -> Iterator[list[tuple[str, str, str]]]:
     """
-    Two machines: the beginning of a command on each, its address, and its variables. They are two network namespaces
-    where this process may make them, else two names for this machine.
+    Two machines: the network namespace of each, its address, and its network interface. Where this process may not make
+    namespaces, they are two names for this machine.
     """
     names = [f"mini{os.getpid()}n{rank}" for rank in (0, 1)]
     try:
         two_networks(names)
-        found = [
-            (["ip", "netns", "exec", name], address, {"GLOO_SOCKET_IFNAME": name})
-            for name, address in zip(names, ADDRESSES, strict=True)
-        ]
+        found = [(name, address, name) for name, address in zip(names, ADDRESSES, strict=True)]
     except (OSError, subprocess.CalledProcessError):
-        found = [([], "127.0.0.1", {"GLOO_SOCKET_IFNAME": "lo"})] * 2
+        found = [("", "127.0.0.1", "lo")] * 2
     yield found
     for name in names if shutil.which("ip") else []:
         subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
@@ -131,16 +127,13 @@ def test_a_machine_of_two_is_killed(nodes: str, goes_on: str, machines: list, tm
     settings = [ROOT / "train_accelerate.py", *training, "--save_steps", 10, "--output_dir", "run"]
     port, processes = free_port(), []
 
-    def start(rank: int) -> subprocess.Popen:
-        beginning, address, variables = machines[rank]
-        command = [*beginning, sys.executable, "-m", "torch.distributed.run", *flags.split()]
-        command.append(f"{keep_alive},is_host={rank == 0}")
-        command += ["--rdzv_endpoint", f"{machines[0][1]}:{port}", "--local_addr", address, *map(str, settings)]
-        environment = {**os.environ, **ON_CPU, **variables, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        output = open(tmp_path / f"output {len(processes)}", "w")  # noqa: SIM115 (of the process)
-        process = subprocess.Popen(
-            command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+    def start(rank: int) -> subprocess.Popen | fork_server.Program:
+        namespace, address, interface = machines[rank]
+        torchrun = ["torchrun", *flags.split(), f"{keep_alive},is_host={rank == 0}"]
+        torchrun += ["--rdzv_endpoint", f"{machines[0][1]}:{port}", "--local_addr", address]
+        command = [ON_MACHINE, namespace, *torchrun, ROOT / ON_MACHINE, namespace, *settings]
+        variables = {**ON_CPU, "GLOO_SOCKET_IFNAME": interface, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        process = start_program(*command, cwd=tmp_path, **variables)
         processes.append(process)
         return process
 
@@ -152,18 +145,14 @@ def test_a_machine_of_two_is_killed(nodes: str, goes_on: str, machines: list, tm
             process.kill()
         if nodes == "2":
             start(1)
-
-        def said() -> str:
-            return (tmp_path / "output 0").read_text() + (tmp_path / "output 1").read_text()
-
-        assert first.wait(timeout=400) == 0, said()
+        assert first.wait(timeout=400) == 0, first.communicate()
         assert all(process.wait(timeout=60) == 0 for process in processes[2:])
     finally:
         for process in processes:
             for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []:
                 child.kill()
             process.kill()
-    said = "".join(path.read_text() for path in tmp_path.glob("output *"))
+    said = "".join(output for process in processes for output in process.communicate(timeout=60))
     assert re.search(rf"Resuming at step \d+: .* {goes_on}", said), said
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
 
