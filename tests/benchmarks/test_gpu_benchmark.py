@@ -33,7 +33,7 @@ def test_every_part_works_on_a_cpu_and_is_run_once(tmp_path: Path) -> None:
     text.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     flags = ["--device", "cpu", "--output", "out", "--shakespeare", text]
     run_for(5, [*flags, "--only", "device"], tmp_path)
-    run_for(0.2, flags, tmp_path)  # 1.5 seconds for each part, which are too short for most of them
+    run_for(0.1, flags, tmp_path)  # less than a second for each part, which is too short for most of them
     first = json.loads((tmp_path / "out" / "gpu.json").read_text())["parts"]
     assert list(first) == NAMES and first["device"]["status"] == "finished"
     for name, record in first.items():

@@ -1,12 +1,14 @@
 """notebooks/mini.ipynb as somebody runs it, cell by cell, on small settings."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import nbclient
 import nbformat
 import pytest
+from helpers import fork_server
 from helpers.programs import ROOT
 
 SMALL = """
@@ -29,6 +31,7 @@ def outputs_of(cell: Any) -> dict[str, Any]:
 @pytest.mark.slow
 def test_every_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(sys, "executable", fork_server.python())  # which starts the kernel
     notebook = nbformat.read(PATH, as_version=4)
     nbformat.validate(notebook)
     for cell in notebook.cells:

@@ -81,10 +81,11 @@ PACKAGES = ("box_mini", "generation_mini", "modeling_mini", "sharing_mini", "tra
 # and scikit-learn, of assisted decoding, two for Intel's OpenMP (KMP_), which torch does not have on Linux. CXX is
 # given where there shall be no compiler, so that torch's, which has read it, is not called.
 READ_LATE = (
-    "ACCELERATE_", "COLUMNS", "CUDA_VISIBLE_DEVICES", "CXX", "FSDP_", "GLOO_SOCKET_IFNAME", "GROUP_", "KMP_", "LOCAL_",
-    "MASTER_", "MINI_", "OLDPWD", "PARALLELISM_CONFIG_", "PATH", "PS1", "PWD", "PYTEST_", "PYTHONDONTWRITEBYTECODE",
-    "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK", "ROLE_", "SHLVL", "SLURM_", "TORCHELASTIC_",
-    "TORCHINDUCTOR_CACHE_DIR", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_", "TRACKIO_", "WORLD_SIZE", "_",
+    "ACCELERATE_", "COLUMNS", "CUDA_VISIBLE_DEVICES", "CXX", "FSDP_", "GLOO_SOCKET_IFNAME", "GROUP_", "JPY_", "KMP_",
+    "LOCAL_", "MASTER_", "MINI_", "OLDPWD", "PARALLELISM_CONFIG_", "PATH", "PS1", "PWD", "PYTEST_",
+    "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONUNBUFFERED", "PYTHON_EXEC", "RANK", "ROLE_", "SHLVL", "SLURM_",
+    "TORCHELASTIC_", "TORCHINDUCTOR_CACHE_DIR", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_", "TRACKIO_",
+    "WORLD_SIZE", "_",
 )  # fmt: skip
 MOST_FILES = 32  # as in forked_python.py
 OF_HUGGING_FACE = ("HF_", "TRANSFORMERS_", "DATASETS_")
