@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from entry_points_mini import dump_yaml
 from files_mini import display_name, read_text
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.dataclasses import strict
@@ -287,7 +288,7 @@ def render(
     facts = dataclasses.replace(facts, written={heading: checksum(text) for heading, text in made.items()})
     data = ModelCardData(**metadata, **{KEY: facts.as_dict()})
     text = "\n\n".join(part for part in body if part)
-    return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
+    return f"---\n{dump_yaml(data.to_dict()).strip()}\n---\n\n{text}\n"
 
 
 def kept_sections(before: Card, repository: str) -> dict[str, str]:
@@ -591,7 +592,7 @@ def reproduction(facts: Facts) -> str:
     if not facts.settings:
         return ""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
-    settings = yaml.safe_dump(facts.settings, sort_keys=False, allow_unicode=True).strip()
+    settings = dump_yaml(facts.settings).strip()
     code = f" The code is that of Mini at commit `{facts.code}`." if facts.code else ""
     return section_of(
         "How to reproduce",

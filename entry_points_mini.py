@@ -357,6 +357,17 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, UniqueKeys)
 
 
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """The values in YAML, in their order."""
+    form = {"sort_keys": False, "allow_unicode": True}
+    # libyaml takes a quarter of the time. Some installations lack it, and it has no names of files that are not UTF-8.
+    with contextlib.suppress(AttributeError, UnicodeEncodeError):
+        text = yaml.dump(values, Dumper=yaml.CSafeDumper, **form)
+        if "\\U" not in text:  # as which it writes an emoji
+            return text
+    return yaml.safe_dump(values, **form)
+
+
 class ListItem(str):
     """An item of a list, which for an `ArgumentParser` is no flag, whatever it begins with."""
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from entry_points_mini import (
     OTHER_NAMES,
     ArgumentParser,
     Settings,
     command_of,
+    dump_yaml,
     heading_of,
     load_yaml,
     one_sentence_errors,
@@ -79,6 +81,14 @@ def test_a_key_of_yaml_that_stands_twice_is_refused(tmp_path: Path) -> None:
         from_yaml(tmp_path, "steps: 3\nfolder: f\nsteps: 4\n")
     text = "a: [&b {<<: &c {x: 1, y: 1}, x: 2}]\nd: {<<: *b, x: 3}\n"
     assert load_yaml(text) == {"a": [{"x": 2, "y": 1}], "d": {"x": 3, "y": 1}}, "what << brings in is replaced"
+
+
+@pytest.mark.parametrize("text", ["Über allen Gipfeln", "a 🦙", "caf\udce9.txt", "1e4", "C:\\Users"])
+def test_what_is_dumped_is_read_back_in_its_order(text: str) -> None:
+    values = {"text": text, "a": [1e-05, True, 3], "none": None, "mapping": {"size": 2}}
+    dumped = dump_yaml(values)
+    assert dumped == yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    assert load_yaml(dumped) == values and list(load_yaml(dumped)) == list(values)
 
 
 @pytest.mark.parametrize(

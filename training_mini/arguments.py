@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from entry_points_mini import ArgumentParser, Settings, option, optional_settings, quantization_of
+from entry_points_mini import ArgumentParser, Settings, dump_yaml, option, optional_settings, quantization_of
 from files_mini import (
     ADAPTER_CONFIG,
     MODEL_CONFIG,
@@ -499,7 +499,7 @@ class Arguments:
 
     def save(self, path: Path) -> None:
         """Writes the resolved settings as YAML that `--config` and `--resume` read back."""
-        write_text(path, yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True))
+        write_text(path, dump_yaml(self.as_dict()))
 
     def are_those_of(self, folder: Path) -> bool:
         """Whether the run in a folder has these settings. One that was given minutes has the steps that fitted."""
@@ -507,7 +507,7 @@ class Arguments:
             settings = yaml.safe_load(read_text(folder / "config.yaml"))
         except yaml.YAMLError:  # damaged
             return False
-        own = yaml.safe_load(yaml.safe_dump(self.as_dict(), allow_unicode=True))
+        own = yaml.safe_load(dump_yaml(self.as_dict()))
         if own.pop("max_minutes", None) is not None and isinstance(settings, dict):
             for name in {"max_steps", "warmup_steps", "decay_ratio"} - own.keys():
                 settings.pop(name, None)

@@ -7,6 +7,7 @@ depend on the size of the corpus.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -153,6 +154,10 @@ class TextCorpus(Corpus):
         return [(prompt, ids_of_prompt(self.tokenizer, prompt)) for prompt in given]
 
     def beginnings(self, held_out: HeldOut) -> list[str]:
+        return self._beginnings
+
+    @functools.cached_property  # each prompt and each card asks for them
+    def _beginnings(self) -> list[str]:
         ids = self.validation[:READ_FOR_BEGINNINGS]
         documents = np.split(ids, np.flatnonzero(ids == self.tokenizer.eos_token_id))
         lines = b"\n".join(map(self.text_of, documents)).decode("utf-8", "ignore").splitlines()
