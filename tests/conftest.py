@@ -1,5 +1,6 @@
 """What every test needs: no network, small caches of its own, and ways to run the programs as a user does."""
 
+import gc
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores already
+    gc.disable()  # until all is imported, of which nothing is garbage
 else:  # and this folder, in which the decoding step is compiled once
     os.environ["MINI_CACHE"] = tempfile.mkdtemp(prefix="mini-test-cache-")
 # Whatever Mini writes is flushed, and a disk takes milliseconds for that, some 50 times in the shortest run. Where
@@ -60,6 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     fork_server.environment.update(os.environ)
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:

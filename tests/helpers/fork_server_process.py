@@ -302,6 +302,7 @@ def preload_mini(root: str) -> None:
 def main(folder: str, descriptor: int, root: str) -> None:
     life = socket.socket(fileno=descriptor)
     started_with = dict(os.environ)
+    gc.disable()  # nothing of what is imported here is garbage
     preload(TORCH)
     picture = draw()
     kind, read_late = "torch", READ_LATE + OF_HUGGING_FACE
@@ -322,9 +323,12 @@ def main(folder: str, descriptor: int, root: str) -> None:
     # What ends with the server does not end with each program: torch takes back its thousands of operators, one by one.
     for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False
-    # The collector of a program leaves alone what it shares with the server, for the same reason as `end`.
+    # The collector of a program leaves alone what it shares with the server, for the same reason as `end`, and looks
+    # more rarely at what the program imports, which all stays.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000)
+    gc.enable()
 
     def can_run(request: dict, files: list[int]) -> bool:
         is_possible = is_like(request["environment"], started_with, read_late)
