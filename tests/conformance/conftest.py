@@ -66,6 +66,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def short_messages() -> Iterator[None]:
+    """The suites write tensors into a message for each comparison, also where they are equal: seven seconds of some."""
+    torch.set_printoptions(edgeitems=1, threshold=1)
+    yield
+    torch.set_printoptions(profile="default")
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     outcomes.extend(value for name, value in report.user_properties if name == PROPERTY)
 
