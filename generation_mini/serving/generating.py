@@ -88,6 +88,8 @@ class OneByOne(utils.GenerateManager):
     def generate_streaming(
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
     ) -> tuple[asyncio.Queue, utils.DirectStreamer]:
+        if (gen_config.num_beams or 1) > 1:  # transformers would stream nothing, and never end
+            raise HTTPException(400, f"num_beams must be 1 with stream, got {gen_config.num_beams}.")
         limit_to_context(model, length_of(inputs), gen_config)
         inputs, stop = with_stop_strings(inputs, processor, gen_config)
         self.submit_seed(gen_config)

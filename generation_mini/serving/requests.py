@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import HTTPException
 from jinja2 import TemplateError
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.cli.serving import utils
 
 from ..text_generation import failures_in_a_sentence
 from .models import split_model_id
@@ -37,8 +38,11 @@ NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {
     "top_p": (lambda value: 0 < value <= 1, "a number above 0, and 1 at most"),
     "frequency_penalty": (lambda value: value > -1, "a number above -1"),
 }
-# Of `generation_config`: an answer is one text of tokens.
-NEUTRAL_IN_SETTINGS = {"num_return_sequences": (None, 1), "return_dict_in_generate": (None, False)}
+# Of `generation_config`: an answer is one text of tokens. An early exit changes the number of layers of the model, and
+# leaves it changed after an error, for all requests.
+NEUTRAL_IN_SETTINGS = {
+    "assistant_early_exit": (None,), "num_return_sequences": (None, 1), "return_dict_in_generate": (None, False)
+}  # fmt: skip
 MOST_CHOICES = 128
 MOST_TOKENS = 1 << 31
 LARGEST_SEED = (1 << 63) - 1 - MOST_CHOICES  # each choice has the next one
@@ -120,15 +124,17 @@ def wrong_input_is_refused(body: dict[str, Any] | None = None) -> Iterator[None]
         raise HTTPException(400, f"The chat template refuses the messages: {error}") from None
     except ValueError as error:
         raise HTTPException(400, str(error)) from None
-    except TypeError as error:
-        if body is None or body.get("generation_config") is None:
-            raise
-        # The rest of the request was looked at before; of these settings, transformers knows the types.
-        raise HTTPException(400, f"generation_config has settings that do not fit: {error}.") from None
     except OSError as error:
         if error.errno is not None:
             raise
         raise HTTPException(404, f"There is no such model: {' '.join(str(error).split())}") from None
+    except (HTTPException, utils.CBWorkerDeadError):
+        raise
+    except Exception as error:  # of any kind: the rest of the request was looked at, these settings by nobody
+        if body is None or body.get("generation_config") is None:
+            raise
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise HTTPException(400, f"generation_config has settings that do not fit: {reason}.") from error
 
 
 def as_list(value: Any) -> list[Any]:

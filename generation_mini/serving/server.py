@@ -37,6 +37,7 @@ def build_server(*parts: Any, **settings: Any) -> FastAPI:
 
     def refusal(status: int, message: str) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
+        message = message.encode(errors="replace").decode()  # what it repeats may be no text
         content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
         return JSONResponse(content, status_code=status)
 

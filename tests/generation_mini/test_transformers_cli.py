@@ -256,6 +256,10 @@ def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
         ({"extra_body": {"generation_config": '{"stop_strings": 5}'}}, "stop must be a text or a list of texts"),
         ({"extra_body": {"generation_config": '{"num_return_sequences": 2}'}}, "num_return_sequences does not work"),
         ({"extra_body": {"generation_config": '{"return_dict_in_generate": true}'}}, "return_dict_in_generate does"),
+        ({"extra_body": {"generation_config": '{"watermarking_config": 5}'}}, "generation_config has settings that d"),
+        ({"extra_body": {"generation_config": '{"num_beams": -1}'}}, "generation_config has settings that do not fit"),
+        ({"extra_body": {"generation_config": '{"assistant_early_exit": 1}'}}, "assistant_early_exit does not work"),
+        ({"extra_body": {"generation_config": '{"num_beams": 2}'}, "stream": True}, "num_beams must be 1 with stream"),
         ({"extra_body": {"stream": "false"}}, "stream must be true or false, got 'false'."),
         ({"echo": "yes"}, "echo must be true or false, got 'yes'."),
         ({"max_tokens": 0, "stream": True}, "max_tokens must be a whole number from 1"),
@@ -454,6 +458,7 @@ def test_a_server_of_any_model_says_where_there_is_none(tmp_path: Path) -> None:
     ("path", "request_body", "reason"),
     [
         ("completions", {"prompt": "the \ud800"}, "The prompt is not valid UTF-8 at character 4."),
+        ("completions", {"prompt": "the ", "model": "\ud800"}, "Server is pinned to 'model'; requested '?'."),
         ("completions", {"prompt": "the \ud800", "stream": True}, "The prompt is not valid UTF-8 at character 4."),
         ("chat/completions", {"messages": [{"role": "user", "content": "\ud800"}]}, "A message is not valid UTF-8 at"),
     ],
