@@ -1,5 +1,6 @@
-"""`pip install .` into an empty environment, used from another folder."""
+"""`pip install .` into an environment that has what it asks for and nothing else, used from another folder."""
 
+import configparser
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from helpers.environments import installed_for, lend_libraries
 from helpers.programs import INSTALLING, ROOT
 
 PROGRAM = """
@@ -31,7 +33,11 @@ def test_installed_package_works_outside_the_repository(tmp_path: Path, request:
     venv.create(temporary.name)
     python = Path(temporary.name, "bin", "python")
     environment = {**os.environ, **INSTALLING}
-    # The constraints give the tested versions; without them pip would take the newest torch, with CUDA.
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    asked = setup["options"]["install_requires"].split("\n")
+    lend_libraries(Path(temporary.name), installed_for(filter(None, asked)), tmp_path / "lent")
+    # The constraints are the tested versions. pip installs what is not there in them.
     pip = [sys.executable, "-m", "pip", "--python", python]
     install = [*pip, "install", "--quiet", "-c", ROOT / "requirements.txt", ROOT]
     subprocess.run(install, cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL)

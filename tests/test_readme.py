@@ -1,6 +1,7 @@
 """Every shell and Python block of the README and of docs/QUICKSTART.md, in a copy of the repository, in order."""
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server
+from helpers.environments import lend_libraries
 from helpers.programs import INSTALLING, ROOT, run_program
 from helpers.runs import wait_for_steps
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -35,9 +37,15 @@ BLOCKS, QUICKSTART_BLOCKS = (
 
 @pytest.fixture(scope="module")
 def copy() -> Iterator[Path]:
-    """What git has, and what is not ignored."""
+    """
+    What git has, and what is not ignored; and the beginning of `.venv`, which finds the libraries of the tests. CI
+    itself installs them into an empty environment. Here pip compares their versions with those that are asked for, and
+    installs accelerate, whose command the first block calls.
+    """
     temporary = tempfile.TemporaryDirectory(prefix="mini-readme-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
-    folder = Path(temporary.name)
+    folder = Path(temporary.name, "mini")
+    installed = {distribution.name for distribution in importlib.metadata.distributions()}
+    lend_libraries(folder / ".venv", installed - {"accelerate", "mini-lm", "pip"}, Path(temporary.name, "lent"))
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
