@@ -1,7 +1,6 @@
 """Every shell and Python block of the README and of docs/QUICKSTART.md, in a copy of the repository, in order."""
 
 import contextlib
-import importlib.metadata
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import fork_server
-from helpers.environments import lend_libraries
+from helpers.environments import installed_for, lend_libraries
 from helpers.programs import INSTALLING, ROOT, run_program
 from helpers.runs import wait_for_steps
 from modeling_mini import MiniConfig, MiniForCausalLM
@@ -35,17 +34,22 @@ BLOCKS, QUICKSTART_BLOCKS = (
 )
 
 
+def libraries_of(requirements: str) -> set[str]:
+    """What a file of requirements asks for, but accelerate."""
+    lines = (ROOT / requirements).read_text(encoding="utf-8").splitlines()
+    return installed_for(line for line in lines if line and not line.startswith(("#", "-r "))) - {"accelerate"}
+
+
 @pytest.fixture(scope="module")
 def copy() -> Iterator[Path]:
     """
-    What git has, and what is not ignored; and the beginning of `.venv`, which finds the libraries of the tests. CI
-    itself installs them into an empty environment. Here pip compares their versions with those that are asked for, and
-    installs accelerate, whose command the first block calls.
+    What git has, and what is not ignored; and the beginning of `.venv`, which finds what requirements.txt asks for and
+    nothing else. CI itself installs it into an empty environment. Here pip compares the versions with those that are
+    asked for, and installs accelerate, whose command the first block calls.
     """
     temporary = tempfile.TemporaryDirectory(prefix="mini-readme-", dir=os.environ.get("PYTEST_DEBUG_TEMPROOT"))
     folder = Path(temporary.name, "mini")
-    installed = {distribution.name for distribution in importlib.metadata.distributions()}
-    lend_libraries(folder / ".venv", installed - {"accelerate", "mini-lm", "pip"}, Path(temporary.name, "lent"))
+    lend_libraries(folder / ".venv", libraries_of("requirements.txt"), Path(temporary.name, "lent"))
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
         cwd=ROOT,
@@ -126,6 +130,8 @@ def test_blocks(copy: Path, request: pytest.FixtureRequest) -> None:
     assert re.search(r"\b(self|if|in|not|return|import|class)\b", sample.removeprefix("def "))
     assert (copy / ".venv" / "bin" / "accelerate").exists()
     # The second command as it stands there, on the quick tests of one file.
+    more = libraries_of("requirements-test.txt") - libraries_of("requirements.txt")
+    lend_libraries(copy / ".venv", more, copy.parent / "lent-for-tests")
     environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
     environment["PATH"] = path
     environment["PYTEST_ADDOPTS"] = "-n 0 -m 'not slow' tests/test_files.py"

@@ -27,7 +27,7 @@ def lend_libraries(environment: Path, names: Iterable[str], folder: Path) -> Non
                 (folder / entry).symlink_to(distribution.locate_file(entry))
     packages = environment / "lib" / "python{}.{}".format(*sys.version_info) / "site-packages"
     packages.mkdir(parents=True, exist_ok=True)
-    (packages / "lent.pth").write_text(f"{folder}\n")
+    (packages / f"{folder.name}.pth").write_text(f"{folder}\n")
 
 
 def installed_for(requirements: Iterable[str]) -> set[str]:

@@ -75,8 +75,8 @@ def test_random_models_and_requests_give_the_same(group: int, dtype: torch.dtype
 
 @pytest.mark.parametrize(
     ("name", "tokens"),
-    [("tiny", 30), ("small", 30), ("medium", 15)]
-    + [pytest.param(name, 4, marks=pytest.mark.slow) for name in ("large", "gpt2")],
+    [("tiny", 30), ("small", 30), ("medium", 30)]
+    + [pytest.param(name, 8, marks=pytest.mark.slow) for name in ("large", "gpt2")],
 )
 def test_presets_give_the_same_bits(name: str, tokens: int, fast_calls: list[int]) -> None:
     model = MiniForCausalLM(MiniConfig.preset(name)).eval()
