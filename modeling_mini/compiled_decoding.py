@@ -178,7 +178,12 @@ class NativeModel:
                 parts.append((each.weight, getattr(each, "scales", None), each.bias))
             else:
                 parts.append((each.dequantized(), None, each.bias))
-        inputs = projections[0].in_features
+        # By the weights: peft leaves a head whose attributes are the wrong way round, if it is also the embedding.
+        shapes = [
+            tuple(each.weight.shape) if isinstance(each, nn.Linear) else (each.out_features, each.in_features)
+            for each in projections
+        ]
+        inputs = shapes[0][1]
         pack = self.pack and parts[0][0].dtype != torch.uint8  # INT4 is read in tiles of another order
         if pack:
             weight, scales, bias = (
@@ -191,7 +196,7 @@ class NativeModel:
             parts = [(blocks.transpose(1, 2), scales, bias)]
             ends = [len(weight) + missing]
         else:
-            ends = list(itertools.accumulate(each.out_features for each in projections))
+            ends = list(itertools.accumulate(outputs for outputs, _ in shapes))
         struct = LinearStruct(inputs=inputs, outputs=ends[-1], is_packed=pack, format=FORMATS[parts[0][0].dtype])
         if struct.format == FORMATS[torch.uint8]:
             struct.block, struct.table = projections[0].block, self.pointer(projections[0].table)

@@ -80,7 +80,8 @@ def text_of(content: Any) -> str:
             raise ValueError(f"A message is text, and a part of it that is not cannot be read: {part!r:.80}.")
     text = "".join(part["text"] for part in parts)
     if half := HALF_OF_A_CHARACTER.search(text):  # programs that cut a text leave it in JSON
-        raise ValueError(f"A message has half of a character, U+{ord(half[0]):04X}, at character {half.start() + 1}.")
+        where, code = half.start() + 1, ord(half[0])
+        raise ValueError(f"A message is not valid UTF-8 at character {where}, where it has half of one: U+{code:04X}.")
     return text
 
 

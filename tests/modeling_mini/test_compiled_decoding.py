@@ -15,6 +15,7 @@ from helpers.other_processors import BRANCHES, compile_without
 from helpers.random_models import groups, make_model, random_request, random_settings
 from modeling_mini import MiniForCausalLM, compiled_decoding, decoding, native_code
 from modeling_mini.compiled_decoding import ACTIVATIONS, CompiledDecoder, NativeModel, native_library
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
@@ -253,6 +254,18 @@ def test_token_ids_of_32_bits(compiled: MiniForCausalLM) -> None:
     for how in (True, "exact"):
         written = compiled.generate(PROMPT.int(), **settings, fast_decoding=how)
         assert written.dtype == torch.int64 and torch.equal(written, expected)
+
+
+def test_an_adapter_that_learned_the_embedding_and_is_merged(sizes: list[int]) -> None:
+    """peft then makes the head anew from the embedding, with its numbers of inputs and outputs exchanged."""
+    model = make_model(vocab_size=37, tie_word_embeddings=True)
+    learned = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    adapter = LoraConfig(r=2, init_lora_weights=False, **learned)
+    merged = get_peft_model(model, adapter).merge_and_unload().eval()
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    expected = merged.generate(PROMPT, max_new_tokens=20, do_sample=False, fast_decoding=False)
+    merged.compile_decoding()
+    assert torch.equal(merged.generate(PROMPT, max_new_tokens=20, do_sample=False), expected) and sizes
 
 
 def test_exact_is_decoded_without(sizes: list[int]) -> None:
