@@ -1,9 +1,11 @@
 """The page of the demo in a real browser."""
 
+import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import uvicorn
@@ -32,9 +34,23 @@ def served(author: Author) -> Iterator[str]:
         thread.join()
 
 
-def test_writing_colours_and_other_characters(author: Author, opened: Opener, tmp_path: Path) -> None:
-    # The text that is stopped has a random seed: it must not end by itself before.
+def slowly(lines_of: Callable[[Any], AsyncIterator[str]]) -> Callable[[Any], AsyncIterator[str]]:
+    """The lines of a server that writes 500 of them in a second at most."""
+
+    async def slow_lines_of(views: Any) -> AsyncIterator[str]:
+        async for lines in lines_of(views):
+            yield lines
+            await asyncio.sleep(0.002)
+
+    return slow_lines_of
+
+
+def test_writing_colours_and_other_characters(
+    author: Author, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The text that is stopped has a random seed: it must not end by itself before, also where the step is compiled.
     author.model.generation_config.eos_token_id = None
+    monkeypatch.setattr(server, "lines_of", slowly(server.lines_of))
     with served(author) as url, opened(url) as found:
         page = found.page
         assert page.title() == "Mini: a model" and page.inner_text("h1") == "a model"

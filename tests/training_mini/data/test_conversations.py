@@ -220,7 +220,7 @@ def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}, "has tool_calls, which are not"),
         (
             {"messages": [{"role": "user", "content": "cut\ud83d"}]},
-            "not valid UTF-8 at character 4: it has half of one there, U+D83D",
+            "not valid UTF-8 at character 4, where it has half of one: U+D83D",
         ),
         ({"messages": [{"role": "bot", "content": "x"}]}, "must be system, user or assistant, got bot"),
         ({"prompt": "x", "completion": None}, "must have messages, or a prompt and a completion"),
