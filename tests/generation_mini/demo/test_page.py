@@ -35,12 +35,12 @@ def served(author: Author) -> Iterator[str]:
 
 
 def slowly(lines_of: Callable[[Any], AsyncIterator[str]]) -> Callable[[Any], AsyncIterator[str]]:
-    """The lines of a server that writes 500 of them in a second at most."""
+    """The lines of a server that writes 200 of them in a second at most."""
 
     async def slow_lines_of(views: Any) -> AsyncIterator[str]:
         async for lines in lines_of(views):
             yield lines
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.005)
 
     return slow_lines_of
 
