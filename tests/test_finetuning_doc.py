@@ -1,5 +1,6 @@
 """docs/FINETUNING.md as somebody follows it who is new to it: every block, in order, and what comes out at its end."""
 
+import functools
 import os
 import re
 import subprocess
@@ -20,20 +21,14 @@ def test_blocks(tmp_path: Path) -> None:
     for name in ("train_accelerate.py", "generate.py", *(path.name for path in ROOT.glob("*_mini*"))):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{Path(fork_server.python()).parent}:{os.environ['PATH']}"}
+    how = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "check": False}
+    run = functools.partial(subprocess.run, cwd=tmp_path, env=environment, **how)
     outputs = []
     for language, block in BLOCKS:
         command = (
             ["bash", "-euo", "pipefail", "-c", block] if language == "bash" else [fork_server.python(), "-c", block]
         )
-        result = subprocess.run(
-            command,
-            cwd=tmp_path,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        result = run(command)
         assert result.returncode == 0, f"{block}\n{result.stdout}\n{result.stderr}"
         outputs.append(result.stdout)
     _, before, _, training, of_adapter, of_merged, in_python, of_rounded, peft, dpo, grpo = outputs
@@ -53,14 +48,7 @@ def test_blocks(tmp_path: Path) -> None:
         card = (tmp_path / "runs" / "chat" / name / "README.md").read_text(encoding="utf-8")
         for block in re.findall(r"^```python\n(.*?)^```$", card, flags=re.MULTILINE | re.DOTALL):
             code = block.replace("PATH_OR_REPOSITORY", f"runs/chat/{name}").replace("=100)", "=100, do_sample=False)")
-            result = subprocess.run(
-                [fork_server.python(), "-c", code],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            result = run([fork_server.python(), "-c", code])
             assert result.returncode == 0, f"{block}\n{result.stderr}"
             assert re.fullmatch(r"[A-Z][\w ]+\.\n", result.stdout), result.stdout
 
