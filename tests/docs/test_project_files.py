@@ -1,4 +1,4 @@
-"""What contributors and CI read: CONTRIBUTING.md, CHANGELOG.md, the workflow and the forms of issues."""
+"""What contributors and CI read: CONTRIBUTING.md, CHANGELOG.md, the log, the workflow and the forms of issues."""
 
 import os
 import re
@@ -49,6 +49,18 @@ def test_files_and_links_exist(page: Path) -> None:
         assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_log_is_newest_first_and_its_contents_have_each_entry_once() -> None:
+    """`test_readme.py` holds the other way: each link of the contents leads to a heading."""
+    text = (ROOT / "docs" / "LOG.md").read_text(encoding="utf-8")
+    titles = re.findall(r"^## (\d{4}-\d\d-\d\d: .*)$", text, flags=re.MULTILINE)
+    dates = [title[:10] for title in titles]
+    assert dates == sorted(dates, reverse=True)
+    links = re.findall(r"^- \[.+\]\(#(.+)\)$", text.split("\n## 2026", 1)[0], flags=re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"): title for title in titles}
+    missing = [f"- [...](#{anchor})" for anchor in anchors if links.count(anchor) != 1]
+    assert not missing, "give each of these one line under a subject of the contents"
 
 
 def test_what_contributing_tells_to_run_is_what_ci_runs() -> None:
