@@ -35,8 +35,8 @@ from .native_step import SOURCE
 from .quantized_decoding import QuantizedLinear, with_quantized
 
 NAME = "decoding"  # folder of the compiled function in the cache
-# As native_step.py has them: the columns of a block of packed weights, the projections of one input at most, and the
-# numbers of formats, norms and activations.
+# The same as in native_step.py: how many columns a block of packed weights has, how many projections may share an
+# input, and the numbers of the enumerations `Format`, `Kind` and `Activation`.
 COLUMNS, PARTS = 32, 3
 FORMATS = {torch.float32: 0, torch.int8: 1, torch.uint8: 2}
 KINDS = {nn.Identity: 0, nn.LayerNorm: 1, nn.RMSNorm: 2}
@@ -44,7 +44,7 @@ ACTIVATIONS = {
     type(ACT2FN[name]): number
     for name, number in {"silu": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3, "relu2": 4}.items()
 }
-# A block of a prompt has about so many tokens, of all sequences together: more of them leave the first cache.
+# A block of a prompt has about this many tokens, of all sequences together: more would not stay in the L1 cache.
 BLOCK_TOKENS = 16
 # Longer prompts, of all sequences together, are read by the modules: products and attention of torch are faster there.
 # Quantized weights would have to be dequantized for them. Milliseconds of one core to the second token, modules and
@@ -170,15 +170,15 @@ class NativeModel:
     def linear(self, *projections: nn.Linear | QuantizedLinear) -> LinearStruct:
         """Projections of the same input."""
         formats = {getattr(each, "format", "float32") for each in projections}
-        # If some are not quantized, or in another way, all are in float32.
-        as_they_are = len(formats) == 1 and formats != {""}
+        # Projections that are stored in different formats are all read in float32.
+        as_stored = len(formats) == 1 and formats != {""}
         parts = []
         for each in projections:
-            if as_they_are or isinstance(each, nn.Linear):
+            if as_stored or isinstance(each, nn.Linear):
                 parts.append((each.weight, getattr(each, "scales", None), each.bias))
             else:
                 parts.append((each.dequantized(), None, each.bias))
-        # By the weights: peft leaves a head whose attributes are the wrong way round, if it is also the embedding.
+        # Shapes of the weights: peft exchanges in_features and out_features of a merged head that is the embedding too.
         shapes = [
             tuple(each.weight.shape) if isinstance(each, nn.Linear) else (each.out_features, each.in_features)
             for each in projections
@@ -238,7 +238,7 @@ class CompiledStep:
         self.library = native_library()
 
     def reason_against(self, model: PreTrainedModel) -> str | None:
-        """Why the function does not compute what a model does whose parts are plain; `None` if it does."""
+        """Why the function cannot decode a model that `obstacle_of_model` lets pass; `None` if it can."""
         weight = model.model.embed_tokens.weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             kind = str(weight.dtype).removeprefix("torch.")
@@ -295,7 +295,7 @@ class CompiledStep:
 
 
 def bytes_of_weights(model: PreTrainedModel) -> int:
-    """The size of all that is packed for several sequences, and of the other parameters."""
+    """The size of all parameters, quantized weights counted as they are when they are packed."""
     quantized = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     return sum(parameter.nbytes for parameter in model.parameters()) + sum(each.packed_bytes for each in quantized)
 
@@ -306,8 +306,10 @@ class CompiledDecoder(Decoder):
 
     Args:
         library: the compiled function.
-        prompt: (batch, length), of which `read_prompt` will read what is not in the cache; `None` if all of it is. The
-            other arguments are those of `Decoder`.
+        prompt: (batch, length), if `read_prompt` will read those of its tokens that are not in the cache; `None` if the
+            cache has all of them.
+
+    The other arguments are those of `Decoder`.
     """
 
     def __init__(
@@ -335,7 +337,7 @@ class CompiledDecoder(Decoder):
         return True
 
     def read_weights(self, model: PreTrainedModel) -> None:
-        """For one sequence, a weight is read once in a step, and where it is. For several, packing it pays."""
+        """One sequence needs each weight once in a step, and reads it where it lies. For several, packing pays."""
         model = with_quantized(model)
         self.native_model = NativeModel(model, pack=self.batch > 1 and bytes_of_weights(model) <= PACKED_BYTES)
 
@@ -347,7 +349,7 @@ class CompiledDecoder(Decoder):
         self.whole = [cache.transpose(0, 1) for cache in self.caches]
         for whole, filled in zip(self.whole, before, strict=True):
             whole[:, :, :length] = filled
-        self.added = None  # to the scores of padding, which stands in the prompt alone
+        self.added = None  # what is added to scores: -inf for padding, which is only in the prompt
         if self.mask is not None:
             self.added = self.caches.new_zeros(batch, capacity)
             self.added[:, : self.mask.shape[3]].masked_fill_(~self.mask[:, 0, 0], -float("inf"))

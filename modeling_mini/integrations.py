@@ -244,7 +244,7 @@ def embedding_and_head(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 def tie_again(model: PreTrainedModel, before: list[torch.nn.Parameter]) -> None:
-    """If embedding and head were one weight `before`, and one of the two was replaced: uses the new weight for both."""
+    """Uses the new weight for both, if embedding and head were one weight `before` and one of the two was replaced."""
     modules = embedding_and_head(model)
     if len(before) < 2 or before[0] is not before[1]:
         return
@@ -304,8 +304,8 @@ def vocabulary_of_adapter(
     model: PreTrainedModel, weights: Mapping[str, torch.Tensor], peft_config: Any = None
 ) -> int | None:
     """
-    How many tokens the model had on which an adapter was trained; `None` where neither its weights nor its
-    configuration tell.
+    How many tokens the model had on which an adapter was trained; `None` if neither the weights of the adapter nor its
+    configuration say so.
 
     Args:
         weights: of the adapter, by the names of peft.
@@ -331,7 +331,7 @@ def vocabulary_of_adapter(
 
 
 def misfit_of_vocabulary(model: PreTrainedModel, vocabulary: int | None) -> str | None:
-    """What to say where an adapter was trained with another number of tokens than a model has."""
+    """The reason for an error if adapter and model have different numbers of tokens; `None` if they have not."""
     of_model = model.config.get_text_config().vocab_size
     if vocabulary in (None, of_model):
         return None
@@ -342,5 +342,5 @@ def misfit_of_vocabulary(model: PreTrainedModel, vocabulary: int | None) -> str 
 
 
 def is_trained_in_full(module: torch.nn.Module) -> bool:
-    """Whether it is peft's wrapper of a module that is trained in full."""
+    """Whether `module` is peft's wrapper around a module that is trained in full (`modules_to_save`)."""
     return hasattr(module, "modules_to_save") and hasattr(module, "original_module")

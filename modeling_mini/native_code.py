@@ -1,7 +1,7 @@
 """
-Compiles a text in C++ into functions that ctypes calls, and keeps them on disk for later processes.
+Compiles C++ source into a library that ctypes calls, and keeps it on disk for later processes.
 
-`VECTORS` is the beginning that such texts share.
+`VECTORS` is the beginning that all such sources share.
 """
 
 import contextlib
@@ -72,7 +72,7 @@ static Vector exp_of(Vector x) {
 
 def load_library(name: str, source: str) -> ctypes.CDLL:
     """
-    The compiled text: from the file of an earlier process, or compiled now.
+    The compiled source: from the file of an earlier process, or compiled now.
 
     Args:
         name: the folder of its file, in the cache.
@@ -85,7 +85,7 @@ def load_library(name: str, source: str) -> ctypes.CDLL:
 
 
 def kept_library(name: str, source: str) -> ctypes.CDLL | None:
-    """The text as an earlier process compiled it; `None` if there is no file, or it is damaged."""
+    """The library as an earlier process compiled it; `None` if there is no file, or it is damaged."""
     pattern = library_path(name, source, "*")
     for path in pattern.parent.glob(pattern.name):
         with contextlib.suppress(OSError):
@@ -95,7 +95,7 @@ def kept_library(name: str, source: str) -> ctypes.CDLL | None:
 
 
 def compile_library(name: str, source: str) -> ctypes.CDLL:
-    """Compiles the text, and keeps it in a file if there may be one. Raises as `load_library`."""
+    """Compiles the source, and keeps the library in a file if it can be written. Raises as `load_library`."""
     from torch._inductor.codecache import CppCodeCache  # takes seconds to import
 
     check_compiler()
@@ -113,24 +113,24 @@ def compile_library(name: str, source: str) -> ctypes.CDLL:
 
 def check_compiler() -> None:
     """
-    Raises RuntimeError if torch's C++ compiler does not answer: torch would wait for it for ever. Of one that is
-    missing or fails, torch says more.
+    Raises RuntimeError if torch's C++ compiler does not answer: torch would wait for it for ever. About a compiler that
+    is missing or fails, torch's own error says more.
     """
     from torch._inductor import config
 
     compiler = config.cpp.cxx if isinstance(config.cpp.cxx, str) else config.cpp.cxx[-1]
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
-        # To the end, for the assembler and the linker can hang too.
+        # Up to a library, because the assembler and the linker can hang too.
         command = [compiler, "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", f"{folder}/empty.so"]
         try:
-            # Without pipes, which processes of the compiler could hold open.
+            # No pipes: processes that the compiler started could hold them open after it was killed.
             subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"the C++ compiler {compiler!r} gave no answer in {SECONDS} seconds.") from None
 
 
 def library_path(name: str, source: str, content: str) -> Path:
-    """The file of a compiled text. Its name has what the text depends on, and the checksum of the file."""
+    """The file of a library. Its name has a hash of all that it depends on, and the checksum of the file."""
     parts = [source, FLAGS, torch.__version__, platform.machine(), sorted(torch.cpu.get_capabilities().items())]
     # As `files_mini.cache_folder` has it, which does not travel with a checkpoint.
     folder = os.environ.get("MINI_CACHE") or Path.home() / ".cache" / "mini"

@@ -2,7 +2,7 @@
 
 from .native_code import VECTORS
 
-# It is a text in a module, so that it travels with the code of a checkpoint.
+# It is a string in a module, so that it travels with the code of a checkpoint.
 SOURCE = (
     VECTORS
     + r"""

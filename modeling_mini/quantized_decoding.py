@@ -65,10 +65,12 @@ class QuantizedLinear(nn.Module):
     The weight of a `Linear8bitLt` or `Linear4bit` as it is stored, for the compiled step. It has no forward.
 
     Attributes:
-        format: "int8", the type and the block of four bits, or "" where only `dequantized` can be used.
-        weight: (out, in) in INT8; four bits, two weights in a byte, the first in the upper half.
+        format: "int8"; in INT4 the type and the size of a block, such as "nf4 64"; "" where only `dequantized` can be
+            used.
+        weight: (out, in) in INT8; in INT4 bytes of two weights each, the first in the upper four bits.
         scales: (out,) in INT8; one for each block in INT4.
-        block, table: in INT4, how many weights share a scale, and (16,) what four bits stand for.
+        block: in INT4, how many weights share a scale.
+        table: in INT4, the 16 numbers that four bits stand for.
         packed_bytes: the size of the weight where the compiled step packs it.
     """
 
@@ -85,7 +87,7 @@ class QuantizedLinear(nn.Module):
             attributes.update(format="int8", weight=weight, scales=scales, packed_bytes=weight.nbytes)
             return
         weight, state = canonical(layer)
-        # A block lies in one row, and nothing is rounded after the product with its scale.
+        # It fits where each block lies in one row, and the product with its scale is not rounded to another type.
         fits = layer.in_features % state.blocksize == 0 and state.dtype == torch.float32
         attributes.update(
             format=f"{state.quant_type} {state.blocksize}" if fits else "",
@@ -93,7 +95,7 @@ class QuantizedLinear(nn.Module):
             scales=scales_of_blocks(state) if fits else None,
             block=state.blocksize,
             table=state.code,
-            packed_bytes=0 if fits else 4 * layer.in_features * layer.out_features,  # INT4 is not, float32 is
+            packed_bytes=0 if fits else 4 * layer.in_features * layer.out_features,  # INT4 itself is not packed
         )
 
     def dequantized(self) -> torch.Tensor:
