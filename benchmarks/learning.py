@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from entry_points_mini import option
+from files_mini import write_text
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -221,7 +222,7 @@ def evaluate_nanogpt(checkout: Path, checkpoint: Path, ids: np.ndarray) -> tuple
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """All figures, as they go into the JSON."""
+    """All figures, as they go into the JSON. They are written after each seed, for the case that a later one fails."""
     runs: dict[tuple[str, str], list[Result]] = {key: [] for key in contenders(settings)}
     for seed in settings.seeds:
         # In turns: whatever slows the machine for a while slows all of them.
@@ -230,22 +231,31 @@ def measure(settings: Settings) -> dict[str, Any]:
                 result = run(seed, Path(folder))
             runs[part, name].append(result)
             console.print(f"{part}, seed {seed}, {name}: {result.value:.4f} {UNITS[part]}, {result.seconds:.0f} s")
-    rows = [
-        {
-            "part": part,
-            "name": name,
-            "unit": UNITS[part],
-            "goal": GOALS[part],
-            "mean": statistics.fmean(result.value for result in results),
-            "standard_deviation": statistics.stdev(r.value for r in results) if len(results) > 1 else None,
-            "seconds": statistics.fmean(result.seconds for result in results),
-            "valid_functions": mean_of_known(result.valid_functions for result in results),
-            "parameters": results[0].parameters,
-            "runs": [asdict(result) for result in results],
+        results = {
+            "benchmark": "learning",
+            "settings": asdict(settings),
+            "machine": machine("cpu"),
+            "contenders": [row_of(part, name, of_it) for (part, name), of_it in runs.items()],
         }
-        for (part, name), results in runs.items()
-    ]
-    return {"settings": asdict(settings), "machine": machine("cpu"), "contenders": rows}
+        if settings.output is not None:
+            write_text(Path(settings.output), json.dumps(results) + "\n")
+    return results
+
+
+def row_of(part: str, name: str, results: list[Result]) -> dict[str, Any]:
+    """What the JSON has of one contender."""
+    return {
+        "part": part,
+        "name": name,
+        "unit": UNITS[part],
+        "goal": GOALS[part],
+        "mean": statistics.fmean(result.value for result in results),
+        "standard_deviation": statistics.stdev(r.value for r in results) if len(results) > 1 else None,
+        "seconds": statistics.fmean(result.seconds for result in results),
+        "valid_functions": mean_of_known(result.valid_functions for result in results),
+        "parameters": results[0].parameters,
+        "runs": [asdict(result) for result in results],
+    }
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
