@@ -40,6 +40,7 @@ MAX_STEPS = 2000  # where neither it nor max_minutes is said
 NEW_MODEL = {"norm_type": "rmsnorm", "qk_norm": True}
 # A run from before that was so; its config.yaml does not say it.
 OLDER_RUN = {"norm_type": MiniShape.norm_type, "qk_norm": MiniShape.qk_norm}
+CORPUS_FACTS = "corpus.json"  # in a folder of encoded text
 WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is long enough for them
 
 
@@ -228,6 +229,11 @@ class DataArguments(Settings):
                 f"vocab_size is the size that --tokenizer bpe learns: add that, or leave out --vocab_size "
                 f"{self.vocab_size}."
             )
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether the dataset is a folder of ids that were encoded before, with the tokenizer that did it."""
+        return (Path(self.dataset) / CORPUS_FACTS).is_file()
 
 
 def defaults_of(setting: str) -> str:
@@ -653,7 +659,10 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if model.model is None:
         if adapter.lora_r:
             raise ValueError("An adapter belongs to a trained model: name it by --model, or leave out --lora_r.")
-        data.tokenizer = data.tokenizer or "byte"
+        if not data.is_encoded:
+            data.tokenizer = data.tokenizer or "byte"
+        elif known.resume and known.tokenizer is None:
+            data.tokenizer = None  # the default of the time stands in older runs, whatever had encoded their text
     else:
         model.model = find_base(model.model)
         if data.tokenizer not in (None, model.model):

@@ -11,10 +11,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from memory_mini import free_memory
-from modeling_mini.loading.checkpoints import load_checkpoint
+from modeling_mini.loading.checkpoints import load_checkpoint, load_config
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
@@ -36,7 +35,7 @@ from .checkpoints import (
 )
 from .cpu_attention import attention_by
 from .data.batches import Batches
-from .data.corpus import Corpus, ExampleCorpus, is_encoded, tokenizer_key
+from .data.corpus import Corpus, ExampleCorpus, tokenizer_key
 from .data.encoding import make_tokenizer
 from .data.own import own_corpus
 from .distributed import Parallel, blocks_of, check_mesh
@@ -305,7 +304,7 @@ def check_settings(
         )
     if parallel.tensor_size > 1 and not has_model:
         base = arguments.model.model
-        shape = arguments.model.model_config(config_class) if base is None else AutoConfig.from_pretrained(base)
+        shape = arguments.model.model_config(config_class) if base is None else load_config(base, False)
         check_mesh(shape, parallel.tensor_size)
     if arguments.run.resume and (states := states_of(arguments.output_dir)):
         try:
@@ -318,7 +317,7 @@ def check_settings(
             architecture = architecture_of(arguments.model.model_config(config_class))
             known = {name: value for name, value in architecture.items() if name not in from_tokenizer}
         corpus = {}
-        if not is_encoded(arguments.data):  # otherwise the tokenizer lies with the encoded corpus
+        if not arguments.data.is_encoded:  # otherwise the tokenizer lies with the encoded corpus
             corpus["tokenizer"] = tokenizer_key(arguments.data, make_tokenizer(arguments.data))
         check_state(arguments.output_dir, state, corpus, known, methods_of(arguments), order_of(arguments, False))
 

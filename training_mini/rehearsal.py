@@ -14,6 +14,7 @@ from .build import Run
 from .data.batches import Batch
 from .memory import memory_of_micro_batch
 from .muon import local
+from .run_folder import contents
 
 UNTIMED_STEPS = 2  # the first steps are slower: they compile and fill caches
 MOST_STEPS = 50
@@ -95,6 +96,20 @@ def memory_on_cpu(run: Run, sequences: int, beside: int = 0) -> int:
     dtype = "bfloat16" if run.is_bfloat16 else "float32"
     needed = memory_of_micro_batch(cost, run.arguments, sequences, dtype) + beside
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * needed
+
+
+def try_first_step(run: Run, forward_and_backward: Callable[[int], object]) -> None:
+    """
+    Computes both passes on the first batch beside the states of the optimizers, if there is a run that this one would
+    replace: a model, a compiler or a GPU that fails in them is to do so before anything is removed.
+    """
+    is_to_replace = run.parallel.from_main(bool(contents(run.folder)))
+    if not is_to_replace or run.parallel.is_deepspeed:  # where a backward pass is a step as well
+        return
+    with optimizer_states(run.optimizers):
+        forward_and_backward(0)
+        for optimizer in run.optimizers:
+            optimizer.zero_grad()
 
 
 def seconds_of_step(run: Run, forward_and_backward: Callable[[int], object], seconds: float) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate.utils import set_seed
+from modeling_mini.loading.checkpoints import load_config
 from modeling_mini.loading.quantization import is_quantized
 from safetensors import SafetensorError
 from torch import nn
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from .checkpoints import ignore_being_alone
 from .muon import shared_out
@@ -158,7 +159,7 @@ class ShardedStart:
         if not folder.is_dir():
             return None
         try:
-            config = AutoConfig.from_pretrained(name)
+            config = load_config(name, trust_remote_code=False)  # else transformers may ask on the terminal
             generation_config = GenerationConfig.from_pretrained(name)
             if is_quantized(config):
                 return None

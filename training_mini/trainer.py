@@ -22,7 +22,7 @@ from .metrics import check_internals, inner_metrics, make_log_window, own_metric
 from .model_folders import save_model
 from .monitoring import Monitor, draw_curves
 from .optimization import dropout_at, make_schedulers, set_dropout, training_loss
-from .rehearsal import find_micro_batches, lack_of_memory
+from .rehearsal import find_micro_batches, lack_of_memory, try_first_step
 from .result import TrainingResult
 from .sampling import functions_of_run, samples_of_run
 from .saving import Saving
@@ -116,6 +116,8 @@ class Trainer:
             self.arguments, line = fix_max_steps(run, self.forward_and_backward, self.micro_batches, self.started)
             run.arguments, lines = self.arguments, [line]
         arguments = self.arguments
+        if arguments.run.overwrite:
+            try_first_step(run, self.forward_and_backward)
         self.schedulers = make_schedulers(run.optimizers, arguments.optimization, self.state.step)
         # 2. The folder is this run's from here on.
         if self.accelerator.is_main_process:

@@ -126,3 +126,21 @@ def test_a_run_that_is_resumed_keeps_its_states(tmp_path: Path) -> None:
     assert seen["states"] and seen["gradients"] == 0
     after = [tensor for state in optimizer.state.values() for tensor in state.values()]
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def test_a_first_step_that_fails_leaves_the_run_that_it_would_replace(tmp_path: Path) -> None:
+    flags = ["--max_steps", "3", "--overwrite"]
+    first, _ = train_here(tmp_path / "run", *flags)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    trainer = Trainer(parse_arguments([*QUICK, *flags, "--output_dir", str(tmp_path / "run")]))
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer.run.unwrapped_model.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    again, _ = train_here(tmp_path / "run", *flags)
+    weights = again.run.unwrapped_model.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in first.run.unwrapped_model.state_dict().items())

@@ -1,5 +1,6 @@
 """Models that are sharded before they have numbers."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_a_tensor_has_numbers_while_something_computes_with_it() -> None:
         assert torch.empty(10**9, 10**6).is_meta and not torch.zeros(2).is_meta
 
 
-def test_a_checkpoint_that_must_be_loaded_whole(tmp_path: Path) -> None:
+def test_a_checkpoint_that_must_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ShardedStart.of_checkpoint("someone/some-model") is None, "a name of the Hub"
     model = make_model()
     model.save_pretrained(tmp_path / "good")
@@ -59,3 +60,7 @@ def test_a_checkpoint_that_must_be_loaded_whole(tmp_path: Path) -> None:
     model.config.num_hidden_layers -= 1
     model.save_pretrained(tmp_path / "other")
     assert ShardedStart.of_checkpoint(str(tmp_path / "other")) is None, "and this too, for a layer too many"
+    settings = {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.TheirConfig"}}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda question: pytest.fail(question))
+    assert ShardedStart.of_checkpoint(str(tmp_path / "other")) is None, "code of its own is refused, and not asked for"

@@ -30,7 +30,7 @@ from tokenization import (
 )
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..arguments import Arguments, DataArguments
+from ..arguments import CORPUS_FACTS, Arguments, DataArguments
 from ..evaluation import HeldOut, HeldOutText
 from ..monitoring import progress_bar
 from .batches import Batches, Collator, TrainingBatches
@@ -43,7 +43,6 @@ from .shards import ShardedIds
 from .sources import DocumentSource, open_source
 from .streaming import DocumentStream, StreamBatches, TokenStream, find_stream
 
-FACTS = "corpus.json"
 FORMAT = 2  # raised when the files on disk, or the split, come to mean something else
 PYTHON_PROMPT = "def "
 HELD_OUT_PROMPTS = 2  # examples that a model answers where no prompt was given
@@ -302,7 +301,7 @@ def load_corpus(
     """
     if arguments.streaming:
         return stream_corpus(arguments, max_eval_tokens)
-    if source is None and is_encoded(arguments):
+    if source is None and arguments.is_encoded:
         if arguments.tokenizer == "bpe":
             raise ValueError(f"{arguments.dataset!r} is encoded and has a tokenizer of its own: leave out --tokenizer.")
         corpus = open_corpus(Path(arguments.dataset).name, Path(arguments.dataset))
@@ -332,14 +331,14 @@ def load_corpus(
     folder = cache / "corpora" / short_hash(json.dumps(settings) + source.read_as + end)
     folder.parent.mkdir(exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not (folder / FACTS).is_file():
+        if not (folder / CORPUS_FACTS).is_file():
             with new_folder(folder) as partial:
                 encode_corpus(source, kind, tokenizer, arguments, settings, partial, show_progress)
     corpus = open_corpus(source.name, folder)
     return dataclasses.replace(
         corpus,
         tokenizer=tokenizer or corpus.tokenizer,  # what was asked for may have another chat template than the first one
-        notes=notes_of(source, read_json(folder / FACTS)),
+        notes=notes_of(source, read_json(folder / CORPUS_FACTS)),
         is_python=source.found is not None and all(file.suffix == ".py" for file in source.found.files),
     )
 
@@ -369,14 +368,9 @@ def size_of(number_of_bytes: int) -> str:
     return f"{number_of_bytes} bytes"
 
 
-def is_encoded(arguments: DataArguments) -> bool:
-    """Whether the dataset is a folder of ids that were encoded before."""
-    return (Path(arguments.dataset) / FACTS).is_file()
-
-
 def check_encoded_by(tokenizer: PreTrainedTokenizerBase, arguments: DataArguments) -> None:
     """Raises ValueError if another tokenizer is named, or that of another model, than the one that encoded a folder."""
-    if arguments.tokenizer in (None, "byte"):  # nobody may have named it
+    if arguments.tokenizer is None:
         return
     asked_for = make_tokenizer(arguments)
     is_same = isinstance(tokenizer, CharTokenizer)
@@ -407,7 +401,7 @@ def open_corpus(name: str, folder: Path) -> Corpus:
 
 def read_corpus(name: str, folder: Path) -> Corpus:
     """What `open_corpus` returns, with any error of reading a file that is not as Mini has written it."""
-    facts = read_json(folder / FACTS)
+    facts = read_json(folder / CORPUS_FACTS)
     tokenizer = load_tokenizer(folder / "tokenizer")
     about = {
         "name": name,
@@ -527,4 +521,6 @@ def encode_corpus(
         with progress_bar(f"Encoding {source.name}", None, "examples", show_progress) as advance:
             facts = write_examples(source, kind, tokenizer, arguments.validation_ratio, folder, advance)
     tokenizer.save_pretrained(folder / "tokenizer")
-    write_text(folder / FACTS, json.dumps({"dataset": source.name, **facts, "settings": settings}, indent=2) + "\n")
+    write_text(
+        folder / CORPUS_FACTS, json.dumps({"dataset": source.name, **facts, "settings": settings}, indent=2) + "\n"
+    )

@@ -25,6 +25,7 @@ from training_mini.arguments import (
     MonitoringArguments,
     OptimizationArguments,
     RunArguments,
+    parse_arguments,
 )
 from training_mini.data import corpus as corpus_module
 from training_mini.data import documents as documents_module
@@ -402,6 +403,16 @@ def test_an_encoded_folder_goes_with_no_other_tokenizer(load, tmp_path: Path) ->
     for other in ("char", str(tmp_path / "bpe")):
         with pytest.raises(ValueError, match=f"^'.*' was encoded by another tokenizer than '{other}': name the text"):
             load(encoded, tokenizer=other)
+    load(tmp_path / "a.txt", tokenizer="char")
+    by_char = next(path.parent for path in encoded.parent.glob("*/corpus.json") if path.parent != encoded)
+    assert load(encoded, tokenizer="byte").settings == load(encoded).settings
+    with pytest.raises(ValueError, match=r"^'.*' was encoded by another tokenizer than 'byte': name the text"):
+        load(by_char, tokenizer="byte")
+    assert parse_arguments(["--dataset", str(by_char)]).data.tokenizer is None, "nobody has named one"
+    assert parse_arguments(["--dataset", str(by_char), "--tokenizer", "byte"]).data.tokenizer == "byte"
+    # In the settings of an older run, the default stands as if somebody had named it.
+    (tmp_path / "config.yaml").write_text(f"dataset: {by_char}\ntokenizer: byte\nseed: 1\n")
+    assert parse_arguments(["--resume", "--output_dir", str(tmp_path)]).data.tokenizer is None
 
 
 def test_two_tokenizers_of_one_vocabulary_keep_what_they_differ_in(load, tmp_path: Path) -> None:
