@@ -129,8 +129,8 @@ class Run:
 
     def uncompiled(self) -> contextlib.AbstractContextManager[None]:
         """
-        Within the context, blocks that Mini compiled by itself are not: what is not training has other shapes and
-        needs no gradients, and is too short for another compilation.
+        Within the context, the blocks that Mini chose to compile run uncompiled. Evaluation and samples have other
+        shapes and no gradients, and are too short to be compiled for.
         """
         return torch.compiler.set_stance("force_eager") if self.state.is_compiled else contextlib.nullcontext()
 
@@ -334,7 +334,7 @@ def make_model(
     adapter if that was asked for. The tokens that end an answer in the corpus also end what the model generates.
 
     Returns:
-        The model, and what will give it its numbers: one that will be sharded has none before that.
+        The model, and if it will be sharded, what fills it afterwards: until then its weights are on the meta device.
 
     Raises:
         ValueError: if the model cannot be loaded, cannot read the corpus, has a context of one token, or needs more
@@ -411,7 +411,7 @@ def token_ids_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 def trained_model(arguments: Arguments, start: ShardedStart | None = None) -> PreTrainedModel:
     """
-    The checkpoint of `--model`, with the dropout that was asked for; without numbers yet if `start` is to read them.
+    The checkpoint of `--model`, with the dropout that was asked for; on the meta device if `start` is to fill it.
 
     Raises:
         ValueError: if it cannot be loaded, or is no checkpoint that can be trained.

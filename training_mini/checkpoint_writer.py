@@ -63,7 +63,7 @@ class CheckpointWriter:
 
     def save(self, state: TrainerState, weights: Weights, in_background: bool) -> None:
         """
-        Writes a checkpoint, or begins to. One that is being written is waited for by `wait` before.
+        Writes a checkpoint, or begins to. If one is being written in the background, call `wait` first.
 
         Raises:
             OSError: on every process, if one of them could not write its part, or had no memory for its copy. The older
@@ -135,7 +135,7 @@ class CheckpointWriter:
         save: Callable[[Path], None],
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        """The tensors by `save`, the state, whose file has these contents, the checksums, and the name."""
+        """Writes the tensors by `save`, the state (`contents`) and the checksums, and then names the folder."""
         accelerator = self.parallel.accelerator
         sums: dict[str, str] = {}
 
@@ -177,8 +177,8 @@ class CheckpointWriter:
 
 def is_in_background(run: Run) -> bool:
     """
-    Whether the checkpoints of a run are written in the background: as asked; by default those that are large and for
-    whose copy the memory of the host has room beside a step. A small one is on the disk before a step would end.
+    Whether the checkpoints of a run are written in the background: as `async_save` says; by default if they are large,
+    and the memory of the host has room for their copy beside a step. Writing a small one takes less than a step.
 
     Raises:
         ValueError: if it was asked for and cannot be.
@@ -202,8 +202,8 @@ def is_in_background(run: Run) -> bool:
 
 def bytes_of_copy(run: Run) -> int:
     """
-    The memory that this process needs at most for the copy of a checkpoint. The state of the optimizer is made in the
-    first step only; that of AdamW is two numbers for each weight, and no other has more.
+    The memory that this process needs at most for the copy of a checkpoint. The optimizer makes its state in the first
+    step; AdamW's has two numbers for each weight, and no other has more.
     """
     has_adapter = has_lora(run.unwrapped_model)
     weights = [weight for weight in run.unwrapped_model.parameters() if weight.requires_grad or not has_adapter]

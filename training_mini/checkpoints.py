@@ -62,10 +62,10 @@ class TrainerState:
         methods: what decides which other tensors there are: the optimizer, the moving average, the adapter.
         order: what decides the order of the data, besides the batch size.
         step: optimizer steps done.
-        sequences: sequences that they read; `None` in a checkpoint of before this was counted.
+        sequences: sequences that they read; `None` in checkpoints of older versions, which did not count them.
         best_loss: the lowest validation loss so far, in nats per token.
         best_step: where it was reached.
-        best_sequences: sequences that had been read by then; `None` in a checkpoint of before this was kept.
+        best_sequences: sequences that had been read by then; `None` in checkpoints of older versions.
         evaluated_step: where the last evaluation was.
         evaluations_since_best: how many evaluations since then were no better.
         skipped_steps: steps whose gradients were not finite.
@@ -76,7 +76,7 @@ class TrainerState:
         is_bfloat16: whether a CPU computes in bfloat16 autocast, because that is faster.
         attention: how a CPU computes attention; see cpu_attention.py.
         is_compiled: whether the blocks of the model are compiled for a CPU.
-        processor: that for which the four were chosen; empty if the run has not been on a CPU.
+        processor: the one for which the last four were chosen; empty if the run has not been on a CPU.
     """
 
     corpus: dict[str, Any]
@@ -258,7 +258,7 @@ def read_state(folder: Path) -> TrainerState:
         OSError, ValueError, TypeError: if it is damaged.
     """
     state = {"sequences": None} | read_json(folder / STATE)
-    if state.pop("has_blocks", False):  # as it was recorded when there were two ways
+    if state.pop("has_blocks", False):  # of a version that had two kinds of attention
         state["attention"] = BLOCKS
     if unknown := sorted(state.keys() - {field.name for field in fields(TrainerState)}):
         raise NewerStateError(

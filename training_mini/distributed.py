@@ -41,7 +41,8 @@ from .optimizers import OPTIMIZERS
 from .processes import STARTED_BY_MINI
 
 T = TypeVar("T")
-# Replaces "true" in ACCELERATE_USE_FSDP: accelerate reads it as false, and a second run in the process as its launch.
+# Replaces "true" in ACCELERATE_USE_FSDP. accelerate reads it as false, and a second run in this process still knows by
+# it that the launch asked for FSDP2.
 SHARDED_BY_MINI = "no"
 
 
@@ -52,8 +53,8 @@ class Parallel:
     Attributes:
         accelerator: accelerate's view of them.
         is_sharded: whether weights, gradients and optimizer states are sharded over the processes (FSDP2).
-        mesh: how many copies of the model there are, over how many processes each is sharded, and how many share each
-            matrix product, if that is more than shards over all processes; otherwise `None`.
+        mesh: if the launch asks for one, how many copies of the model there are, over how many processes each copy is
+            sharded, and how many processes share each matrix product; otherwise `None`.
         is_deepspeed: whether DeepSpeed shards them; it then owns the optimizer step.
         timeout: how long they wait for one that hangs.
     """
@@ -160,8 +161,8 @@ class Parallel:
     def no_sync(self, model: nn.Module) -> Iterator[None]:
         """Within it, backward passes add to the gradients of their own process. The next pass outside averages them."""
         if self.tensor_size > 1:
-            # Some gradients are summed over the processes that share a product at the end of each backward pass, and
-            # must not hold those of an earlier one then.
+            # At the end of each backward pass, some gradients are summed over the processes that share a product. They
+            # must not hold those of an earlier pass then.
             yield
         elif isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(False)

@@ -159,7 +159,7 @@ def evaluate(
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
     """The bits per byte that `gzip -9` and `xz -9` need for a text. A language model should need fewer."""
-    # As xz -9, whose dictionary has 64 MiB, but with no more memory than this text needs: to get it takes a tenth of a
+    # As `xz -9`, but its dictionary of 64 MiB is made no larger than the text: to allocate all of it takes a tenth of a
     # second.
     xz = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": min(64 * 2**20, max(4096, len(text)))}]
     compressed = {"gzip": gzip.compress(text, compresslevel=9), "xz": lzma.compress(text, filters=xz)}

@@ -32,7 +32,7 @@ def words_of_python() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if type(error) in (ValueError, DivergedError) and len(error.args) == 1:  # others have no sentence of their own
+        if type(error) in (ValueError, DivergedError) and len(error.args) == 1:  # not its subclasses in libraries
             sentence = str(error).replace("; --help all lists the flags", "")
             error.args = (re.sub(r"(?<![\w-])--(\w+)( true| false)?\b", as_keyword, sentence),)
         raise

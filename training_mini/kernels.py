@@ -182,8 +182,8 @@ def check_choice(run: Run, try_step: Callable[[], object]) -> None:
 
 def failure_of(run: Run, try_step: Callable[[], object]) -> str:
     """
-    Why a step fails, in a line, or an empty string. It is asked where Mini chose something that nobody asked for, so
-    that this is not what ends a run.
+    Why a step fails, in a line, or an empty string. What Mini chose by itself is tried by it, so that its choice does
+    not end a run.
     """
     reason = ""
     try:
@@ -203,8 +203,8 @@ def uncompile(modules: Iterable[nn.Module]) -> None:
 
 def restore_model(run: Run) -> None:
     """
-    Takes off the model what only training needs: how products are computed, autocast and what was compiled. The model
-    may be an object of the caller, who goes on with it, and may train it again with other settings.
+    Undoes what only training needs: the choice of products, autocast and compilation. The model may be an object of the
+    caller, who goes on with it, and may train it again with other settings.
     """
     model = run.unwrapped_model
     use_products(model, {})

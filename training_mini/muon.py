@@ -14,9 +14,9 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # Polar Express (Amsel et al. 2025, https://arxiv.org/abs/2505.16932): a, b and c of a x + b x^3 + c x^5 for each
-# iteration. The singular values begin in [0.001, 1]. Each polynomial moves the interval in which they then are as near
-# to 1 as a polynomial of degree 5 can, with the paper's cushion of 0.024. The last one is repeated. A test computes the
-# numbers again.
+# iteration. The singular values begin in [0.001, 1]. Each polynomial brings the interval in which they lie by then as
+# near to 1 as a polynomial of degree 5 can, with the paper's cushion of 0.024. Further iterations repeat the last one.
+# A test computes the numbers again.
 COEFFICIENTS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
     (4.107059111542203, -2.9478499167379106, 0.5448431082926601),

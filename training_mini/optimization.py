@@ -93,7 +93,7 @@ class ExponentialMovingAverage:
     def update(self, step: int) -> None:
         """Moves the average towards the weights after `step` steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        # Of sharded ones the part that is here: torch does not compute with tensors of different meshes at once.
+        # The local parts of sharded tensors: torch does not compute with tensors of different meshes at once.
         averages, weights = (list(map(local, tensors.values())) for tensors in (self.averages, self.parameters))
         get_ema_multi_avg_fn(decay)(averages, weights, step)
 

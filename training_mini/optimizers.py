@@ -27,7 +27,7 @@ ParameterGroups = dict[str, dict[str, Any]]
 
 
 class OptimizerSettings(Protocol):
-    """What the optimizers below read of `OptimizationArguments`, which knows this file."""
+    """What the optimizers below read of `OptimizationArguments`, which imports this file."""
 
     learning_rate: float
     adam_beta1: float
@@ -63,8 +63,8 @@ def make_adamw(groups: ParameterGroups, settings: OptimizerSettings) -> list[tor
 
     if not groups:
         return []
-    # Equal groups are merged. That needs fewer kernels, and states of older runs have the same groups. A kernel takes
-    # tensors of one mesh of processes.
+    # Groups with equal settings are merged: that needs fewer kernels, and the states of older runs have such groups.
+    # Parameters of different meshes of processes stay apart, because a kernel takes those of one mesh.
     merged: dict[tuple[float, float, Any], dict[str, Any]] = {}
     for group in groups.values():
         for parameter in group["params"]:

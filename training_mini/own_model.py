@@ -74,7 +74,7 @@ def config_class_of(arguments: Arguments, hooks: Hooks) -> type[PreTrainedConfig
 
 
 def is_same(one: type, other: type) -> bool:
-    """Whether two classes are one, or one as it was defined anew."""
+    """Whether two classes are the same one, which may have been defined again, as by a cell of a notebook."""
     return (one.__module__, one.__qualname__) == (other.__module__, other.__qualname__)
 
 

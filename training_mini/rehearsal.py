@@ -24,7 +24,7 @@ def find_micro_batches(run: Run, loss: Callable[[Batch, int], tuple[torch.Tensor
     """
     How many micro-batches the share of a process in a batch is split into, so that one fits into memory beside all that
     is there from the second step on: the states of the optimizers, and the gradients of the micro-batches before it. On
-    a CPU, where trying too much would kill the process, it is computed what fits, for a model that is Llama-shaped.
+    a CPU, trying too much would kill the process: there a formula says what fits, if the model is Llama-shaped.
     """
     optimization = run.arguments.optimization
     share = optimization.train_batch_size // run.parallel.data_processes
@@ -60,8 +60,8 @@ def lack_of_memory(run: Run, micro_batches: int) -> str:
 
 def memory_of_step(run: Run, micro_batches: int) -> int:
     """
-    Bytes that a step needs on the CPUs of a machine beside the weights, from the second step on, and what compiled
-    blocks do not keep among them. 0 as `memory_on_cpu` has it.
+    Bytes that a step needs, by formula, on the CPUs of a machine beside the weights, from the second step on. What
+    compiled blocks would not keep is counted too. 0 where `memory_on_cpu` is 0.
 
     Args:
         micro_batches: how many the share of a process in a batch is split into.
@@ -72,12 +72,12 @@ def memory_of_step(run: Run, micro_batches: int) -> int:
 
 
 def sequences_at_once(run: Run, micro_batches: int) -> int:
-    """Those of a micro-batch on one process."""
+    """The sequences of a micro-batch on one process."""
     return run.arguments.optimization.train_batch_size // run.parallel.data_processes // micro_batches
 
 
 def bytes_of_gradients(run: Run) -> int:
-    """Those of the weights that learn, or of the part of them that is on this process."""
+    """The bytes of the gradients of all weights that learn, or of the part of them that is on this process."""
     return sum(local(weight).nbytes for weight in run.unwrapped_model.parameters() if weight.requires_grad)
 
 
@@ -157,7 +157,10 @@ def without_learning(optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
 
 
 def rehearse_step(optimizers: list[torch.optim.Optimizer]) -> None:
-    """A step with gradients of zero, which takes as long as any: with others, 0 * NaN would be written into weights."""
+    """
+    A step with gradients of zero, which takes as long as any other. A gradient that is NaN would make the weights NaN,
+    at a learning rate of 0 too.
+    """
     gradients = [parameter.grad for parameter in parameters_of(optimizers) if parameter.grad is not None]
     for gradient in gradients:
         gradient.zero_()

@@ -10,14 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .build import Run
 from .data.corpus import Corpus, ids_of_function
 
-# A sample is written so often until so large a share of it is not blank; deeply indented source has half.
+# A sample is tried up to MOST_TRIES times, until this share of it is not blank. Deeply indented source is half blank.
 MOST_TRIES, LEAST_VISIBLE = 4, 0.3
 FUNCTIONS = 100  # so that a share of them is a whole number of percent
 LONGEST_FUNCTION = 256  # tokens
 
 
 def samples_of_run(run: Run) -> list[dict[str, str]]:
-    """A sample for each prompt of a run, up to the length of the context; every process calls it, one gets them."""
+    """A sample for each prompt of a run, as long as the context, on the main process. Every process calls it."""
     prompts = run.corpus.make_prompts(run.held_out, run.arguments.monitoring.sample_prompts)
     with run.full_model() as model:
         if model is None:
@@ -26,7 +26,7 @@ def samples_of_run(run: Run) -> list[dict[str, str]]:
 
 
 def functions_of_run(run: Run) -> float | None:
-    """`share_of_valid_functions` of a run on Python; every process calls it, and one gets it."""
+    """`share_of_valid_functions` of a run on Python, on the main process. Every process calls it."""
     if not run.corpus.is_python:
         return None
     with run.full_model() as model:
@@ -85,13 +85,13 @@ def share_of_valid_functions(
     each begun with `def `, as `ids_of_function` has it, and this is the share of them, from 0 to 1, that `ast.parse`
     accepts.
 
-    The functions are written in one batch, as `generate` samples with the model's own settings; the first call on a
-    model and the second give the same. The model and the global random state do not change.
+    The functions are written in one batch, as `generate` samples with the model's own settings. A second call gives the
+    same share. The model and the global random state do not change.
 
     Args:
         max_new_tokens: of one function, if the context has room for them; see `first_function` for a longer one.
-        max_seconds: after so much time the functions stay as long as they are, so that a large model on a slow machine
-            does not keep anybody waiting.
+        max_seconds: after this time the functions are judged as far as they are written, so that nobody waits for a
+            large model on a slow machine.
     """
     ids = torch.tensor([ids_of_function(tokenizer)] * count, device=model.device)  # (count, prompt)
     capacity = model.config.max_position_embeddings - ids.shape[1]

@@ -15,7 +15,7 @@ def optional_fields() -> list[tuple[str, Any, dataclasses.Field]]:
     fields = [("config", str | None, dataclasses.field(default=None, metadata={"help": CONFIG_HELP}))]
     for group in GROUPS:
         hints = typing.get_type_hints(group)
-        # What a group says itself stands before what it has from another.
+        # The fields of a group itself come before those that it inherits.
         for each in sorted(dataclasses.fields(group), key=lambda each: each.name not in group.__annotations__):
             field = dataclasses.field(default=None, metadata={**each.metadata, "default": default_of(each)})
             fields.append((each.name, hints[each.name] | None, field))

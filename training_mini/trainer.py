@@ -34,7 +34,7 @@ INNER_WINDOWS = 4  # held-out windows on which attention and activations are mea
 
 def train(arguments: Arguments, hooks: Hooks = NO_HOOKS) -> TrainingResult:
     """
-    Trains a model as the arguments say, or continues a run. `training_mini.train` is the same for people.
+    Trains a model as the arguments say, or continues a run. Callers in Python use `training_mini.train`.
 
     Raises:
         ValueError: for wrong input, before any existing file is changed.
@@ -99,7 +99,7 @@ class Trainer:
         run, lines = self.run, []
         # 1. What the run needs to know before anything is written: does it fit into memory, and how long is it?
         choose_kernels(run)
-        run.model.train()  # in evaluation mode, in which checkpoints are loaded, other tensors are kept
+        run.model.train()  # a loaded model is in evaluation mode, in which a step keeps other tensors
         if self.arguments.optimization.find_batch_size:
             self.micro_batches = find_micro_batches(run, self.loss)
         elif lack := lack_of_memory(run, self.micro_batches):
@@ -222,8 +222,8 @@ class Trainer:
         if self.dropout is not None:
             set_dropout(run.unwrapped_model, self.dropout)
         cross_entropy = torch.zeros((), device=accelerator.device)
-        place = self.parallel.data_rank, self.parallel.data_processes
-        batches = run.batches.micro_batches(step, *place, self.micro_batches)
+        rank, processes = self.parallel.data_rank, self.parallel.data_processes
+        batches = run.batches.micro_batches(step, rank, processes, self.micro_batches)
         learned_tokens = run.batches.learned_tokens(step)
         for number, batch in enumerate(batches, start=1):  # inputs and targets: (sequences, length)
             # Gradients are reduced over the processes with the last micro-batch only.
