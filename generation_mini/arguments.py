@@ -51,10 +51,8 @@ class GenerationArguments(Settings):
     epsilon_cutoff: float | None = option(None, "never sample what is less likely than this", at_least=0, below=1)
     eta_cutoff: float | None = option(None, "the same, lower where the model is unsure", at_least=0, below=1)
     repetition_penalty: float | None = option(None, "above 1 makes what is there already less likely", above=0)
-    no_repeat_ngram_size: int | None = option(None, "so many tokens in a row never come twice", at_least=0)
-    num_beams: int | None = option(
-        None, "search for the likeliest text with so many beams, instead of sampling", at_least=1
-    )
+    no_repeat_ngram_size: int | None = option(None, "N tokens in a row never come twice", at_least=0)
+    num_beams: int | None = option(None, "search for the likeliest text with N beams, instead of sampling", at_least=1)
     logits_processor: list[str] = option(
         [],
         "own rules of sampling, each as package.module:NAME: a function of (input_ids, scores), or a LogitsProcessor",

@@ -181,7 +181,7 @@ class DataArguments(Settings):
     streaming: bool = option(False, "read the dataset as a stream while training, and store none of it")
     stream_parts: int = option(
         1,
-        "with --streaming, divide the files into so many parts that give equal shares of each batch; a process reads "
+        "with --streaming, divide the files into N parts that give equal shares of each batch; a process reads "
         "only the parts that it needs",
         at_least=1,
     )
@@ -254,7 +254,7 @@ class OptimizationArguments(Settings):
     max_steps: int | None = option(None, f"number of optimizer steps (default: {MAX_STEPS})", at_least=1, common=True)
     max_minutes: float | None = option(
         None,
-        "train for so many minutes: steps are timed before the first one, and max_steps follows from them",
+        "train for X minutes: steps are timed before the first one, and max_steps follows from them",
         above=0,
         common=True,
     )
@@ -310,7 +310,7 @@ class OptimizationArguments(Settings):
     max_grad_norm: float | None = option(
         None, f"gradients are clipped to this norm; 0 turns clipping off ({defaults_of('max_grad_norm')})", at_least=0
     )
-    max_skipped_steps: int = option(10, "stop after so many steps in a row whose gradients are not finite", at_least=1)
+    max_skipped_steps: int = option(10, "stop after N steps in a row whose gradients are not finite", at_least=1)
     label_smoothing: float = option(
         0.0, "share of the target's probability that is given to the whole vocabulary", at_least=0, below=1
     )
@@ -327,7 +327,7 @@ class OptimizationArguments(Settings):
     ema_decay: float = option(
         0.0, "evaluate and keep a moving average of the weights with this decay; 0: none", at_least=0, below=1
     )
-    early_stopping_patience: int = option(0, "end after so many evaluations without a better one; 0: never", at_least=0)
+    early_stopping_patience: int = option(0, "end after N evaluations without a better one; 0: never", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -373,19 +373,17 @@ class OptimizationArguments(Settings):
 class MonitoringArguments(Settings):
     """What is measured on the way, and where it goes besides `metrics.jsonl` and `curves.png`."""
 
-    logging_steps: int = option(10, "log every so many steps", at_least=1)
-    eval_steps: int = option(500, "evaluate every so many steps, and at the end", at_least=1)
-    max_eval_tokens: int = option(
-        262_144, "evaluate on the first so many held-out tokens; 0: on all of them", at_least=0
-    )
+    logging_steps: int = option(10, "log every N steps", at_least=1)
+    eval_steps: int = option(500, "evaluate every N steps, and at the end", at_least=1)
+    max_eval_tokens: int = option(262_144, "evaluate on the first N held-out tokens; 0: on all of them", at_least=0)
     internals_steps: int = option(
         0,
-        "log attention entropy, activations, gradient norms and update ratios every so many steps; 0: never",
+        "log attention entropy, activations, gradient norms and update ratios every N steps; 0: never",
         at_least=0,
     )
     sample_every: int | None = option(
         None,
-        "let the model continue sample_prompts every so many steps (default: at each evaluation; 0: at the end only)",
+        "let the model continue sample_prompts every N steps (default: at each evaluation; 0: at the end only)",
         at_least=0,
     )
     sample_prompts: list[str] = option(
@@ -418,7 +416,7 @@ class RunArguments(Settings):
     overwrite: bool = option(False, "replace the run that is in output_dir")
     resume: bool = option(False, "go on with the run in output_dir, or with the newest", common=True)
     seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**32)
-    save_steps: int = option(500, "write a checkpoint to resume from every so many steps, and at the end", at_least=1)
+    save_steps: int = option(500, "write a checkpoint to resume from every N steps, and at the end", at_least=1)
     keep_last: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
     keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none", at_least=0)
     on_save_error: Literal["stop", "continue"] = option(
@@ -429,7 +427,7 @@ class RunArguments(Settings):
         "write checkpoints in the background, from a copy in memory (default: large ones, where the copy has room)",
     )
     num_processes: int = option(
-        1, "start so many processes on this machine: one for each of its GPUs, or on CPUs (DDP)", at_least=1
+        1, "start N processes on this machine: one for each of its GPUs, or on CPUs (DDP)", at_least=1
     )
     ddp_timeout: int = option(
         1800, "seconds after which the processes no longer wait for one that hangs, and the run ends", at_least=1
