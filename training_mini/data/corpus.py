@@ -163,7 +163,8 @@ class TextCorpus(Corpus):
         if len(lines) < 3:  # text without ends of lines: from the second word on, because the first may be half a one
             text = " ".join(lines)
             lines = ["", text.partition(" ")[2] or text, ""]
-        lines = [line for line in lines[1:-1] if line[:1].isalpha()]
+        lines = [line for line in lines[1:-1] if any(map(str.isalnum, line))]
+        lines = [line for line in lines if line[:1].isalpha()] or lines
         lines = [line for line in lines if line.count(" ") >= 2] or lines  # words, where the script has spaces
         found = list(dict.fromkeys(beginning_of(line) for line in lines[:: max(1, len(lines) // BEGINNINGS)]))
         return [*([python_prompt(self.tokenizer)] if self.is_python else []), *found][:BEGINNINGS]

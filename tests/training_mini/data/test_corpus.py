@@ -531,6 +531,8 @@ def test_beginnings_are_of_the_held_out_text(load, tmp_path: Path) -> None:
     assert all(f"\n{beginning} " in held_out for beginning in found)
     (tmp_path / "empty.txt").write_text(".\n" * 100, encoding="utf-8")
     assert load(tmp_path / "empty.txt").beginnings(held_out=None) == []
+    (tmp_path / "journal.txt").write_text("[12:30] started as usual\n" * 100, encoding="utf-8")
+    assert load(tmp_path / "journal.txt").beginnings(held_out=None) == ["[12:30]"]
     (tmp_path / "code.py").write_text("x\nimport os as o\n" * 100, encoding="utf-8")
     assert load(tmp_path / "code.py").beginnings(held_out=None) == ["def ", "import"]
     # Each a document of one line, and one that is a single line.
