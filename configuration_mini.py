@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from shape_mini import NORM_TYPES, PRESETS, MiniShape, check_numbers, nearest_name, option
@@ -177,8 +178,8 @@ class MiniConfig(MiniShape, PreTrainedConfig):
         except KeyError as error:
             raise ValueError(error.args[0]) from None
         rope = self.rope_parameters
-        if not 0 < rope["rope_theta"] < float("inf"):
-            raise ValueError(f"rope_theta must be positive, got {rope['rope_theta']}.")
+        if not torch.finfo(torch.float32).tiny <= rope["rope_theta"] < float("inf"):
+            raise ValueError(f"rope_theta must be positive, and a number of float32, got {rope['rope_theta']}.")
         share = rope.get("partial_rotary_factor", 1.0)
         rotary_dim = int(self.head_dim * share) if self.head_dim is not None else 0
         if not 0 < share <= 1 or (self.head_dim is not None and rotary_dim < 2):
@@ -190,6 +191,26 @@ class MiniConfig(MiniShape, PreTrainedConfig):
         for name in ("short_factor", "long_factor"):
             if name in rope and len(rope[name]) != rotary_dim // 2:
                 raise ValueError(f"{name} must have {rotary_dim // 2} numbers, one for each pair of rotary features.")
+        if self.head_dim is not None and rope["rope_type"] in ROPE_INIT_FUNCTIONS:
+            self.check_frequencies(ROPE_INIT_FUNCTIONS[rope["rope_type"]])
+
+    def check_frequencies(self, compute: Callable) -> None:
+        """
+        Computes the frequencies as the model will, for its context and for a longer text, for which some types have
+        others. Each type divides by other numbers and takes other logarithms: yarn cannot have a `rope_theta` of 1.
+
+        Raises:
+            ValueError: if they cannot be computed, or are not finite.
+        """
+        rope, reason = self.rope_parameters, "they are not finite"
+        longer = int(rope.get("original_max_position_embeddings", 0)) + self.max_position_embeddings + 1
+        try:
+            with torch.device("cpu"):  # also where a model is made without memory, on the device "meta"
+                results = [compute(self, seq_len=length) for length in (None, longer)]
+        except (ArithmeticError, ValueError) as error:
+            results, reason = [(torch.zeros(1), float("nan"))], error.args[-1]
+        if not all(torch.isfinite(frequencies * factor).all() for frequencies, factor in results):
+            raise ValueError(f"No frequencies can be computed from rope_parameters ({reason}), got {rope}.")
 
     def validate_token_ids(self) -> None:
         """Stricter than transformers, which only warns: an id outside the vocabulary fails later, on a device."""

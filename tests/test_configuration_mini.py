@@ -139,6 +139,37 @@ def test_rope_parameters_that_cannot_work_are_refused(fields: dict[str, Any]) ->
     assert "\n" not in str(caught.value)
 
 
+ROPE_WITHOUT_FREQUENCIES = {
+    "yarn with a theta of 1": rope("yarn", rope_theta=1.0, factor=2.0, original_max_position_embeddings=128),
+    "yarn with a negative beta": rope("yarn", factor=2.0, original_max_position_embeddings=128, beta_fast=-1.0),
+    "yarn with a huge factor of attention": rope(
+        "yarn", factor=2.0, original_max_position_embeddings=128, attention_factor=1e300
+    ),
+    "llama3 without a low frequency": rope(
+        "llama3", factor=2.0, low_freq_factor=0, high_freq_factor=4.0, original_max_position_embeddings=128
+    ),
+    "longrope of one token": rope(
+        "longrope", factor=2.0, short_factor=[1.0] * 16, long_factor=[1.0] * 16, original_max_position_embeddings=1
+    ),
+    "longrope that divides by 0 beyond its context": rope(
+        "longrope", factor=2.0, short_factor=[1.0] * 16, long_factor=[0.0] * 16, original_max_position_embeddings=128
+    ),
+    "dynamic with a huge factor": rope("dynamic", rope_theta=1.0, factor=1e300),
+    "theta below float32": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e-300}},
+}
+
+
+@pytest.mark.parametrize("fields", ROPE_WITHOUT_FREQUENCIES.values(), ids=ROPE_WITHOUT_FREQUENCIES)
+def test_numbers_without_frequencies_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^MiniConfig: (rope_theta must|No frequencies can).*, got [^\n]*\.$"):
+        MiniConfig(**{"head_dim": 32, **fields})
+
+
+def test_a_config_can_be_made_where_a_model_takes_no_memory() -> None:
+    with torch.device("meta"):
+        assert MiniConfig(**rope("yarn", factor=2.0, original_max_position_embeddings=128)).head_dim == 32
+
+
 def test_wrong_file_ends_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "mini", "num_key_value_heads": 3}')
     with pytest.raises(ValueError) as caught:
