@@ -1,11 +1,19 @@
 """How requests are answered by the model: one after the other, or in batches."""
 
 import asyncio
+import threading
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from fastapi import HTTPException
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 from transformers.cli.serving import utils
 
 from ..text_generation import IncrementalDetokenizer, StopStrings, TextUntilStop, failures_in_a_sentence
@@ -35,7 +43,10 @@ def length_of(inputs: dict[str, Any]) -> int:
 
 
 def ends_by_itself(ids: torch.Tensor | list[int], config: GenerationConfig) -> bool:
-    """Whether the last token is one that ends a text."""
+    """
+    Whether the last token is one that ends a text. The server calls a text too long if it has `max_new_tokens`, so both
+    managers clear that number for a text that ends by itself at that very position.
+    """
     return len(ids) > 0 and int(ids[-1]) in as_list(config.eos_token_id)
 
 
@@ -44,6 +55,16 @@ class StreamError(utils._StreamError):
 
     def __init__(self, msg: str) -> None:
         super().__init__(" ".join(msg.split()).replace("\\", "/").replace('"', "'"))
+
+
+class Ended(StoppingCriteria):
+    """Ends a text that nobody waits for any more."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **kwargs: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
 class Watched:
@@ -79,8 +100,7 @@ class OneByOne(utils.GenerateManager):
     text which is being written then.
 
     The stop strings of transformers would also be found where a prompt ends and the text begins, so the text alone is
-    searched here. The server calls a text too long if it has `max_new_tokens`. So that one that ends by itself at that
-    very position is not taken for it, `max_new_tokens` is cleared then.
+    searched here.
 
     A stream has the text that there is without one, also where it ends in the middle of a character.
     """
@@ -128,13 +148,23 @@ class OneByOne(utils.GenerateManager):
     ) -> tuple[str, int, torch.Tensor]:
         limit_to_context(model, length_of(inputs), gen_config)
         inputs, stop = with_stop_strings(inputs, processor, gen_config)
+        ended = Ended()
+        inputs["stopping_criteria"] = [*inputs.get("stopping_criteria", []), ended]
         self.submit_seed(gen_config)
-        whole, length, ids = await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+        try:
+            whole, length, ids = await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+        except asyncio.CancelledError:  # the client has gone
+            ended.event.set()
+            raise
         text = TextUntilStop(stop)
         shown = text.feed(whole) + text.rest()
         if text.is_stopped or ends_by_itself(ids, gen_config):
             gen_config.max_new_tokens = None
         return shown, length, ids
+
+    def async_submit(self, fn: Callable, *args: Any, **kwargs: Any) -> asyncio.Future:
+        """As the server's own, with a future that the thread can still answer when nobody waits any more."""
+        return asyncio.shield(super().async_submit(fn, *args, **kwargs))
 
     def submit_seed(self, config: GenerationConfig) -> None:
         """Directly before the text is submitted, with no `await` between, so that no other request comes between."""
@@ -183,13 +213,29 @@ class InBatches(utils.CBGenerateManager):
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
     ) -> tuple[asyncio.Queue, utils.CBStreamer]:
         self.check(model, inputs, gen_config)
-        return super().generate_streaming(model, processor, inputs, gen_config, **settings)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **settings)
+        put = streamer.put
+
+        def put_and_look(output: Any) -> None:
+            put(output)
+            if ends_by_itself(output.generated_tokens, gen_config):
+                gen_config.max_new_tokens = None
+
+        streamer.put = put_and_look
+        return queue, streamer
 
     async def generate_non_streaming(
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **settings: Any
     ) -> tuple[str, int, list[int]]:
         self.check(model, inputs, gen_config)
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+        try:
+            answer = await super().generate_non_streaming(model, processor, inputs, gen_config, **settings)
+        except asyncio.CancelledError:  # the client has gone
+            self._cb.cancel_request(settings["request_id"])
+            raise
+        if ends_by_itself(answer[2], gen_config):
+            gen_config.max_new_tokens = None
+        return answer
 
     def check(self, model: PreTrainedModel, inputs: Any, gen_config: GenerationConfig) -> None:
         """Raises HTTPException 400 for what one request of a batch cannot have."""

@@ -1,11 +1,13 @@
 """The server of transformers with the classes of this folder in it, and the form of its refusals."""
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as AnyHTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers.cli.serving import chat_completion, completion, model_manager, response, server, transcription, utils
 
 from .chats import ChatCompletions, Responses
@@ -34,6 +36,7 @@ def install() -> None:
 def build_server(*parts: Any, **settings: Any) -> FastAPI:
     """The server of transformers, whose refusals have the form in which clients of OpenAI look for a reason."""
     app = stock_build_server(*parts, **settings)
+    app.add_middleware(WithItsClient)
 
     def refusal(status: int, message: str) -> JSONResponse:
         kind = "invalid_request_error" if status < 500 else "server_error"
@@ -55,3 +58,49 @@ def build_server(*parts: Any, **settings: Any) -> FastAPI:
         return refusal(400, "The request must be a JSON object.")
 
     return app
+
+
+class WithItsClient:
+    """
+    Ends a request when its client goes before there is an answer; one that is answered by a stream ends by itself. The
+    handler gets a `CancelledError` where it waits.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        is_answered = has_gone = False
+
+        async def next_message() -> Message:
+            message = await messages.get()
+            if message["type"] == "http.disconnect":
+                messages.put_nowait(message)  # for whoever asks next
+            return message
+
+        async def send_on(message: Message) -> None:
+            nonlocal is_answered
+            is_answered = True
+            await send(message)
+
+        async def read_on() -> None:
+            nonlocal has_gone
+            while not has_gone:
+                messages.put_nowait(message := await receive())
+                has_gone = message["type"] == "http.disconnect"
+            if not is_answered:
+                answering.cancel()
+
+        answering = asyncio.create_task(self.app(scope, next_message, send_on))
+        reading = asyncio.create_task(read_on())
+        try:
+            await answering
+        except asyncio.CancelledError:
+            answering.cancel()  # where the server itself is stopped
+            if not has_gone:
+                raise
+        finally:
+            reading.cancel()

@@ -1,18 +1,22 @@
 """transformers' own server and chat on a checkpoint of Mini, over loopback."""
 
+import asyncio
 import contextlib
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai
 import pexpect
@@ -20,7 +24,9 @@ import pytest
 import torch
 import transformers
 from generation_mini import transformers_cli
+from generation_mini.serving.generating import InBatches, OneByOne
 from generation_mini.serving.models import ServedModels
+from generation_mini.serving.server import build_server, stock_build_server
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from modeling_mini import MiniForCausalLM, compiled_decoding
@@ -495,6 +501,14 @@ def test_requests_that_share_batches(tmp_path: Path) -> None:
         question = [{"role": "user", "content": "What does os.path.join do?"}]
         answer = client.chat.completions.create(messages=question, **arguments)
         assert answer.choices[0].message.content == continuation("box-chat", question)
+        long = client.chat.completions.create(messages=question, **{**arguments, "max_tokens": 200})
+        whole = long.usage.completion_tokens  # with the token that ends it
+        assert long.choices[0].finish_reason == "stop" and whole < 200
+        for most, reason in {whole: "stop", whole - 1: "length"}.items():
+            short = {**arguments, "messages": question, "max_tokens": most}
+            assert client.chat.completions.create(**short).choices[0].finish_reason == reason
+            *_, last = client.chat.completions.create(stream=True, **short)
+            assert last.choices[0].finish_reason == reason
         refused = {
             "stop does not work with --continuous-batching": {"stop": "x"},
             "logprobs do not work with --continuous-batching": {"logprobs": 1},
@@ -504,6 +518,61 @@ def test_requests_that_share_batches(tmp_path: Path) -> None:
         for reason, settings in refused.items():
             with pytest.raises(openai.BadRequestError, match=reason):
                 client.completions.create(**{**arguments, "prompt": "a", **settings})
+
+
+@pytest.mark.parametrize("manager", [OneByOne(), InBatches()], ids=["one by one", "in batches"])
+def test_a_request_ends_with_its_client(manager: OneByOne | InBatches) -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def generate(input_ids: torch.Tensor, stopping_criteria: list[Callable], **settings: object) -> torch.Tensor:
+        begun.set()
+        while not all(criterion(input_ids, None).all() for criterion in stopping_criteria):
+            time.sleep(0.001)
+        ended.set()
+        return input_ids
+
+    model = SimpleNamespace(generate=generate, config=None)
+    config = transformers.GenerationConfig(do_sample=False)
+    config.seed_of_request = None
+    inputs = {"input_ids": [1] if isinstance(manager, InBatches) else torch.ones(1, 1, dtype=torch.long)}
+    if isinstance(manager, InBatches):
+        manager.first = config
+        manager._cb = SimpleNamespace(
+            background_thread_status=SimpleNamespace(fatal_error=None),
+            register_result_handler=lambda request_id, handler: None,
+            add_request=lambda *ids, **settings: begun.set(),
+            cancel_request=lambda request_id: ended.set(),
+        )
+
+    async def handle_request(body: dict, request_id: str) -> None:
+        await manager.generate_non_streaming(model, None, inputs, config, request_id=request_id)
+
+    async def receive() -> dict:
+        if not begun.is_set() and not body:
+            body.append(True)
+            return {"type": "http.request", "body": b"{}"}
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    async def ask() -> None:
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+        await asyncio.wait_for(app(scope, receive, send), timeout=10)
+        assert await asyncio.to_thread(ended.wait, 10)
+        if isinstance(manager, OneByOne):
+            await manager.async_submit(bool)  # when its thread has come back
+
+    body: list[bool] = []
+    sent: list[dict] = []
+    handlers = dict.fromkeys(inspect.signature(stock_build_server).parameters)
+    handlers |= {"completion_handler": SimpleNamespace(handle_request=handle_request), "enable_cors": False}
+    app = build_server(**handlers)
+    asyncio.run(ask())
+    assert not sent
 
 
 def test_the_example_of_the_page(server: str, capsys: pytest.CaptureFixture[str]) -> None:
