@@ -135,6 +135,22 @@ class Facts:
 
 
 @dataclass
+class Sample:
+    """
+    What a model wrote.
+
+    Attributes:
+        prompt: the beginning of `text`; or the message of a user, to which `text` is the answer.
+        is_chat: which of the two it is.
+    """
+
+    prompt: str
+    text: str
+    seed: int
+    is_chat: bool = False
+
+
+@dataclass
 class Card:
     """
     A card that was read.
@@ -241,7 +257,7 @@ def render(
     repository: str = "",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    sample: tuple[str, str, int] | None = None,
+    sample: Sample | None = None,
     has_curves: bool = False,
 ) -> str:
     """
@@ -256,7 +272,7 @@ def render(
         repository: the name on the Hub, if it has one.
         revision: the branch that the examples load, if it is not the main one.
         trust_remote_code: whether loading it runs code of the repository.
-        sample: a prompt, the text that the model wrote after it (with the prompt), and the seed.
+        sample: what the model wrote; `None` where that is not known.
         has_curves: whether `curves.png` lies beside the card.
     """
     before = before or Card()
@@ -379,7 +395,7 @@ def usage(
     is_mini = config.get("model_type", "mini") == "mini"
     at = "" if revision is None else f', revision="{revision}"'
     trust = ", trust_remote_code=True" if trust_remote_code else ""
-    beginning = (facts.prompts or [PROMPT])[0].strip()
+    beginning = first_prompt(facts)
     needs = ["torch", "transformers"]
     if trust_remote_code and not is_adapter and "transformers_version" in config:
         needs[1] = f'"transformers>={config["transformers_version"]}"'  # the code was not tried with older ones
@@ -455,6 +471,11 @@ mini-generate --{flag} {name} {how}{run_code}
             + ("; with Mini installed, `import modeling_mini` makes it unnecessary." if is_mini else ".")
         )
     return section_of("How to use", "\n\n".join(lines))
+
+
+def first_prompt(facts: Facts) -> str:
+    """What examples let the model continue, or answer."""
+    return (facts.prompts or [PROMPT])[0].strip()
 
 
 def examples_of(beginning: str, is_chat: bool) -> tuple[str, str]:
@@ -564,15 +585,15 @@ def quantized(config: dict[str, Any], metadata: dict[str, Any]) -> str:
     )
 
 
-def sample_section(sample: tuple[str, str, int] | None) -> str:
+def sample_section(sample: Sample | None) -> str:
     if sample is None:
         return ""
-    prompt, text, seed = sample
+    text, how = sample.text, f"Written by these weights after {sample.prompt!r}"
+    if sample.is_chat:
+        text, how = f"user: {sample.prompt}\nassistant: {text}", "A user's message, and the answer of these weights"
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     text = text.replace("\r", "")
-    return (
-        f"## {SAMPLE}\n\nWritten by these weights after {prompt!r}, with seed {seed}:\n\n{fence}text\n{text}\n{fence}"
-    )
+    return f"## {SAMPLE}\n\n{how}, with seed {sample.seed}:\n\n{fence}text\n{text}\n{fence}"
 
 
 def limits(facts: Facts) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from cards_mini import CARD, OLD_MARK_OF_EXPORTS, Card, parse_card, public_settings, read_card, render
+from cards_mini import CARD, OLD_MARK_OF_EXPORTS, Card, Sample, parse_card, public_settings, read_card, render
 from files_mini import read_steps, read_text
 from modeling_mini.remote_code import ROOT_FILES, remote_code_files
 
@@ -126,7 +126,7 @@ def write_card(
         repository=repository,
         revision=revision,
         trust_remote_code=staged.has_code or staged.kind == "adapter",
-        sample=None if proof is None else (proof.prompt, proof.sample, SEED),
+        sample=None if proof is None else Sample(proof.prompt, proof.sample, SEED, proof.is_chat),
         has_curves=(staged.folder / CURVES).is_file(),
     )
     (staged.folder / CARD).write_text(text, encoding="utf-8")

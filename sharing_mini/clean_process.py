@@ -22,7 +22,7 @@ MINI = (
 
 def load(request: dict[str, Any]) -> tuple[Any, Any]:
     """The model, with nothing missing and nothing left over, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     name_or_path, options = request["name_or_path"], {"trust_remote_code": request["trust_remote_code"]}
     if request["revision"] is not None:
@@ -33,7 +33,10 @@ def load(request: dict[str, Any]) -> tuple[Any, Any]:
         base = AutoModelForCausalLM.from_pretrained(request["base"], trust_remote_code=request["trust_remote_code"])
         tokenizer = AutoTokenizer.from_pretrained(request["base"], trust_remote_code=request["trust_remote_code"])
         revision = {name: value for name, value in options.items() if name == "revision"}
-        return PeftModel.from_pretrained(base, name_or_path, **revision), tokenizer
+        model = PeftModel.from_pretrained(base, name_or_path, **revision)
+        if request["is_chat"]:  # with the settings of its base, an answer does not end
+            model.generation_config = GenerationConfig.from_pretrained(name_or_path, **revision)
+        return model, tokenizer
     model, report = AutoModelForCausalLM.from_pretrained(name_or_path, output_loading_info=True, **options)
     for name in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[name]:
@@ -53,10 +56,18 @@ def main() -> None:
     logging.disable_progress_bar()
     model, tokenizer = load(request)
     model.eval()
-    inputs = tokenizer(request["prompt"], return_tensors="pt").to(model.device)
+    if request["is_chat"]:
+        messages = [{"role": "user", "content": request["prompt"]}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(request["prompt"], return_tensors="pt")
+    inputs = inputs.to(model.device)
     inputs.pop("token_type_ids", None)
+    length = inputs["input_ids"].shape[1]
     context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize  # recurrent models have none
-    most = max(1, min(request["tokens"], context - inputs["input_ids"].shape[1]))
+    most = max(1, min(request["tokens"], context - length))
     with torch.no_grad():
         logits = model(**inputs).logits.float()
         greedy = model.generate(**inputs, do_sample=False, max_new_tokens=most)[0].tolist()
@@ -67,7 +78,7 @@ def main() -> None:
     answer = {
         "ids": greedy,
         "logits": logits[0, -1, :8].tolist(),
-        "sample": tokenizer.decode(sample, skip_special_tokens=True),
+        "sample": tokenizer.decode(sample[length if request["is_chat"] else 0 :], skip_special_tokens=True),
         "class": type(model).__name__,
         "parameters": model.num_parameters(),
         "loaded_of_mini": [name for name in sys.modules if name.split(".")[0] in MINI],

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cards_mini import CARD, PROMPT
+from cards_mini import CARD, PROMPT, first_prompt
 from entry_points_mini import quiet_libraries
 from files_mini import MODEL_CONFIG, read_json_lines
 from modeling_mini.export import export
@@ -92,8 +92,9 @@ def push(
         proof = None
         if not arguments.no_verify:
             notify("Loading the folder in a clean process ...")
-            prompt = prompt_of(found.run)
-            proof = prove(staged, str(staged.folder), prompt, base)
+            is_chat = card.facts.is_chat
+            prompt = first_prompt(card.facts) if is_chat else prompt_of(found.run)
+            proof = prove(staged, str(staged.folder), prompt, base, is_chat=is_chat)
         named = None if arguments.revision == "main" or arguments.create_pr else arguments.revision
         write_card(card, staged, repository, license, proof, named)
         check_secrets(staged, hub.token if hub is not None else arguments.token)
@@ -229,6 +230,7 @@ def send(
             staged.config.get("base_model_name_or_path"),
             result.pushed.commit,
             hub.token if target.information().private else None,
+            proof.is_chat,
         )
         if after is not None:
             check_same(proof, after, target.name)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import sha
 from .staging import Staged
 
 CLEAN_PROCESS = Path(__file__).with_name("clean_process.py")
-TOKENS, SEED = 60, 42
+TOKENS, ANSWER_TOKENS, SEED = 60, 100, 42
 LARGEST_IN_GIT = 10_000_000  # bytes; the Hub takes larger files by LFS alone
 
 
@@ -29,7 +29,8 @@ class Proof:
 
     Attributes:
         ids: of a greedy text, the prompt first.
-        sample: a text drawn with the settings of its generation config.
+        sample: a text drawn with the settings of its generation config; of a model that answers, the answer alone.
+        is_chat: the prompt is the message of a user.
     """
 
     prompt: str
@@ -37,6 +38,7 @@ class Proof:
     logits: list[float]
     sample: str
     parameters: int
+    is_chat: bool = False
 
 
 def prove(
@@ -46,6 +48,7 @@ def prove(
     base: str | None = None,
     revision: str | None = None,
     token: str | None = None,
+    is_chat: bool = False,
 ) -> Proof | None:
     """
     Loads a folder, or a repository at a revision, in a clean process and lets it write.
@@ -53,6 +56,7 @@ def prove(
     Args:
         base: where the model of an adapter is.
         token: for a repository that is private; what is public has to load without one.
+        is_chat: whether the prompt is to be answered, and not continued.
 
     Returns:
         `None` for a format whose runtime is not installed here.
@@ -64,7 +68,8 @@ def prove(
         return prove_export(staged, name_or_path) if revision is None else None
     request = {
         "name_or_path": name_or_path, "kind": staged.kind, "prompt": prompt, "base": base, "revision": revision,
-        "tokens": TOKENS, "seed": SEED, "trust_remote_code": staged.has_code or staged.kind == "adapter",
+        "tokens": ANSWER_TOKENS if is_chat else TOKENS, "seed": SEED, "is_chat": is_chat,
+        "trust_remote_code": staged.has_code or staged.kind == "adapter",
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="mini-clean-") as folder:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -91,7 +96,7 @@ def prove(
         raise ValueError(
             f"The process was not clean: it found {answer['loaded_of_mini'][0]} outside of {name_or_path!r}."
         )
-    return Proof(prompt, answer["ids"], answer["logits"], answer["sample"], answer["parameters"])
+    return Proof(prompt, answer["ids"], answer["logits"], answer["sample"], answer["parameters"], is_chat)
 
 
 def check_same(before: Proof, after: Proof, repository: str) -> None:

@@ -1,11 +1,12 @@
 """The card of an export: how to run it and what equals Mini, with the facts of the model's own card."""
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cards_mini import CARD, TITLE, Card, Facts, read_card, render, section_of
+from cards_mini import CARD, TITLE, Card, Facts, first_prompt, read_card, render, section_of
 from files_mini import display_name
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class ExportCard:
         title: what the folder holds, in a few words; "" for what a card is called anyway.
         usage: Markdown that shows how to run it, with commands that work as they stand; "" for those of any Mini.
         exactness: one or two sentences on what equals Mini, and how nearly.
+        usage_of_chat: the same for a model that was taught to answer, with `QUESTION` where code asks it something.
         facts: further rows of the table, name to value.
         library_name, tags: metadata of the Hub.
         of_model: whether the folder holds the model, so that what its own card says is true of the folder.
@@ -31,6 +33,7 @@ class ExportCard:
     title: str
     usage: str
     exactness: str
+    usage_of_chat: str = ""
     facts: dict[str, str] = field(default_factory=dict)
     library_name: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -53,6 +56,9 @@ def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format:
         text = render(Facts(kind=format), {"tags": ["mini", *card.tags]}, {}, texts=texts)
     else:
         source = card_of_weights(checkpoint, model)
+        if source.facts.is_chat and card.usage_of_chat:
+            question = json.dumps(first_prompt(source.facts), ensure_ascii=False)
+            texts["How to use"] = section_of("How to use", card.usage_of_chat.replace("QUESTION", question))
         # The same weights, so licence, data and figures are the same; another library reads them.
         metadata = source.metadata | {"library_name": card.library_name, "pipeline_tag": "text-generation"}
         metadata["tags"] = ["mini", *card.tags]

@@ -83,12 +83,14 @@ def export_gguf(
         if adapter.in_full:
             modules = ", ".join(f"`{module}`" for module in adapter.in_full)
             exactness += f" The adapter was trained together with {modules}, which the base has from it."
-    usage = f"""
+
+    def usage(flags: str, code: str) -> str:
+        return f"""
 With [llama.cpp](https://github.com/ggml-org/llama.cpp), where the files are (from the Hub they come by `hf download
 PATH_OR_REPOSITORY --local-dir .`):
 
 ```bash
-llama-cli -m {example}{option} -p "def " -n 100 -no-cnv
+llama-cli -m {example}{option} {flags}
 ```
 
 or with `pip install llama-cpp-python`:
@@ -97,12 +99,21 @@ or with `pip install llama-cpp-python`:
 from llama_cpp import Llama
 
 llama = Llama("{example}"{argument}, n_ctx={config.max_position_embeddings}, verbose=False)
-print(llama("def ", max_tokens=100)["choices"][0]["text"])
+{code}
 ```
 """
+
     return ExportCard(
         title=f"Mini for llama.cpp, {model.num_parameters() / 1e6:.1f}M parameters",
-        usage=usage,
+        usage=usage(
+            flags='-p "def " -n 100 -no-cnv', code='print(llama("def ", max_tokens=100)["choices"][0]["text"])'
+        ),
+        usage_of_chat=usage(
+            flags="-cnv",
+            code='messages = [{"role": "user", "content": QUESTION}]\n'
+            'answer = llama.create_chat_completion(messages, max_tokens=100)["choices"][0]\n'
+            'print(answer["message"]["content"])',
+        ),
         exactness=f"The architecture `{config.model_type}` of llama.cpp computes what Mini does. F32 holds the "
         f"weights as they are, F16 rounds them, and Q8_0 stores them in blocks of 32 with 8 bits each.{exactness}",
         facts={"files": ", ".join(f"`{file}`" for file in files), **facts},

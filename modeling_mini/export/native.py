@@ -175,7 +175,7 @@ It loads without custom code:
 from transformers import pipeline
 
 generator = pipeline("text-generation", model="PATH_OR_REPOSITORY")
-print(generator("The", max_new_tokens=100)[0]["generated_text"])
+{}
 ```
 
 Or behind the protocol of OpenAI:
@@ -186,7 +186,11 @@ transformers serve PATH_OR_REPOSITORY
 """
     return ExportCard(
         title=f"Mini as {name.removesuffix('ForCausalLM')}, {model.num_parameters() / 1e6:.1f}M parameters",
-        usage=usage,
+        usage=usage.format('print(generator("The", max_new_tokens=100)[0]["generated_text"])'),
+        usage_of_chat=usage.format(
+            'messages = [{"role": "user", "content": QUESTION}]\n'
+            'print(generator(messages, max_new_tokens=100)[0]["generated_text"][-1]["content"])'
+        ),
         exactness=f"`{name}` computes what Mini does. When this was written, its logits on random tokens differed by "
         f"{difference:.0e} of the largest, which is rounding.",
         facts={"class": f"`{name}` of transformers"},

@@ -90,6 +90,7 @@ def export_onnx(
     return ExportCard(
         title=f"Mini in ONNX, {model.num_parameters() / 1e6:.1f}M parameters",
         usage=USAGE,
+        usage_of_chat=usage_of_chat(),
         exactness=exactness,
         facts={"operators": "ONNX, opset 23, without extensions"},
         library_name="transformers.js",
@@ -265,3 +266,30 @@ console.log(generated_text);
 In a browser: the folder holds a page that writes. Any web server of files will do, for example
 `python -m http.server --directory FOLDER`.
 """
+
+
+def usage_of_chat() -> str:
+    """`USAGE` with one message in the place of two prompts, up to the end of the answer."""
+    usage = USAGE
+    for before, after in {
+        "import AutoTokenizer": "import AutoTokenizer, GenerationConfig",
+        'inputs = dict(tokenizer(["The", "Once upon"], padding=True, return_tensors="np"))\n': """
+ends = np.atleast_1d(GenerationConfig.from_pretrained(folder).eos_token_id)
+messages = [{"role": "user", "content": QUESTION}]
+inputs = dict(
+    tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="np")
+)
+""".lstrip(),
+        '    written.append(inputs["input_ids"])\n': """
+    written.append(inputs["input_ids"])
+    if inputs["input_ids"].item() in ends:
+        break
+""".lstrip("\n"),
+        'const [{ generated_text }] = await generator("The", {': """
+const messages = [{ role: "user", content: QUESTION }];
+const [{ generated_text }] = await generator(messages, {
+""".strip(),
+        "console.log(generated_text);": "console.log(generated_text.at(-1).content);",
+    }.items():
+        usage = usage.replace(before, after)
+    return usage

@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import sharing_mini.card
 import yaml
-from cards_mini import read_card
+from cards_mini import Facts, read_card, render
 from helpers.exports import write_adapter
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from modeling_mini.export import quantized
+from modeling_mini.loading.checkpoints import load_model
 from modeling_mini.remote_code import ROOT_FILES, remote_code_files
 from sharing_mini.arguments import SharingArguments
 from sharing_mini.pushing import prompt_of, push
 from sharing_mini.staging import Staged, find_source, stage
-from sharing_mini.verification import Proof
+from sharing_mini.verification import SEED, Proof
+from transformers import set_seed
 
 
 def card_of(source: Path, **settings: object) -> str:
@@ -271,6 +273,21 @@ def test_sample_is_quoted_whatever_is_in_it(quick_run: Path, tmp_path: Path) -> 
     card = (tmp_path / "README.md").read_text()
     assert "`````text\ndef f():\n```\n# Not a heading\n````\n\n`````" in card
     assert "of 66,688 parameters" in card and "Written by these weights after 'def ', with seed 42" in card
+
+
+def test_the_sample_of_a_model_that_answers_is_an_answer(model: Path) -> None:
+    facts = Facts(is_chat=True, prompts=["Who?"])
+    (model / "README.md").write_text(render(facts, {}, {}))
+    loaded, tokenizer = load_model(str(model))
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who?"}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    set_seed(SEED)
+    ids = loaded.generate(**inputs, do_sample=True, max_length=64)[0, inputs["input_ids"].shape[1] :]
+    answer = tokenizer.decode(ids, skip_special_tokens=True).replace("\r", "")
+    card = card_of(model, no_verify=False)
+    assert f"A user's message, and the answer of these weights, with seed {SEED}:" in card
+    assert f"text\nuser: Who?\nassistant: {answer}\n```" in card and len(answer) > 5
 
 
 def test_commit_of_the_code(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from helpers.exports import random_model, same_parameters, write_adapter
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of, quantized
 from modeling_mini.export.formats import Format
+from modeling_mini.loading.checkpoints import load_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -250,3 +252,30 @@ def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
     ByteTokenizer().save_pretrained(tmp_path / "int8")
     with pytest.raises(ValueError, match="int8' is quantized: export the checkpoint that it was made of"):
         export("native", tmp_path / "int8", tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["native", "onnx", "gguf"])
+def test_the_card_of_a_model_that_answers_asks_it(
+    checkpoint: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture
+) -> None:
+    pytest.importorskip({"native": "torch", "gguf": "gguf", "onnx": "onnxruntime"}[format])
+    (checkpoint / "README.md").write_text(render(Facts(is_chat=True, prompts=['"Who?"']), {}, {}))
+    messages = [{"role": "user", "content": '"Who?"'}]
+    model, tokenizer = load_model(str(checkpoint))
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, max_new_tokens=100, do_sample=False)[0, length:].tolist()
+    end = next(k for k in range(30, 100) if ids[k] not in ids[:k])
+    model.generation_config.update(eos_token_id=[2, ids[end]], do_sample=False)
+    model.generation_config.save_pretrained(checkpoint)
+    card = (export(format, checkpoint, tmp_path / "out") / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = code.replace("PATH_OR_REPOSITORY", str(tmp_path / "out"))
+    assert 'messages = [{"role": "user", "content": "\\"Who?\\""}]\n' in code
+    capsys.readouterr()
+    if format == "gguf":
+        assert compile(code, "README.md", "exec") and "llama-cli -m checkpoint-Q8_0.gguf -cnv\n" in card
+        return
+    exec(code, {})
+    answer = tokenizer.decode(ids[: end + 1], skip_special_tokens=True)
+    assert capsys.readouterr().out.strip("\n") == answer.strip("\n")
