@@ -113,7 +113,7 @@ def measure_products(model: nn.Module, tokens: int) -> Choice:
     choice = {
         shape_of(layer): measured_once(
             f"{tokens} x {shape_of(layer)}",
-            lambda layer=layer: faster_products(layer.out_features, layer.in_features, tokens),
+            lambda layer=layer: faster_products(*layer.weight.shape, tokens),
             are_products,
         )
         for layer in linear_layers(model)
@@ -246,8 +246,9 @@ def flops_of_step(model: nn.Module, tokens: int) -> int:
 
 
 def shape_of(layer: nn.Linear) -> str:
-    """A key of `Choice`."""
-    return f"{layer.out_features} x {layer.in_features}"
+    """A key of `Choice`. By the weight: peft leaves a head with its features exchanged, if it is also the embedding."""
+    outputs, inputs = layer.weight.shape
+    return f"{outputs} x {inputs}"
 
 
 def onednn_is_available() -> bool:

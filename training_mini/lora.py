@@ -114,6 +114,8 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
+    if type(layer) is nn.Linear:
+        return tuple(layer.weight.shape)  # peft leaves a head with its features exchanged, if it is also the embedding
     return layer.out_features, layer.in_features  # of a quantized layer the weight has another shape
 
 

@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from modeling_mini import MiniConfig, MiniForCausalLM
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_mini import cpu_attention, cpu_kernels
 from training_mini.cpu_kernels import (
@@ -25,6 +26,7 @@ from training_mini.cpu_kernels import (
     shape_of,
     use_products,
 )
+from training_mini.lora import sizes_of
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 SOME_PRODUCTS = [list(some) for n in (1, 2, 3) for some in itertools.combinations(PRODUCTS, n)]
@@ -60,6 +62,19 @@ def test_linear_layer(shape: tuple[int, ...], bias: bool, products: list[str], m
     assert len(by_onednn) == len(products), "each named product, and no other, is by oneDNN"
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_shapes_are_those_of_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """peft makes the head anew where an adapter learned the embedding, with its numbers of features exchanged."""
+    model = MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1))
+    learned = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    head = get_peft_model(model, LoraConfig(r=2, **learned)).merge_and_unload().lm_head
+    measured: list[tuple[int, ...]] = []
+    monkeypatch.setattr(cpu_kernels, "SMALLEST_STEP", 0)
+    monkeypatch.setattr(cpu_kernels, "measured_once", lambda key, measure, fits: measure())
+    monkeypatch.setattr(cpu_kernels, "faster_products", lambda *sizes: measured.append(sizes) or list(PRODUCTS))
+    assert measure_products(nn.Sequential(head), 8) == {"264 x 128": list(PRODUCTS)} and measured == [(264, 128, 8)]
+    assert shape_of(head) == "264 x 128" and sizes_of(head) == (264, 128)
 
 
 def test_model_and_what_is_saved_of_it_stay_the_same() -> None:
