@@ -50,6 +50,7 @@ def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert again().overwrite and not again().resume, "killed before its first checkpoint"
 
 
+@pytest.mark.slow
 def test_a_restart_says_that_it_does_not_overwrite_a_run_of_its_own_settings(tmp_path: Path) -> None:
     """The process that writes it again would lose what the start before it has learned."""
     flags = ["--max_steps", 4, "--save_steps", 2, "--output_dir", "run"]

@@ -329,6 +329,7 @@ LIGHT = [
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "accelerate", "peft", "numpy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "arguments", "code"), LIGHT, ids=[f"{name} {rest}" for name, rest, _ in LIGHT])
 def test_help_and_mistakes_load_nothing_heavy(program: str, arguments: str, code: int, tmp_path: Path) -> None:
     """Help took 4.7 seconds of processor time when every program loaded torch before it read its flags."""

@@ -49,6 +49,7 @@ def logits_of(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=ids).logits
 
 
+@pytest.mark.slow
 def test_from_a_checkpoint_in_full(quick_run: Path, tmp_path: Path) -> None:
     trainer, result = tune(
         tmp_path / "run", quick_run, "--max_steps", 6, "--learning_rate", 1e-3, "--residual_dropout", 0.1
@@ -112,6 +113,7 @@ def test_adapter_as_a_user_types_it(quick_run: Path, tmp_path: Path) -> None:
     assert written.returncode == 0 and written.stdout == of_merged.stdout, written.stderr
 
 
+@pytest.mark.slow
 def test_state_holds_what_learns_and_resumes_bit_by_bit(quick_run: Path, tmp_path: Path) -> None:
     flags = ["--lora_r", 4, "--lora_dropout", 0.1, "--ema_decay", 0.5, "--max_steps", 8, "--save_steps", 4]
     whole, _ = tune(tmp_path / "whole", quick_run, *flags)
@@ -129,6 +131,7 @@ def test_state_holds_what_learns_and_resumes_bit_by_bit(quick_run: Path, tmp_pat
     assert not any("base_layer" in name or "embed_tokens" in name for name in saved), "the base is not in it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -186,6 +189,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
 
 
+@pytest.mark.slow
 def test_gradients_over_4_bits_are_the_same_after_an_evaluation(quick_run: Path, tmp_path: Path) -> None:
     """Also where a CPU has AVX512-BF16, for which bitsandbytes packs weights anew and then passes no gradient on."""
     flags = ["--lora_r", 4, "--load_in_4bit", "--max_steps", 3]
@@ -200,6 +204,7 @@ def test_gradients_over_4_bits_are_the_same_after_an_evaluation(quick_run: Path,
     assert all(gradient.abs().sum() > 0 for gradient in after.values())
 
 
+@pytest.mark.slow
 def test_merging_into_rounded_weights(quick_run: Path, tmp_path: Path) -> None:
     """The merged model is the one that was trained, rounding and all, and full in size."""
     flags = ["--lora_r", 4, "--load_in_4bit", "--merge", "--merge_quantized", "--max_steps", 10]
@@ -209,6 +214,7 @@ def test_merging_into_rounded_weights(quick_run: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logits_of(merged), logits_of(trainer.run.unwrapped_model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_8_bits(quick_run: Path, tmp_path: Path) -> None:
     trainer, result = tune(tmp_path / "run", quick_run, "--lora_r", 4, "--load_in_8bit", "--max_steps", 20)
     assert result.evaluation.loss < validation_loss(quick_run) - LEARNED
@@ -250,6 +256,7 @@ WRONG_FOR_THE_MODEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", WRONG_FOR_THE_MODEL)
 def test_what_does_not_fit_the_model(flags: str, quick_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as error:
@@ -265,6 +272,7 @@ def rounded_copy(run: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_quantized_checkpoint_is_not_trained_in_full(quick_run: Path, tmp_path: Path) -> None:
     rounded = rounded_copy(quick_run, tmp_path / "rounded")
     with pytest.raises(ValueError, match="are quantized and cannot be trained: give --lora_r 8"):
@@ -290,6 +298,7 @@ def test_what_sharding_cannot_do(quick_run: Path, tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+@pytest.mark.slow
 def test_run_goes_on_with_the_adapter_and_the_base_that_it_began_with(quick_run: Path, tmp_path: Path) -> None:
     base = tmp_path / "base"
     model, tokenizer = load_checkpoint(f"{quick_run}/best")
@@ -312,6 +321,7 @@ def test_run_goes_on_with_the_adapter_and_the_base_that_it_began_with(quick_run:
         Trainer(parse_arguments(resume))
 
 
+@pytest.mark.slow
 def test_adapter_is_no_base(quick_run: Path, tmp_path: Path) -> None:
     tune(tmp_path / "run", quick_run, "--lora_r", 4, "--max_steps", 3)
     with pytest.raises(ValueError, match=r"is an adapter for .*tiny-sample/best.*--resume --merge"):
@@ -338,6 +348,7 @@ def test_adapter_on_two_processes_and_its_state_on_one(quick_run: Path, tmp_path
     torch.testing.assert_close(logits_of(merged[0]), logits_of(merged[1]), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_trainers_that_people_have_take_an_adapter(quick_run: Path, tmp_path: Path) -> None:
     """transformers' Trainer through TRL's SFTTrainer, with the default modules and no word on them."""
     model = AutoModelForCausalLM.from_pretrained(quick_run / "best")

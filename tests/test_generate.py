@@ -36,6 +36,7 @@ def test_default_model_is_the_newest_run(quick_run: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_seed_and_its_absence(quick_run: Path) -> None:
     same = [generate(quick_run, "--prompt", "the ", "--seed", 3).stdout for _ in range(2)]
     assert same[0] == same[1]
@@ -193,6 +194,7 @@ def test_stop_and_stats(quick_run: Path) -> None:
         assert re.fullmatch(r"\(\d+ tokens in [\d.]+ s: [\d,]+ tokens/s, the first after \d+ ms\.\)\n", result.stderr)
 
 
+@pytest.mark.slow
 def test_assistant_drafts_and_changes_nothing(quick_run: Path, tmp_path: Path) -> None:
     arguments = ("--prompt", "the ", "--temperature", 0, "--max_tokens", 100)
     plain = generate(quick_run, *arguments)
@@ -296,6 +298,7 @@ def adapter(quick_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_adapter(quick_run: Path, adapter: Path) -> None:
     arguments = ("--prompt", "the ", "--max_tokens", 30, "--temperature", 0)
     learned = "the " + 30 * "z" + "\n"
@@ -308,6 +311,7 @@ def test_adapter(quick_run: Path, adapter: Path) -> None:
     assert (quantized.returncode, quantized.stdout, quantized.stderr) == (0, learned, "")
 
 
+@pytest.mark.slow
 def test_adapter_that_does_not_fit(quick_run: Path, adapter: Path, broken, tmp_path: Path) -> None:
     other = broken(
         lambda folder: MiniForCausalLM(MiniConfig.preset("tiny", num_hidden_layers=1)).save_pretrained(folder)

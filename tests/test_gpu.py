@@ -61,6 +61,7 @@ def test_loss_and_gradients_in_bfloat16() -> None:
     assert difference(found[True][1], found[False][1]) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bound"), [("8bit", 0.05), ("4bit", 0.35)])
 def test_quantized_weights(quick_run: Path, tmp_path: Path, kind: str, bound: float) -> None:
     """They give about the logits of the exact ones, and an adapter beside them learns."""
@@ -80,6 +81,7 @@ def test_quantized_weights(quick_run: Path, tmp_path: Path, kind: str, bound: fl
     assert learned and all(parameter.abs().max() > 0 for parameter in learned)
 
 
+@pytest.mark.slow
 def test_fsdp_on_one_process_equals_none(tmp_path: Path) -> None:
     settings = [*QUICK, "--max_steps", 4, "--bf16", "false", "--tf32", "false"]
     one_process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
@@ -95,6 +97,7 @@ def test_fsdp_on_one_process_equals_none(tmp_path: Path) -> None:
     assert found["FSDP2"] == pytest.approx(found["plain"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_ends_with_the_same_bits(tmp_path: Path) -> None:
     settings = ["--max_steps", 6, "--save_steps", 3]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"

@@ -91,6 +91,7 @@ def test_the_command(server: HubServer, pushed: str, quick_run: Path) -> None:
     assert len(sample) > 20 and "of 66,496 parameters" in card
 
 
+@pytest.mark.slow
 def test_a_stranger_loads_and_generates(server: HubServer, pushed: str, quick_run: Path, tmp_path: Path) -> None:
     """What the model class, the pipeline and both Python snippets of the card give, in one process."""
     card = server.model("user/name").files()["README.md"].decode()
@@ -114,6 +115,7 @@ print(json.dumps([ids, text, type(model).__name__, ours]))
     assert output.count("The") >= 3
 
 
+@pytest.mark.slow
 def test_the_command_line_of_the_card(server: HubServer, pushed: str, tmp_path: Path) -> None:
     (block,) = re.findall(r"```bash\n(.*?)```", server.model("user/name").files()["README.md"].decode(), re.DOTALL)
     installed = tmp_path / "bin" / "mini-generate"  # as `pip install` writes it
@@ -125,6 +127,7 @@ def test_the_command_line_of_the_card(server: HubServer, pushed: str, tmp_path: 
     assert output.startswith("The ") and len(output) > 10
 
 
+@pytest.mark.slow
 def test_hf_download(server: HubServer, pushed: str, tmp_path: Path) -> None:
     hf = Path(sys.executable).with_name("hf")
     stranger(server, tmp_path, [str(hf), "download", "user/name", "--revision", "v1", "--local-dir", "copy"])
@@ -170,6 +173,7 @@ console.log(JSON.stringify({ files, parameterCount, id: (await modelInfo({ name:
     assert answer["id"] == "user/name" and answer["parameterCount"] == {"F32": 66_496}
 
 
+@pytest.mark.slow
 def test_dry_run_touches_nothing(
     server: HubServer, quick_run: Path, capsys: pytest.CaptureFixture, here: Callable[..., Result]
 ) -> None:
@@ -187,6 +191,7 @@ def test_dry_run_touches_nothing(
     assert order == sorted(order), "what is decided stands before the card, which is long"
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(server: HubServer, quick_run: Path, tmp_path: Path) -> None:
     token = "hf_" + "z" * 34
     sentence = one_sentence(push(server, tmp_path, quick_run, "user/other", "--token", token, "--no_verify"))
@@ -230,6 +235,7 @@ def test_output_that_is_read_no_further(monkeypatch: pytest.MonkeyPatch, capsys:
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_load_is_not_pushed(
     server: HubServer, quick_run: Path, tmp_path: Path, here: Callable[..., Result]
 ) -> None:

@@ -90,6 +90,7 @@ def check_equal(run: Path, whole: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp_path: Path) -> None:
     process = start_program(
@@ -110,6 +111,7 @@ def test_signals_of_schedulers_save_and_exit_with_75(number: signal.Signals, tmp
     assert [state.name for state in states_of(tmp_path / "run")] == [f"step_{step}"]
 
 
+@pytest.mark.slow
 def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
     settings = [*QUICK, "--max_steps", ENDLESS, "--save_steps", 5, "--output_dir", "run"]
     first = start_program("train_accelerate.py", *settings, cwd=tmp_path)
@@ -131,6 +133,7 @@ def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+@pytest.mark.slow
 def test_of_two_that_start_at_once_one_trains(tmp_path: Path) -> None:
     settings = [*QUICK, "--max_steps", 30, "--output_dir", "run"]
     processes = [start_program("train_accelerate.py", *settings, cwd=tmp_path) for _ in range(2)]
@@ -142,6 +145,7 @@ def test_of_two_that_start_at_once_one_trains(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "run")) == 30
 
 
+@pytest.mark.slow
 def test_signal_inside_evaluation(tmp_path: Path) -> None:
     """It does not wait for the end of an evaluation, which the resumed run makes up for."""
     # One step, then an evaluation of a hundred thousand windows, which would take minutes.
@@ -175,6 +179,7 @@ def damage(path: Path) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "trainer_state.json", "checksums.json"])
 @pytest.mark.parametrize("how", ["changed", "missing"])
 def test_damaged_checkpoint_is_recognised(name: str, how: str, quick_run: Path, tmp_path: Path) -> None:
@@ -184,6 +189,7 @@ def test_damaged_checkpoint_is_recognised(name: str, how: str, quick_run: Path, 
     assert damage_of(state)
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(quick_run: Path, tmp_path: Path) -> None:
     run = copy_of(quick_run, tmp_path)
     damage(run / "checkpoints" / "step_40" / "__0_0.distcp")
@@ -204,12 +210,14 @@ def test_nothing_but_damaged_checkpoints_is_a_sentence(quick_run: Path, tmp_path
     assert "Every checkpoint in 'run' is damaged" in one_sentence(result)
 
 
+@pytest.mark.slow
 def test_which_checkpoints_are_kept(tmp_path: Path) -> None:
     settings = "--max_steps 11 --save_steps 1 --keep_last 3 --keep_every 4 --output_dir run".split()
     assert train(tmp_path, *settings).returncode == 0
     assert [state.name for state in states_of(tmp_path / "run")] == [f"step_{n}" for n in (4, 8, 9, 10, 11)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_full_disk_can_be_survived(tmp_path: Path) -> None:
     assert train(tmp_path, "--max_steps", 4, "--save_steps", 4, "--output_dir", "run").returncode == 0
@@ -269,6 +277,7 @@ def test_a_run_that_left_the_finite_numbers_writes_no_model(flags: tuple[object,
         assert all(tensor.isfinite().all() for tensor in load_file(path).values()), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["best", "final", "merged"])
 def test_no_folder_has_weights_that_are_not_finite(name: str, tmp_path: Path) -> None:
     """Whatever made them so."""

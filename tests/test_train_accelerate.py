@@ -60,6 +60,7 @@ def test_metrics(quick_run: Path) -> None:
     assert set(evaluations[0]) == {"step", "seconds", "eval_loss", "eval_perplexity", "eval_bits_per_byte"}
 
 
+@pytest.mark.slow
 def test_resolved_configuration_repeats_the_run(quick_run: Path, tmp_path: Path) -> None:
     settings = yaml.safe_load((quick_run / "config.yaml").read_text())
     assert settings["dataset"] == "sample" and settings["max_steps"] == 40 and settings["hidden_size"] == 64
@@ -114,6 +115,7 @@ for folder in ("given", "saved_again"):
 """
 
 
+@pytest.mark.slow
 def test_model_of_a_run_works_where_mini_is_not_installed(quick_run: Path, tmp_path: Path) -> None:
     shutil.copytree(quick_run / "best", tmp_path / "given")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -159,6 +161,7 @@ def test_interrupted_and_resumed_twice_is_the_same_run(quick_run: Path, tmp_path
         assert torch.equal(tensor, weights(tmp_path / "parts")[name]), name
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_resumable_run_and_says_how_to_go_on(tmp_path: Path) -> None:
     process = start_program(
         "train_accelerate.py", *QUICK, "--max_steps", ENDLESS, "--output_dir", "run", cwd=tmp_path, fresh=True
@@ -181,6 +184,7 @@ def test_ctrl_c_leaves_a_resumable_run_and_says_how_to_go_on(tmp_path: Path) -> 
     assert result.returncode == 0 and f"Resuming at step {step}" in result.stdout, result.stderr
 
 
+@pytest.mark.slow
 def test_resume_without_a_name_takes_the_newest_run(tmp_path: Path) -> None:
     for name in ("runs/a", "runs/b"):
         assert train(tmp_path, "--max_steps", 3, "--output_dir", name).returncode == 0
@@ -189,6 +193,7 @@ def test_resume_without_a_name_takes_the_newest_run(tmp_path: Path) -> None:
     assert len(losses(tmp_path / "runs/b")) == 5 and len(losses(tmp_path / "runs/a")) == 3
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path: Path) -> None:
     for parts in (1, 4):
         result = train(
@@ -258,6 +263,7 @@ def test_ctrl_c_on_several_processes_shows_no_traceback(tmp_path: Path) -> None:
     assert "num_processes" not in (tmp_path / "run" / "config.yaml").read_text(), "another time it may be another one"
 
 
+@pytest.mark.slow
 def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Über allen Gipfeln ist Ruh.\r\n" * 200, encoding="utf-8")
     arguments = [value if value != "sample" else "text.txt" for value in QUICK]
@@ -272,6 +278,7 @@ def test_char_tokenizer_end_to_end(tmp_path: Path) -> None:
     assert "(The model does not know '!' '?', and reads <|unk|> instead.)" in written.stderr
 
 
+@pytest.mark.slow
 def test_learned_merges_end_to_end(tmp_path: Path) -> None:
     arguments = ("--tokenizer", "bpe", "--vocab_size", 400, "--output_dir", "run", "--save_steps", 10)
     result = train(tmp_path, *arguments, "--max_steps", 20)
@@ -367,6 +374,7 @@ def test_bad_input(
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     assert train(tmp_path, "--max_steps", 3).returncode == 0
     run = tmp_path / "runs" / "tiny-sample"
@@ -380,6 +388,7 @@ def test_a_run_is_never_overwritten_by_accident(tmp_path: Path) -> None:
     assert len(losses(run)) == 4
 
 
+@pytest.mark.slow
 def test_resume_on_another_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("first text " * 500)
     arguments = [value if value != "sample" else "text.txt" for value in QUICK]
@@ -418,6 +427,7 @@ def test_resume_with_other_methods_is_refused(
     assert "cannot go on with other methods than it began with" in sentence and change in sentence
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="needs Linux")
 def test_full_disk_ends_in_a_sentence_and_keeps_what_was_complete(tmp_path: Path) -> None:
     assert train(tmp_path, "--max_steps", 4, "--output_dir", "run").returncode == 0

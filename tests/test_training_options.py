@@ -32,6 +32,7 @@ def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) ->
     assert trainer.evaluate() != result.evaluation, "the weights themselves are others"
 
 
+@pytest.mark.slow
 def test_average_is_resumed_bit_by_bit(tmp_path: Path) -> None:
     settings = ["--ema_decay", 0.9, "--max_steps", 12, "--save_steps", 6, "--optimizer", "muon"]
     settings += ["--dropout_start", 0.3, "--dropout_end", 0.0, "--residual_dropout", 0.1]
@@ -53,6 +54,7 @@ def test_annealed_dropout_is_logged(tmp_path: Path) -> None:
     assert dropouts == pytest.approx([0.5 - 0.04 * step for step in range(11)])
 
 
+@pytest.mark.slow
 def test_label_smoothing_and_z_loss_change_the_weights_and_not_the_reported_loss(tmp_path: Path) -> None:
     reported = {}
     for name, flags in {"plain": [], "smooth": ["--label_smoothing", 0.2], "z": ["--z_loss", 0.1]}.items():
@@ -67,6 +69,7 @@ def test_label_smoothing_and_z_loss_change_the_weights_and_not_the_reported_loss
         )
 
 
+@pytest.mark.slow
 def test_early_stopping(tmp_path: Path) -> None:
     # A learning rate that ruins the model: the first evaluation stays the best.
     settings = "--max_steps 400 --eval_steps 4 --learning_rate 3 --max_grad_norm 0 --early_stopping_patience 3".split()
@@ -81,6 +84,7 @@ def test_early_stopping(tmp_path: Path) -> None:
     assert again.returncode == 0 and f"Trained {best + 12} steps" in again.stdout, "it is still over"
 
 
+@pytest.mark.slow
 def test_samples_of_fixed_prompts(tmp_path: Path) -> None:
     train_here(tmp_path / "run", "--max_steps", 6, "--sample_every", 2, "--sample_prompts", "the cat", "A ")
     train_here(tmp_path / "plain", "--max_steps", 6)
@@ -90,6 +94,7 @@ def test_samples_of_fixed_prompts(tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == losses(tmp_path / "plain"), "looking does not change the run"
 
 
+@pytest.mark.slow
 def test_internals(tmp_path: Path) -> None:
     train_here(tmp_path / "run", "--max_steps", 6, "--optimizer", "adamw", "--internals_steps", 3)
     train_here(tmp_path / "plain", "--max_steps", 6, "--optimizer", "adamw")
@@ -124,6 +129,7 @@ def test_mfu_has_a_peak_that_it_assumes(tmp_path: Path, capsys: pytest.CaptureFi
     assert trainer.window.peak_flops == 0.5e12
 
 
+@pytest.mark.slow
 def test_tensorboard_has_what_metrics_have_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     for flags in (["--max_steps", 4], ["--max_steps", 8, "--resume"]):
         train_here(tmp_path / "run", "--report_to", "tensorboard", *flags)
@@ -157,6 +163,7 @@ def test_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monke
         parse_arguments(["--report_to", "tensorbord"])
 
 
+@pytest.mark.slow
 def test_batch_size_is_found(tmp_path: Path) -> None:
     """Parts are halved until one fits, and the batch is the same."""
     train_here(tmp_path / "plain", "--max_steps", 6)
@@ -189,6 +196,7 @@ def test_what_fits_is_tried_in_training_mode(tmp_path: Path) -> None:
     trainer.run.run_folder.release()
 
 
+@pytest.mark.slow
 def test_one_sequence_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:
     trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
 
@@ -216,6 +224,7 @@ def test_compiled_training_is_the_same(flags: str, layers: int, tmp_path: Path) 
     assert set(weights(tmp_path / "compiled")) == set(weights(tmp_path / "eager"))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path: Path) -> None:
     train_here(tmp_path / "plain", "--max_steps", 6)
     trainer, _ = train_here(tmp_path / "checkpointed", "--max_steps", 6, "--gradient_checkpointing")
@@ -223,6 +232,7 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(tmp_path: Path) -> 
     assert losses(tmp_path / "checkpointed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_is_another_rounding(tmp_path: Path) -> None:
     # In processes of their own: accelerate knows one precision for each.
     plain = train(tmp_path, "--max_steps", 5, "--output_dir", "plain")
@@ -297,6 +307,7 @@ def test_precision_that_the_device_lacks(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir()), "before any data is looked at"
 
 
+@pytest.mark.slow
 def test_trackio_knows_a_resumed_run_by_its_id(tmp_path: Path) -> None:
     for flags in ([*QUICK, "--report_to", "trackio", "--max_steps", 4], ["--resume", "--max_steps", 8]):
         result = run_program(

@@ -70,6 +70,7 @@ def test_every_test_has_an_outcome(tmp_path: Path) -> None:
     assert "test_is_wrong failed: assert (1 + 1) == 3" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tests", "sentence"),
     [("tests/test_nothing.py", "There is no file of tests 'tests/test_nothing.py'"),

@@ -82,6 +82,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_part_that_crashes_or_hangs_costs_the_others_nothing(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "text.txt", checkout
 
 
+@pytest.mark.slow
 def test_whole_programs_in_turns(files: tuple[Path, Path], tmp_path: Path) -> None:
     text, checkout = files
     flags = ["--only", "a", "--seeds", "1", "2", "--max_steps", "3", "--output", "out.json"]

@@ -9,6 +9,7 @@ from helpers.programs import run_program
 PROGRAM = "benchmarks/quantization.py"
 
 
+@pytest.mark.slow
 def test_every_kind_has_figures(quick_run: Path, tmp_path: Path) -> None:
     arguments = "--dataset sample --eval_tokens 1000 --tokens 3 --rounds 1 --output out.json --device cpu".split()
     result = run_program(PROGRAM, "--models", quick_run, "tiny", *arguments, cwd=tmp_path)

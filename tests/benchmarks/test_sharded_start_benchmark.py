@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
 from helpers.programs import one_sentence, run_program
 
 PROGRAM = "benchmarks/sharded_start.py"
 
 
+@pytest.mark.slow
 def test_figures(tmp_path: Path) -> None:
     shape = "--processes 2 --hidden_size 256 --num_hidden_layers 6 --intermediate_size 512".split()
     result = run_program(PROGRAM, *shape, "--output", "out.json", cwd=tmp_path)

@@ -118,6 +118,7 @@ def test_wrong_input_is_one_sentence(flags: list[str], says: str, tmp_path: Path
     assert says in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_found_is_halved_until_all_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     training = importlib.import_module("training")

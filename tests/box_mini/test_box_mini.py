@@ -76,6 +76,7 @@ def test_rounded_weights_predict_almost_as_well(kind: str, most: float) -> None:
     assert bits[0] - 0.01 < bits[1] < bits[0] + most and bits[1] != bits[0]
 
 
+@pytest.mark.slow
 def test_fast_decoding_writes_what_the_loop_writes() -> None:
     """Of a trained model the likeliest tokens are often close to each other, and a text repeats itself."""
     model, tokenizer = load_model("box", device="cpu")
@@ -86,6 +87,7 @@ def test_fast_decoding_writes_what_the_loop_writes() -> None:
     assert fast.tolist() == loop.tolist() and len(set(fast[0, 40:].tolist())) > 10
 
 
+@pytest.mark.slow
 def test_the_newest_run_stays_the_default(
     quick_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,6 +150,7 @@ def test_it_is_shared_like_any_other(tmp_path: Path) -> None:
     assert {"model.safetensors", "modeling_mini.py", "tokenizer.json", "README.md"} <= set(staged.files)
 
 
+@pytest.mark.slow
 def test_it_is_pushed_by_its_name(tmp_path: Path) -> None:
     result = run_program("push_to_hub.py", "box", "user/name", "--license", "apache-2.0", "--dry_run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

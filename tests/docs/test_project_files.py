@@ -69,6 +69,7 @@ def test_what_contributing_tells_to_run_is_what_ci_runs() -> None:
         assert command in commands and command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
+@pytest.mark.slow
 def test_the_commands_of_contributing() -> None:
     """
     The first block is the README's second command without its last part, which `test_readme.py` runs. The other runs

@@ -261,6 +261,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert (folder / "out.jsonl").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant(quick_run: Path, folder: Path) -> None:
     arguments = ["--model", quick_run, "--batch_file", "prompts.txt", "--output", "out.jsonl", "--batch_size", 1]
     arguments += ["--max_new_tokens", 60, "--min_new_tokens", 60, "--seed", 1]

@@ -87,6 +87,7 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield address
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_adapter", [False, True])
 def test_it_writes_by_the_function_that_was_compiled_before(
     is_adapter: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -135,6 +136,7 @@ def continuation(checkpoint: Path | str, prompt: str | list[dict]) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_completions(client: openai.OpenAI, checkpoint: Path) -> None:
     arguments = {"model": NAME, "prompt": "the ", "max_tokens": 20, "temperature": 0}
     expected = continuation(checkpoint, "the ")
@@ -144,6 +146,7 @@ def test_completions(client: openai.OpenAI, checkpoint: Path) -> None:
     assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 3
 
 
+@pytest.mark.slow
 def test_chat_completions(client: openai.OpenAI, checkpoint: Path) -> None:
     arguments = {"model": NAME, "messages": MESSAGES, "max_tokens": 20, "temperature": 0}
     expected = continuation(checkpoint, MESSAGES)
@@ -302,6 +305,7 @@ def test_an_error_in_a_stream_is_a_sentence(client: openai.OpenAI) -> None:
     assert json.loads(f'"{StreamError(chr(10).join(["no", chr(34), chr(92)])).msg}"') == "no ' /"
 
 
+@pytest.mark.slow
 def test_a_seed_is_that_of_its_request(client: openai.OpenAI) -> None:
     """Also while others write: their seeds are not its own."""
     arguments = {"model": NAME, "prompt": "the ", "max_tokens": 50, "temperature": 1}
@@ -438,6 +442,7 @@ def test_other_addresses_answer_with_a_reason(
     assert refused.value.code == status and json.load(refused.value)["error"]["message"].startswith(reason)
 
 
+@pytest.mark.slow
 def test_a_server_of_any_model_says_where_there_is_none(tmp_path: Path) -> None:
     """One that was started without a name loads what a request names."""
     with serving(None, tmp_path, tmp_path) as address:
@@ -486,6 +491,7 @@ def test_a_message_may_come_back_as_clients_send_it(client: openai.OpenAI) -> No
     assert again.choices[0].message.content == answer.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_requests_that_share_batches(tmp_path: Path) -> None:
     """`--continuous-batching`, with the adapter that comes with Mini, by its name."""
     with serving("box-chat", tmp_path, tmp_path, "--continuous-batching") as address:
@@ -584,6 +590,7 @@ def test_the_example_of_the_page(server: str, capsys: pytest.CaptureFixture[str]
     assert output.startswith(f"{NAME}\n") and output.count("def ") == 2 and output.count("bits per token") == 1
 
 
+@pytest.mark.slow
 def test_chat_in_the_terminal(server: str, checkpoint: Path, tmp_path: Path) -> None:
     command = [*COMMAND, "chat", str(checkpoint), server, "max_new_tokens=8", "--user", "me"]
     # Offline, huggingface_hub refuses every request, also this one to our own machine.

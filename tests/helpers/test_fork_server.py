@@ -19,6 +19,7 @@ print("no line break", end="")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
 @pytest.mark.parametrize(
     "end", ["", "sys.exit()", "sys.exit(3)", "sys.exit('a sentence')", "sys.exit(True)", "raise ValueError('wrong')"]

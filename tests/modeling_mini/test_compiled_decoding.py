@@ -175,6 +175,7 @@ def test_which_prompts_it_reads(compiled: MiniForCausalLM, sizes: list[int], mon
         compiled.generate(torch.tensor([[1, 97]]), max_new_tokens=5, do_sample=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("activation", ACT2FN)
 def test_every_activation_that_it_knows(activation: str, threads: int, sizes: list[int]) -> None:
@@ -291,6 +292,7 @@ def compiled() -> MiniForCausalLM:
     return model
 
 
+@pytest.mark.slow
 def test_long_texts(compiled: MiniForCausalLM, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Greedy and sampling, from a prompt of one token on, over a cache that has to grow."""
     monkeypatch.setattr(decoding, "FIRST_CAPACITY_OF_MANY", 7)
@@ -404,6 +406,7 @@ def test_the_file_is_used_again_unless_it_is_damaged(tmp_path: Path, monkeypatch
     assert load().scratch_size.restype is ctypes.c_int64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
 def test_what_other_processors_compile(
     branches: list[str],

@@ -73,6 +73,7 @@ def test_random_models_and_requests_give_the_same(group: int, dtype: torch.dtype
             torch.testing.assert_close((a.keys, a.values), (b.keys, b.values), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "tokens"),
     [("tiny", 30), ("small", 30), ("medium", 30)]

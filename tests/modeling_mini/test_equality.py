@@ -182,6 +182,7 @@ def test_steps_equal_one_forward(fields: dict[str, Any]) -> None:
     close(torch.cat(pieces, dim=1), full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
 @pytest.mark.parametrize("chunks", [(5, 7), (1, 4, 1, 6), (12,)], ids=str)
@@ -197,6 +198,7 @@ def test_chunked_prefill_equals_one_forward(
     close(torch.cat(pieces, dim=1), full)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padded_batch_equals_each_row_alone(fields: dict[str, Any], attention: str, side: str) -> None:
@@ -240,6 +242,7 @@ def test_padded_batch_steps_equal_each_row_alone(fields: dict[str, Any]) -> None
         close(logits[1, 4:], model(ids[1:, 4:]).logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_packed_documents_equal_each_alone(fields: dict[str, Any], attention: str, use_cache: bool) -> None:
@@ -539,6 +542,7 @@ def test_bfloat16_padding_gives_no_nan(attention: str) -> None:
 # The initial state.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("norm_type", ["layernorm", "rmsnorm"])
 @pytest.mark.parametrize("preset", ["tiny", "small", "medium"])

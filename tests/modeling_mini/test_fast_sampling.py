@@ -39,6 +39,7 @@ def by_torch(warpers: list[LogitsProcessor], scores: torch.Tensor) -> torch.Tens
     return torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
 
 
+@pytest.mark.slow
 def test_tokens_and_random_numbers_are_those_of_torch() -> None:
     """1,000 cases; few of them are left to torch."""
     left_to_torch = 0

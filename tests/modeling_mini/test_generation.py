@@ -319,6 +319,7 @@ def test_sampling_with_and_without_a_cache_is_the_same(model: MiniForCausalLM) -
     assert torch.equal(*texts)
 
 
+@pytest.mark.slow
 def test_sampling_has_the_frequencies_of_the_model(model: MiniForCausalLM) -> None:
     count, temperature = 20_000, 0.7
     text = model.generate(
@@ -466,6 +467,7 @@ def test_assisted_generation(model: MiniForCausalLM) -> None:
         assert calls <= (NEW // 4 + 1 if assistant is same else NEW)
 
 
+@pytest.mark.slow
 def test_assisted_sampling_follows_the_seed(model: MiniForCausalLM) -> None:
     texts = []
     for _ in range(2):
@@ -548,6 +550,7 @@ def test_returned_attentions_and_hidden_states() -> None:
 # Continuous batching.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_generate_batch_equals_each_prompt_alone(attention: str) -> None:
     model = make_model(attention)

@@ -44,6 +44,7 @@ def steps_of(model: MiniForCausalLM, request: dict[str, Any]) -> tuple[Any, int]
     return written, Unrecorded.steps - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", range(8))
 def test_random_models_and_requests_give_the_same(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """80 models of random shapes, batches with and without padding, and caches that have to grow."""

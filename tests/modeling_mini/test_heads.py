@@ -122,6 +122,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", CLASSES.values(), ids=lambda model_class: f"saved {model_class.__name__}")
 @pytest.mark.parametrize("auto_class", CLASSES, ids=lambda auto_class: f"loaded {auto_class.__name__}")
 def test_every_checkpoint_loads_as_every_class(checkpoints: Path, saved: type, auto_class: type) -> None:

@@ -92,6 +92,7 @@ Results = tuple[Path, list[dict]]
 each_model = pytest.mark.parametrize("name", MODELS)
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize("kind", ["tp", "pp", "fsdp", "pp_plan"])
 def test_sharded_logits_equal_those_of_one_process(two_processes: Results, name: str, kind: str) -> None:
@@ -101,6 +102,7 @@ def test_sharded_logits_equal_those_of_one_process(two_processes: Results, name:
         close(rank[name, kind]["logits"], expected)
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize("kind", ["tp", "pp", "fsdp"])
 def test_sharded_generation_equals_that_of_one_process(two_processes: Results, name: str, kind: str) -> None:

@@ -66,7 +66,7 @@ def rounded_to_4bit(weight: torch.Tensor, manner: dict[str, Any]) -> torch.Tenso
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", range(5))
+@pytest.mark.parametrize("group", groups(5))
 def test_random_models_write_what_their_rounded_weights_write(kind: str, group: int) -> None:
     """50 models of each kind, each with a random request: text, logits and cache."""
     for number in range(10):
@@ -138,7 +138,7 @@ def test_when_the_layers_themselves_are_called(switch: bool | str, monkeypatch: 
     assert not fast_path.called and product.called
 
 
-@pytest.mark.parametrize("group", range(5))
+@pytest.mark.parametrize("group", groups(5))
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_the_compiled_step_writes_what_the_rounded_weights_write(
     kind: str, group: int, monkeypatch: pytest.MonkeyPatch
@@ -211,7 +211,7 @@ def assert_same_text(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("group", range(5))
+@pytest.mark.parametrize("group", groups(5))
 def test_nothing_is_dequantized_for_a_short_prompt(kind: str, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """50 random models of each kind, prompts of one block of tokens and of several, and both forms of INT4."""
     formats = set()
@@ -294,6 +294,7 @@ def test_a_long_prompt_is_read_with_dequantized_weights(kind: str, monkeypatch: 
         assert read.call_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branches", BRANCHES.values(), ids=BRANCHES)
 def test_what_other_processors_compile(branches: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compile_without(branches, tmp_path, monkeypatch)

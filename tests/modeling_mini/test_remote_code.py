@@ -122,6 +122,7 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 both_visits = pytest.mark.parametrize("generation", [0, 1])
 
 
+@pytest.mark.slow
 @both_visits
 def test_a_stranger_computes_the_same(generations: dict[str, Any], generation: int) -> None:
     model = generations["model"]
@@ -131,6 +132,7 @@ def test_a_stranger_computes_the_same(generations: dict[str, Any], generation: i
         assert torch.equal(states, model.model(IDS).last_hidden_state)
 
 
+@pytest.mark.slow
 @both_visits
 def test_a_stranger_writes_the_same_text(generations: dict[str, Any], generation: int) -> None:
     model, tokenizer = generations["model"], generations["tokenizer"]

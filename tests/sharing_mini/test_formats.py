@@ -17,6 +17,7 @@ def share(folder: Path, **settings: object) -> Result:
     return push(str(folder), "user/name", SharingArguments(**{"license": "mit", **settings}), lambda sentence: None)
 
 
+@pytest.mark.slow
 def test_native(hub: HubServer, model: Path) -> None:
     """It loads without any code, in the clean processes before and after; the second needs the token."""
     result = share(model, format="native", private=True)
@@ -29,6 +30,7 @@ def test_native(hub: HubServer, model: Path) -> None:
     assert card.data.license == "mit" and {"mini", "stablelm"} <= set(card.data.tags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["gguf", "onnx"])
 def test_other_runtimes(
     hub: HubServer, quick_run: Path, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

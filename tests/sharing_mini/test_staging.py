@@ -88,6 +88,7 @@ def test_all_that_should_not_go_up_is_named(model: Path, tmp_path: Path) -> None
     assert all(f"'notes{number}.txt'" in sentence for number in range(5)) and " and 2 more in " in sentence
 
 
+@pytest.mark.slow
 def test_the_code_of_an_own_class_goes_along(model: Path, tmp_path: Path) -> None:
     """The class of docs/EXTENDING.md, with its module and no other: it loads and writes in a process without Mini."""
     page = (ROOT / "docs" / "EXTENDING.md").read_text(encoding="utf-8")
@@ -258,6 +259,7 @@ def test_chat_template_that_is_no_jinja(
     assert f"{name}' holds a chat template that is no Jinja: " in sentence and words in sentence
 
 
+@pytest.mark.slow
 def test_a_model_without_a_context_writes_in_a_clean_process(tmp_path: Path) -> None:
     config = MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1, bos_token_id=1, eos_token_id=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
@@ -278,6 +280,7 @@ def test_in_weights_no_secret_is_looked_for(tmp_path: Path, name: str) -> None:
         check_secrets(Staged(tmp_path, "onnx"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_mini_without_its_code_goes_up_with_it(model: Path, tmp_path: Path) -> None:
     """As a copy of the model that comes with Mini is."""
     for path in model.glob("*.py"):

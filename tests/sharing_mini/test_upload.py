@@ -168,6 +168,7 @@ def test_large_files_go_up_in_parts(hub: HubServer, model: Path) -> None:
     assert hub.model(NAME).files()["model.safetensors"] == (model / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["status", "page", "429", "before", "middle", "after"])
 @pytest.mark.parametrize("step", STEPS, ids=STEP_NAMES)
 def test_one_fault_at_any_step_does_no_harm(
@@ -191,6 +192,7 @@ def test_one_fault_at_any_step_does_no_harm(
     assert "secret" not in " ".join(notices)  # the signed part of an address
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", STEPS, ids=STEP_NAMES)
 def test_a_fault_that_stays_ends_in_a_sentence_and_the_next_push_goes_on(
     hub: HubServer, model: Path, waits: list[float], step: tuple[str, str]
@@ -333,6 +335,7 @@ def test_other_kinds_of_files_are_refused_unless_told(hub: HubServer, model: Pat
     assert hub.model("user/gguf").files()["README.md"] != card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
 def test_configuration_on_the_hub_that_is_broken(hub: HubServer, model: Path, content: bytes) -> None:
     share(model)
@@ -348,6 +351,7 @@ def write_there(hub: HubServer, card: str) -> None:
     HfApi(token=hub.token).create_commit(NAME, [operation], commit_message="On the page of the Hub")
 
 
+@pytest.mark.slow
 def test_what_was_written_on_the_page_of_the_hub_stays(hub: HubServer, model: Path) -> None:
     card = share(model).card
     edited = card.replace("---\nlibrary", "---\nlanguage: en\nlibrary")

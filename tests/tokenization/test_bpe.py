@@ -111,6 +111,7 @@ def random_texts(count: int) -> list[str]:
     return texts
 
 
+@pytest.mark.slow
 def test_raw_path_equals_the_tokenizer(tokenizer: BpeTokenizer) -> None:
     lengths = tokenizer.bytes_per_token()
     for text in [*random_texts(1_500), "<|eos|> <|pad|><|user|>", ""]:
@@ -195,6 +196,7 @@ def test_saved_folder_loads_with_auto_tokenizer(tokenizer: BpeTokenizer, tmp_pat
     assert auto.chat_template == tokenizer.chat_template and auto.padding_side == "left"
 
 
+@pytest.mark.slow
 def test_a_wide_vocabulary_has_wide_ids() -> None:
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnop", k=14)) for _ in range(15_000)]

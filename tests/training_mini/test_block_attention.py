@@ -48,6 +48,7 @@ def test_bfloat16_is_about_as_exact_as_in_the_fused_kernel(shape: tuple[int, ...
         assert by_blocks < max(2.5 * by_fused, 0.004), "bfloat16 has 8 bits"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_compiler_is_told_the_truth(shape: tuple[int, ...]) -> None:
     """Shapes and strides for the compiler, and the gradient, are those of the operators."""

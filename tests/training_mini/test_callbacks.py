@@ -97,6 +97,7 @@ def test_any_object_with_a_method_will_do_and_one_that_is_never_called_is_said(
     assert capsys.readouterr().err.count("Epochs.on_epoch_end is never called here") == 1
 
 
+@pytest.mark.slow
 def test_callbacks_change_nothing_of_the_run(tmp_path: Path) -> None:
     run(tmp_path / "plain")
     run(tmp_path / "watched", Recorder())

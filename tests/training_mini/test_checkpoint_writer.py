@@ -14,6 +14,7 @@ from training_mini.rehearsal import memory_of_step
 SETTINGS = ("--max_steps", 12, "--save_steps", 2, "--keep_last", 9, "--async_save", "true", "--ema_decay", 0.9)
 
 
+@pytest.mark.slow
 def test_a_run_that_saves_in_the_background_equals_one_that_waits(tmp_path: Path) -> None:
     """Bit by bit, also where it goes on from a checkpoint that was written while training went on."""
     train_here(tmp_path / "waiting", *SETTINGS, "--async_save", "false")
@@ -71,6 +72,7 @@ def test_training_goes_on_meanwhile_and_a_second_save_waits(tmp_path: Path, monk
     assert "step_2" in step_5[1]  # and step_4, where the disk is fast
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_save_error", ["stop", "continue"])
 def test_an_error_in_the_background_is_an_error_of_the_run(
     on_save_error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -45,6 +45,7 @@ def test_a_checkpoint_of_a_newer_version_is_not_damaged(tmp_path: Path) -> None:
     assert (folder / STATE).read_text() == state, "it stays where it is"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [2, 16])
 def test_resumed_at_another_batch_size_nothing_is_left_out_or_read_twice(second: int, tmp_path: Path) -> None:
     flags = ["--max_steps", 10, "--train_batch_size", 8, "--lr_scheduler_type", "constant"]
@@ -67,6 +68,7 @@ def test_resumed_at_another_batch_size_nothing_is_left_out_or_read_twice(second:
     assert f"20 steps with {64 * count:,} tokens in all, the last of {second} x 64 tokens" in card
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_before_sequences_were_counted_goes_on_exactly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,6 +94,7 @@ def test_model_and_what_is_saved_of_it_stay_the_same() -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faster", [[], ["output"], ["input_gradient", "weight_gradient"], list(PRODUCTS)])
 def test_the_faster_product_is_taken(faster: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path / "cache"))

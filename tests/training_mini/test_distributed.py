@@ -57,6 +57,7 @@ def test_a_run_has_no_tf32_of_an_earlier_one_in_its_process(monkeypatch: pytest.
     assert set_to == ["high", "highest", "high"]
 
 
+@pytest.mark.slow
 def test_a_card_that_cannot_be_made_is_told_to_the_other_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

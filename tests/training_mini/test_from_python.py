@@ -49,6 +49,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     return train(settings(tmp_path_factory.mktemp("python") / "run"))
 
 
+@pytest.mark.slow
 def test_the_result_has_what_one_goes_on_with(result: TrainingResult) -> None:
     prompt = result.tokenizer("the ", return_tensors="pt").to(result.model.device)
     output = result.model.generate(**prompt, max_new_tokens=4, do_sample=False)
@@ -72,6 +73,7 @@ def test_metrics_are_records_where_there_is_no_pandas(result: TrainingResult, mo
     assert [line["loss"] for line in result.metrics if "loss" in line] == losses(result.folder)
 
 
+@pytest.mark.slow
 def test_it_prints_nothing_where_there_is_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -79,6 +81,7 @@ def test_it_prints_nothing_where_there_is_no_terminal(tmp_path: Path, capfd: pyt
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_it_shows_a_bar_on_a_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +93,7 @@ def test_it_shows_a_bar_on_a_terminal(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_process_is_one_of_its_own(result: TrainingResult, tmp_path: Path) -> None:
     """Also one in another precision, which accelerate refuses of itself."""
     train(settings(tmp_path / "other", bf16=True, seed=1, max_steps=3))
@@ -117,6 +121,7 @@ def test_an_object_of_ones_own_is_plain_after_training(tmp_path: Path, monkeypat
     assert learn("copy", copy.deepcopy(model), plain) == learn("again", model, plain)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(result: TrainingResult, tmp_path: Path) -> None:
     interrupt = At(2, lambda control: os.kill(os.getpid(), signal.SIGINT))
     stopped = train(settings(tmp_path / "run"), callbacks=[interrupt])
@@ -165,6 +170,7 @@ def test_errors_name_keywords_and_not_flags(result: TrainingResult, tmp_path: Pa
         raise ValueError("-1 --none, --bf16 false and --lora_r 8 true, a-- and --save_steps.")
 
 
+@pytest.mark.slow
 def test_a_metric_of_ones_own_is_in_the_log_the_table_and_the_curves(tmp_path: Path) -> None:
     def largest_weight(model: torch.nn.Module, tokenizer: object) -> torch.Tensor:
         assert not model.training and not torch.is_grad_enabled()

@@ -212,6 +212,7 @@ def chosen(
     monkeypatch.setattr(kernels, "measured_choice", lambda run, sequences: choice)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train_here(tmp_path / "plain", "--max_steps", 4)
@@ -228,6 +229,7 @@ def test_a_run_in_bfloat16_and_blocks_resumes_with_them(tmp_path: Path, monkeypa
         assert torch.equal(weights(parts)[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_run_with_attention_in_cpp_resumes_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts, without = tmp_path / "whole", tmp_path / "parts", tmp_path / "without"
     chosen(monkeypatch, attention=NATIVE)
@@ -293,6 +295,7 @@ def test_a_state_of_before_there_were_three_ways(tmp_path: Path) -> None:
         assert read_state(tmp_path).attention == attention
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_computes_attention_again_in_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +340,7 @@ class MixedForCausalLM(MiniForCausalLM):
         return output
 
 
+@pytest.mark.slow
 def test_a_model_that_fails_in_bfloat16_trains_in_float32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {}
     for name, choice in {"plain": {}, "chosen": {"is_bfloat16": True, "attention": BLOCKS}}.items():
@@ -350,6 +354,7 @@ def test_a_model_that_fails_in_bfloat16_trains_in_float32(tmp_path: Path, monkey
     assert sum(problem.startswith("The model trains in float32") for problem in run.problems) == 1
 
 
+@pytest.mark.slow
 def test_callbacks_see_no_compiled_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[int] = []
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
@@ -365,6 +370,7 @@ def test_callbacks_see_no_compiled_model(tmp_path: Path, monkeypatch: pytest.Mon
     assert compiled == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_each_run_of_a_process_is_compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen(monkeypatch, is_compiled=True)
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
@@ -375,6 +381,7 @@ def test_each_run_of_a_process_is_compiled_anew(tmp_path: Path, monkeypatch: pyt
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, length
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_costs_the_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_here(tmp_path / "plain", "--max_steps", 3)
     chosen(monkeypatch, is_compiled=True)
@@ -390,6 +397,7 @@ def test_a_compiler_that_fails_costs_the_run_nothing(tmp_path: Path, monkeypatch
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
 
 
+@pytest.mark.slow
 def test_a_compiler_that_hangs_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen(monkeypatch, is_compiled=True)
     compiler = tmp_path / "c++"
@@ -403,6 +411,7 @@ def test_a_compiler_that_hangs_is_not_used(tmp_path: Path, monkeypatch: pytest.M
     assert problem.endswith(f"so training is slower: the C++ compiler {str(compiler)!r} gave no answer in 0.5 seconds.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [["--torch_compile"], ["--torch_compile", "--compile_regions"]], ids=" ".join)
 @pytest.mark.parametrize(
     ("script", "reason"),

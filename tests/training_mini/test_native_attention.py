@@ -38,6 +38,7 @@ def test_equals_the_fused_kernel(shape: tuple[int, ...], factor: float) -> None:
     check(shape, factor)
 
 
+@pytest.mark.slow
 def test_random_shapes() -> None:
     draw = random.Random(0)
     for _ in range(200):
@@ -87,6 +88,7 @@ def test_what_comes_later_does_not_matter() -> None:
     assert torch.equal(native_attention(*states, 0.25)[0][:, :80], whole[:, :80])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_the_compiler_is_told_the_truth(shape: tuple[int, ...]) -> None:
     """Shapes and strides for the compiler, and the gradient, are those of the operators."""

@@ -105,6 +105,7 @@ def test_the_command_generates_with_it_and_goes_on_with_it(run: Path, folder: Pa
     assert on.returncode == 0 and len(losses(run)) == 6, on.stderr
 
 
+@pytest.mark.slow
 def test_a_stranger_computes_the_same(run: Path, folder: Path, module: ModuleType, tmp_path: Path) -> None:
     model = module.SquareForCausalLM.from_pretrained(run / "final").eval()
     with torch.no_grad():
@@ -120,6 +121,7 @@ def test_a_stranger_computes_the_same(run: Path, folder: Path, module: ModuleTyp
     assert "| class | `square_mini.SquareForCausalLM` |" in card and "import modeling_mini" not in card
 
 
+@pytest.mark.slow
 def test_from_python_by_class_by_object_and_by_name_it_is_the_same(module: ModuleType, tmp_path: Path) -> None:
     settings = {**RUN, **SHAPE}
     by_class = train(TrainingSettings(**settings, output_dir=str(tmp_path / "class")), model=module.SquareForCausalLM)
@@ -139,6 +141,7 @@ def test_from_python_by_class_by_object_and_by_name_it_is_the_same(module: Modul
     assert len(losses(resumed.folder)) == 6
 
 
+@pytest.mark.slow
 def test_a_model_of_transformers_is_one_of_its_own_kind(tmp_path: Path) -> None:
     settings = TrainingSettings(**RUN, **SHAPE, output_dir=str(tmp_path / "run"))
     result = train(settings, model=LlamaForCausalLM)
@@ -150,6 +153,7 @@ def test_a_model_of_transformers_is_one_of_its_own_kind(tmp_path: Path) -> None:
         train(wrong, model=LlamaForCausalLM)
 
 
+@pytest.mark.slow
 def test_a_trained_mini_learns_on(tmp_path: Path) -> None:
     first = train(TrainingSettings(**RUN, **SHAPE, output_dir=str(tmp_path / "first")))
     on = train(TrainingSettings(**RUN, output_dir=str(tmp_path / "on")), model=first.model)
@@ -157,6 +161,7 @@ def test_a_trained_mini_learns_on(tmp_path: Path) -> None:
     assert type(on.model) is MiniForCausalLM and (on.best / "modeling_mini.py").is_file()
 
 
+@pytest.mark.slow
 def test_code_that_cannot_travel_is_said(module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     class HereConfig(MiniConfig):
         model_type = "here_mini"
@@ -245,6 +250,7 @@ def test_settings_beside_a_model_are_refused(tmp_path: Path) -> None:
         train(TrainingSettings(**RUN, output_dir=str(tmp_path / "run")), model=small)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ones_own_class_is_where_to_start_from(run: Path, module: ModuleType, tmp_path: Path) -> None:
     name = "square_mini:SquareForCausalLM"
     settings = TrainingSettings(**RUN, model=str(run), model_class=name, output_dir=str(tmp_path / "on"))

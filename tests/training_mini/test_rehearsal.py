@@ -39,6 +39,7 @@ def numbers_beside(trainer: Trainer) -> list[dict[str, int]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_micro_batch_is_tried_beside_states_and_gradients(optimizer: str, tmp_path: Path) -> None:
     flags = [*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size", "--optimizer", optimizer]
@@ -57,6 +58,7 @@ def test_a_micro_batch_is_tried_beside_states_and_gradients(optimizer: str, tmp_
     assert [group["lr"] for one in trainer.run.optimizers for group in one.param_groups] == rates
 
 
+@pytest.mark.slow
 def test_on_a_cpu_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
     one = memory_of_micro_batch(ModelCost(trainer.run.config), trainer.arguments, 1, "float32")
@@ -71,6 +73,7 @@ def test_on_a_cpu_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: py
     assert trainer.micro_batches == 4 and sizes == [2, 2]
 
 
+@pytest.mark.slow
 def test_processes_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
     one = memory_of_micro_batch(ModelCost(trainer.run.config), trainer.arguments, 1, "float32")
@@ -83,6 +86,7 @@ def test_processes_of_a_machine_share_its_memory(tmp_path: Path, monkeypatch: py
     assert trainer.micro_batches == 4, "with the gradients of the micro-batches before"
 
 
+@pytest.mark.slow
 def test_a_micro_batch_is_tried_as_it_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "measured_choice", lambda run, sequences: ({}, True, BLOCKS, False))
     trainer = Trainer(parse_arguments([*QUICK, "--output_dir", str(tmp_path / "run"), "--find_batch_size"]))
@@ -96,6 +100,7 @@ def test_a_micro_batch_is_tried_as_it_is_computed(tmp_path: Path, monkeypatch: p
     assert ways == [(True, name_of(BLOCKS))]
 
 
+@pytest.mark.slow
 def test_on_a_cpu_what_may_not_fit_is_said_before_it_is_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +121,7 @@ def test_on_a_cpu_what_may_not_fit_is_said_before_it_is_tried(
     resumed.run.run_folder.release()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_keeps_its_states(tmp_path: Path) -> None:
     train_here(tmp_path / "run", "--max_steps", 3)
     flags = ["--resume", "--output_dir", str(tmp_path / "run"), "--max_steps", "4", "--find_batch_size"]
@@ -128,6 +134,7 @@ def test_a_run_that_is_resumed_keeps_its_states(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 def test_a_first_step_that_fails_leaves_the_run_that_it_would_replace(tmp_path: Path) -> None:
     flags = ["--max_steps", "3", "--overwrite"]
     first, _ = train_here(tmp_path / "run", *flags)

@@ -125,6 +125,7 @@ def test_counting_functions_changes_nothing_and_gives_the_same_again() -> None:
     assert asked[-1].shape[1] < asked[0].shape[1], "it does not wait for a slow model"
 
 
+@pytest.mark.slow
 def test_a_run_on_python_says_how_many_functions_are_valid(tmp_path: Path) -> None:
     (tmp_path / "text").mkdir()
     for number in range(40):

@@ -37,6 +37,7 @@ def test_as_many_steps_as_fit(seconds: float) -> None:
     assert steps == 0 or COSTS.of(steps, arguments) <= seconds
 
 
+@pytest.mark.slow
 def test_rehearsing_leaves_the_weights_and_the_optimizers_as_they_are(tmp_path: Path) -> None:
     """Also where a gradient is not finite, whose step the trainer would skip."""
     for optimizer, factor in (("muon", 1.0), ("adamw", 1.0), ("muon", math.nan), ("adamw", math.inf)):

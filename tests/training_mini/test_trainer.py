@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from helpers.programs import ROOT
 from helpers.runs import QUICK
 from training_mini.arguments import parse_arguments
@@ -9,6 +10,7 @@ from training_mini.build import Run
 from training_mini.trainer import Trainer
 
 
+@pytest.mark.slow
 def test_all_that_a_trainer_has_is_declared_where_it_is_made(tmp_path: Path) -> None:
     flags = (
         "--max_steps 4 --eval_steps 2 --sample_every 2 --internals_steps 2 --ema_decay 0.5 --find_batch_size".split()

@@ -45,6 +45,7 @@ def slowly(lines_of: Callable[[Any], AsyncIterator[str]]) -> Callable[[Any], Asy
     return slow_lines_of
 
 
+@pytest.mark.slow
 def test_writing_colours_and_other_characters(
     author: Author, opened: Opener, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +72,7 @@ def test_writing_colours_and_other_characters(
         assert found.wrong == [] and found.elsewhere == []
 
 
+@pytest.mark.slow
 def test_pointing_and_the_inside_of_the_model(author: Author, opened: Opener) -> None:
     """Pointing shows what else was likely; choosing also where the model looked and what each layer would have said."""
     with served(author) as url, opened(url) as found:
@@ -98,6 +100,7 @@ def test_pointing_and_the_inside_of_the_model(author: Author, opened: Opener) ->
         assert found.wrong == []
 
 
+@pytest.mark.slow
 def test_by_keyboard_and_for_a_screen_reader(author: Author, opened: Opener) -> None:
     with served(author) as url, opened(url) as found:
         page = found.page
@@ -128,6 +131,7 @@ def test_by_keyboard_and_for_a_screen_reader(author: Author, opened: Opener) -> 
         assert found.wrong == []
 
 
+@pytest.mark.slow
 def test_a_chat_model_answers_in_turns(author: Author, opened: Opener) -> None:
     author.tokenizer.chat_template = CHAT_TEMPLATE
     author.model.generation_config.eos_token_id = [2, 7]
@@ -153,6 +157,7 @@ def test_a_chat_model_answers_in_turns(author: Author, opened: Opener) -> None:
         assert found.wrong == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("screen", SCREENS, ids=str)
 def test_on_every_screen(author: Author, opened: Opener, screen: tuple[int, int, str], tmp_path: Path) -> None:
     with served(author) as url, opened(url, *screen) as found:
@@ -168,6 +173,7 @@ def test_on_every_screen(author: Author, opened: Opener, screen: tuple[int, int,
         assert found.wrong == []
 
 
+@pytest.mark.slow
 def test_a_server_that_has_ended_is_said_in_a_sentence(author: Author, opened: Opener) -> None:
     with served(author) as url, opened(url) as found:
         text = write(found.page, "the cat ", max_new_tokens=10)

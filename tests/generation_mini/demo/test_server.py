@@ -166,6 +166,7 @@ def test_a_run_without_a_model_yet(
     assert "has no model yet: the first one is saved at the first evaluation" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_public_link_is_made_by_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
     from gradio import networking
 

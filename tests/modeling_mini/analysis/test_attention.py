@@ -129,6 +129,7 @@ def test_one_token_has_no_choice(model: PreTrainedModel) -> None:
         summarize_attention(model, IDS[:, :1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "labelled"), [(6, True), (200, False)])
 def test_picture_shows_every_head(tmp_path: Path, length: int, labelled: bool) -> None:
     # Head 1 of layer 0 attends to the first token only, all others uniformly.

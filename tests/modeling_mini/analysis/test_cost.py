@@ -62,6 +62,7 @@ def test_presets_have_the_parameters_that_they_promise(preset: str) -> None:
     assert ModelCost(MiniConfig.preset(preset)).num_parameters == pytest.approx(promised[preset], rel=0.04)
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize("length", [16, 128])
 def test_flops_are_those_that_torch_counts(config: PreTrainedConfig, length: int) -> None:
@@ -121,6 +122,7 @@ def test_activations_are_the_tensors_that_backward_keeps(config: PreTrainedConfi
     assert cost.training_memory(4, 64, dtype).activations == pytest.approx(measured, rel=tolerance)
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [(4, 128), (1, 16)], ids=["activations-rule", "weights-rule"])
@@ -138,6 +140,7 @@ def test_memory_is_near_the_measured_peak(config: PreTrainedConfig, batch: tuple
     assert checkpointed < 0.9 * plain or weights_rule
 
 
+@pytest.mark.slow
 def test_autocast_holds_copies_of_all_layers_at_the_end_of_the_forward_pass() -> None:
     config = MiniConfig(**SIZES | {"num_hidden_layers": 8})
     measured = measure_training_memory(config, 1, 16, "bfloat16", gradient_checkpointing=True)

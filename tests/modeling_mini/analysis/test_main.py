@@ -33,6 +33,7 @@ def working_folder(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return tmp_path
 
 
+@pytest.mark.slow
 def test_model_stays_light_and_a_mistake_of_the_program_is_one_sentence(tmp_path: Path) -> None:
     code = (
         "import runpy, sys, modeling_mini; print({'matplotlib', 'modeling_mini.analysis'} & set(sys.modules)); "
@@ -75,6 +76,7 @@ def test_cost_counts_every_kind_of_model(working_folder: Path, capsys: pytest.Ca
     assert re.search(r"head +│ +2,048,000", output)
 
 
+@pytest.mark.slow
 def test_cost_shows_measured_peaks_and_batches(working_folder: Path, capsys: pytest.CaptureFixture) -> None:
     program.run(
         ["cost", "--model", "runs/tiny-python-stdlib", "--batch_size", "2", "--measure", "--device_memory", "100KB"]
@@ -84,6 +86,7 @@ def test_cost_shows_measured_peaks_and_batches(working_folder: Path, capsys: pyt
     assert "none fits" in output
 
 
+@pytest.mark.slow
 def test_attention_of_a_prompt_and_of_a_text(working_folder: Path, capsys: pytest.CaptureFixture) -> None:
     program.run(["attention", "--prompt", "a b", "--output", "a/prompt.png"])
     output = capsys.readouterr().out
@@ -188,6 +191,7 @@ def test_help_names_commands_and_flags(capsys: pytest.CaptureFixture) -> None:
     assert "--device_memory" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_blocks_of_the_document_run(working_folder: Path, capsys: pytest.CaptureFixture) -> None:
     """In order and in one folder, as a reader would; what the document says is printed is printed."""
     (working_folder / "modeling_mini").symlink_to(ROOT / "modeling_mini")

@@ -161,6 +161,7 @@ def test_merges_go_along() -> None:
     assert not vocabulary.add_bos
 
 
+@pytest.mark.slow
 def test_learned_merges_are_in_the_file(tmp_path: Path) -> None:
     """What llama.cpp does with the file, written down again: the split of `trillion`, and the first merge first."""
     tokenizer = learned_merges()

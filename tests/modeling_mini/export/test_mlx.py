@@ -14,6 +14,7 @@ mx = pytest.importorskip("mlx.core", reason="MLX is not installed (pip install m
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed (pip install mlx-lm 'mlx[cpu]')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "fields"),
     [

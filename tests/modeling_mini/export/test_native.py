@@ -109,6 +109,7 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rope_type", ROPE_TYPES)
 @pytest.mark.parametrize("kind", CLASSES)
 def test_equal_logits_and_the_way_back(kind: str, rope_type: str) -> None:
@@ -157,6 +158,7 @@ def test_what_no_class_equals_is_refused_by_its_field(field: str, fields: dict[s
         to_native(random_model(**fields))
 
 
+@pytest.mark.slow
 def test_the_folder_needs_no_code_of_ours(checkpoint: Path, tmp_path: Path) -> None:
     out = export("native", checkpoint, tmp_path / "native")
     assert not list(out.glob("*.py"))
@@ -201,6 +203,7 @@ def test_trained_weights(quick_run: Path, tmp_path: Path) -> None:
     assert native.generation_config.to_dict() == ours.generation_config.to_dict()
 
 
+@pytest.mark.slow
 def test_the_model_that_comes_with_mini(tmp_path: Path) -> None:
     out = export("native", "box", tmp_path / "native")
     native = AutoModelForCausalLM.from_pretrained(out)

@@ -108,6 +108,7 @@ def greedy(session: onnxruntime.InferenceSession, input_ids: np.ndarray, mask: n
     return np.concatenate(written, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS)
 def test_greedy_output_equals_minis(fields: dict[str, Any]) -> None:
     """Three rows with different padding, and one without: from the prompt far beyond the context."""
@@ -124,6 +125,7 @@ def test_greedy_output_equals_minis(fields: dict[str, Any]) -> None:
         assert greedy(session, ids.numpy(), seen.numpy(), 2 * CONTEXT).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 def test_trained_weights(tmp_path: Path) -> None:
     """The model that comes with Mini, also with matrices of 8 bits."""
     folder = export("onnx", "box", tmp_path / "box", q8=True)
@@ -481,6 +483,7 @@ def test_a_chat_in_a_browser(opened: Opener, node_modules: Path, checkpoint: Pat
         assert found.page.locator(".said").count() == 2 and found.wrong == []
 
 
+@pytest.mark.slow
 @in_chromium
 def test_what_cannot_be_loaded_is_said_in_a_sentence(
     opened: Opener, exported: Path, page_folder: Path, tmp_path: Path

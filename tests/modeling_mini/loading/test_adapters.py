@@ -93,6 +93,7 @@ def write(model: PreTrainedModel, path: str, **settings: object) -> torch.Tensor
     return text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_way_to_load_an_adapter_gives_the_same(name: str, base: Path, adapters: dict[str, Path]) -> None:
     folder = adapters[name]
@@ -386,6 +387,7 @@ NEW_IDS = IDS.clone()
 NEW_IDS[:, 3], NEW_IDS[:, 9] = 264, 265
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("is_tied", [True, False])
 @pytest.mark.parametrize("name", OF_TOKENS)

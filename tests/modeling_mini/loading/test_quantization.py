@@ -55,6 +55,7 @@ def distance(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "small", "medium", "large", "gpt2"])
 def test_every_preset_quantizes_rightly(size: str, tmp_path: Path) -> None:
     folder = save(tmp_path, size, vocab_size=264, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -114,6 +115,7 @@ def test_a_list_of_skipped_layers_has_to_name_the_tied_head(checkpoint: Path, ki
         AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=config)
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_loads_saves_and_loads_again(quantized: tuple[str, Path], checkpoint: Path, tmp_path: Path):
     kind, folder = quantized
     expected = logits(AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=CONFIGS[kind]))

@@ -34,6 +34,7 @@ def test_an_epoch_visits_every_window_once() -> None:
     assert starts.min() >= 0 and starts.max() + 16 <= 10_007
 
 
+@pytest.mark.slow
 def test_epochs_differ_in_order_and_offset() -> None:
     batches = make(batch=1)
     windows = batches.windows_per_epoch

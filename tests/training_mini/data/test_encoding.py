@@ -174,6 +174,7 @@ def is_running(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", foreign_tokenizer, byte_tokenizer_with_a_token])
 def test_several_processes_give_the_ids_of_one(
     kind: object, load, tmp_path: Path, several_processes: list[int], monkeypatch: pytest.MonkeyPatch

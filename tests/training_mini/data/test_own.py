@@ -80,6 +80,7 @@ def test_datasets_of_text_and_of_examples_are_read_as_those_of_the_hub() -> None
     assert type(corpus_of(examples)) is ExampleCorpus
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [lambda: IDS, Again, lambda: iter(ROWS)], ids=["array", "iterable", "iterator"])
 @pytest.mark.filterwarnings("ignore:The data is an iterable")
 def test_a_run_on_it_goes_on_as_if_it_had_never_stopped(data: Callable[[], Any], tmp_path: Path) -> None:

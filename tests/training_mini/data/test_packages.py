@@ -24,6 +24,7 @@ def test_they_are_the_packages_of_requirements_txt() -> None:
     assert sorted(required) == sorted(packages.PACKAGES)
 
 
+@pytest.mark.slow
 def test_the_standard_library_comes_first_and_as_it_is() -> None:
     library = standard_library_files()
     documents = open_source(DataArguments(dataset="python-packages")).read()
