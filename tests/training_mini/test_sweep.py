@@ -46,7 +46,7 @@ def test_the_sweep_of_the_rates_that_comes_with_mini() -> None:
 def test_the_sweep_of_adamw_that_comes_with_mini() -> None:
     planned = plan(ROOT / "benchmarks" / "adamw.yaml", [1], Path("runs"))
     settings = [(run.arguments.optimization.optimizer, run.arguments.optimization.learning_rate) for run in planned]
-    assert settings == [("adamw", rate) for rate in (0.002, 0.004, 0.008)]
+    assert settings == [("adamw", rate) for rate in (0.001, 0.002, 0.004, 0.008)]
 
 
 @pytest.mark.slow
@@ -93,6 +93,7 @@ def test_it_goes_on_where_it_stopped(file: Path, monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 3, "the finished one was not trained again"
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_end_the_sweep(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # As the run of test_reliability.py that leaves the finite numbers.
     diverges = {"norm_type": "layernorm", "qk_norm": False, "optimizer": "adamw", "learning_rate": 1e6}
@@ -124,6 +125,7 @@ def test_a_run_whose_settings_are_damaged_is_another(file: Path) -> None:
         main([str(file), "--folder", "parts"])
 
 
+@pytest.mark.slow
 def test_minutes_are_the_steps_that_fitted(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +144,7 @@ def test_minutes_are_the_steps_that_fitted(
         main([str(file)])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_before_its_first_evaluation_goes_on(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +164,7 @@ def test_a_run_that_was_stopped_before_its_first_evaluation_goes_on(
     assert "(finished before)" in capsys.readouterr().out, "somebody made room"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
