@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 SHAPE = tuple(field.name for field in dataclasses.fields(MiniShape))
 DROPOUTS = tuple(name for name in SHAPE if name.endswith("_dropout"))
 TRACKERS = ("tensorboard", "trackio", "wandb")
-MAX_STEPS = 2000  # where neither it nor max_minutes is said
+MAX_STEPS = 2000  # where neither max_steps nor max_minutes is given
 # How new models are made: what learns fastest, and what Qwen3 computes, so that every export takes it (docs/LOG.md).
 NEW_MODEL = {"norm_type": "rmsnorm", "qk_norm": True}
-# A run from before that was so; its config.yaml does not say it.
+# A run of a version before that default; its config.yaml does not name these fields.
 OLDER_RUN = {"norm_type": MiniShape.norm_type, "qk_norm": MiniShape.qk_norm}
 CORPUS_FACTS = "corpus.json"  # in a folder of encoded text
-WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where nothing is said and the run is long enough for them
+WARMUP_STEPS, DECAY_RATIO = 100, 0.2  # where they are not given and the run is long enough for them
 
 
 @dataclass
@@ -243,8 +243,8 @@ def defaults_of(setting: str) -> str:
 
 def rates_of(kind: str) -> str:
     """The default learning rate of a kind of parameters with each optimizer, for the help."""
-    rates = ", ".join(f"{name} {optimizer.rates.get(kind, 1.0):g}" for name, optimizer in OPTIMIZERS.items())
-    return f"default: learning_rate times: {rates}"
+    rates = ", ".join(f"{optimizer.rates.get(kind, 1.0):g} with {name}" for name, optimizer in OPTIMIZERS.items())
+    return f"default: learning_rate times {rates}"
 
 
 @dataclass
@@ -418,7 +418,7 @@ class RunArguments(Settings):
     seed: int = option(42, "decides the initial weights, the order of the data, and dropout", at_least=0, below=2**32)
     save_steps: int = option(500, "write a checkpoint to resume from every N steps, and at the end", at_least=1)
     keep_last: int = option(2, "how many of the newest checkpoints to keep", at_least=1)
-    keep_every: int = option(0, "keep for good the checkpoints of steps that this divides; 0: none", at_least=0)
+    keep_every: int = option(0, "keep for good every checkpoint whose step is a multiple of N; 0: none", at_least=0)
     on_save_error: Literal["stop", "continue"] = option(
         "stop", "when a checkpoint cannot be written (a full disk): stop, or warn and train on"
     )
@@ -639,7 +639,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         yaml_path = folder / "config.yaml"
         check_is_complete(yaml_path)
         argv = [*argv, f"--output_dir={folder}"]
-    # Of a file, the length of the run gives way to the flag for the other way to say it.
+    # A flag that says how long the run is replaces the other setting for that in the file.
     replaced: tuple[str, ...] = ("max_minutes",) if known.max_steps is not None else ()
     if known.max_minutes is not None:
         if known.resume:

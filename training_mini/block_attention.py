@@ -130,7 +130,7 @@ def unpack(states: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """What `pack` has made of states of this shape, as (batch, length, heads, head_dim)."""
     batch, heads, length, head_dim = shape
     states = states.view(batch, -1, length, heads * batch // len(states), head_dim).transpose(1, 2)
-    return states.reshape(batch, length, heads, head_dim).contiguous()  # for one head in a group it is a view yet
+    return states.reshape(batch, length, heads, head_dim).contiguous()  # with one head in a group, it is still a view
 
 
 def number_of_probabilities(pairs: int, group: int, length: int) -> int:
@@ -149,13 +149,13 @@ def blocks_of_scores(
     group = queries.shape[1] // length
     at_once = max(1, BYTES_AT_ONCE * torch.get_num_threads() // (BLOCK * group * length * probabilities.element_size()))
     for first in range(0, pairs, at_once):
-        number, place = min(at_once, pairs - first), 0
+        number, offset = min(at_once, pairs - first), 0
         for begin, end in spans_of(length):
             # All pairs of a span lie together, however many are computed at once: the backward pass may have another
             # number of threads.
             of_pair = (end - begin) * group * end
-            block = probabilities[place + first * of_pair : place + (first + number) * of_pair]
-            place += pairs * of_pair
+            block = probabilities[offset + first * of_pair : offset + (first + number) * of_pair]
+            offset += pairs * of_pair
             yield slice(first, first + number), slice(begin * group, end * group), block.view(number, -1, end)
 
 

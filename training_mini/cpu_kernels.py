@@ -29,8 +29,8 @@ ROUNDS = 9
 MARGIN = 1.1  # another way has to be faster by this factor, because a small gain may be chance
 # And bfloat16 by this, in the products alone: autocast has to convert between the types as well.
 BFLOAT16_MARGIN = 1.3
-# A measurement is kept if meanwhile other programs used no more of a core than this share, and no more seconds: threads
-# that have to wait for each other can look fifteen times as slow.
+# A measurement is kept for later runs if meanwhile other programs used at most this share of a core, or this many
+# seconds: threads that have to wait for each other can look fifteen times as slow.
 SHARE_OF_OTHERS, SECONDS_OF_OTHERS = 0.25, 0.1
 # Products with more FLOPs are measured with fewer tokens. Beyond this, the speed no longer depends on the size.
 LARGEST_PRODUCT = 5e8
@@ -179,7 +179,7 @@ def are_products(kept: Any) -> bool:
 
 
 def are_times(kept: Any, number: int | None = None) -> bool:
-    """Whether these are times in seconds, and so many."""
+    """Whether it is a list of times in seconds, and has `number` of them if that is given."""
     is_list = isinstance(kept, list) and number in (None, len(kept))
     return is_list and all(isinstance(time, float) and time > 0 for time in kept)
 
@@ -236,12 +236,12 @@ def seconds_by_type(outputs: int, inputs: int, tokens: int, by_onednn: tuple[str
 
 
 def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """The plain ones: those of bitsandbytes and peft have a forward of their own."""
+    """The plain linear layers of a model: those of bitsandbytes and peft have a forward of their own."""
     return [module for module in model.modules() if type(module) is nn.Linear]
 
 
 def flops_of_step(model: nn.Module, tokens: int) -> int:
-    """Those of the products of the linear layers, forward and backward."""
+    """The FLOPs of the products of the linear layers, forward and backward, for so many tokens."""
     return 6 * tokens * sum(layer.weight.numel() for layer in linear_layers(model))
 
 

@@ -361,8 +361,9 @@ def share_products(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 def with_adapters(plan: dict[str, str], model: nn.Module) -> dict[str, str]:
     """
-    A plan of tensor parallelism for a model with LoRA. Where processes share the rows of a matrix, they share those of
-    the adapter's B, and where the columns, those of its A. The other one of the two is small, and whole on each.
+    A plan of tensor parallelism for a model with LoRA. Where the rows of a matrix are divided among processes, so are
+    those of the adapter's B; where its columns are, those of A. The other of the two is small, and each process has all
+    of it.
 
     Raises:
         ValueError: for an adapter of a layer that is shared in another way.
@@ -394,8 +395,8 @@ def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
 
 def join_after_restart(timeout: timedelta) -> None:
     """
-    Joins the other processes that torchrun has started again. It keeps one store of keys for all of its starts, where a
-    process finds the addresses that dead ones have left, and waits for them (torch 2.13). So each start has a prefix.
+    Joins the other processes that torchrun has started again. torchrun has one store for all of its starts. A process
+    would find the addresses of dead ones there, and wait for them (torch 2.13). So each start has a prefix of its own.
     """
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if start == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():

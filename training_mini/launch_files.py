@@ -1,6 +1,6 @@
 """
-Prints where a file that comes with Mini for launching lies, also when Mini was installed by pip. Without a name: which
-there are.
+Prints the path of a file for launching that comes with Mini, also when Mini was installed by pip. Without a name, it
+lists these files.
 
     accelerate launch --config_file "$(python -m training_mini.launch_files fsdp2.yaml)" -m train_accelerate ...
     sbatch --nodes 2 "$(python -m training_mini.launch_files train.sh)" runs/big ...

@@ -172,10 +172,10 @@ def describe_training(
     A line for the user: what share of a model is trained, and the memory for it. For an adapter also the memory for
     training all of the model, and a second line if the two hardly differ.
 
-    The sum of the weights, in the size that they have in memory; gradients and the two moments of AdamW, for what is
-    trained; activations by the formula of `ModelCost`, as for training in full, because a layer keeps its input for its
-    adapter as it would for its weight; and what the adapters keep besides. Within 6 % of measured peaks, in bfloat16
-    15 % (docs/LOG.md).
+    The memory is a sum: the weights as they are stored; gradients and the two moments of AdamW for what is trained;
+    activations by the formula of `ModelCost`, as for training in full, because a layer keeps its input for its adapter
+    as it would for its weight; and what the adapters keep besides. It is within 6 % of measured peaks, and in bfloat16
+    within 15 % (docs/LOG.md).
 
     Args:
         sequences: in a micro-batch on one device.

@@ -25,7 +25,7 @@ BITS_PER_BYTE = (
     "Bits per byte: how many bits the model needs for each byte of text that it has not seen; "
     "8 if it knows nothing, and less is better."
 )
-# Those that Mini has by itself.
+# What Mini itself records of an evaluation. All other names with eval_ are metrics of the caller.
 EVALUATION_METRICS = ("eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_valid_functions")
 
 if TYPE_CHECKING:

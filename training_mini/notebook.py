@@ -9,7 +9,7 @@ from typing import Any
 from .build import Run
 from .monitoring import curves_of, format_seconds
 
-# Of the time of training, so much goes into drawing the curves at most.
+# Drawing the curves takes at most this share of the time of training.
 DRAWING_SHARE = 0.02
 # What is shown of a log line, by its name there.
 FIGURES = {"loss": "loss {:.3f}", "bits_per_byte": "bits per byte {:.3f}", "tokens_per_second": "{:,.0f} tokens/s"}

@@ -1,7 +1,7 @@
 """
 Starts a model that is sharded over processes without having the whole of it in memory anywhere.
 
-The model is made on the meta device, which has shapes and no numbers, and sharded there. Then it is filled, one
+The model is made on the meta device, which has shapes and no values, and sharded there. Then it is filled, one
 parameter at a time: each process computes or reads a parameter and keeps its own part. New weights are bit by bit those
 of a model that is made whole from the same seed, on any number of processes: the same draws are made in the same order.
 """
@@ -61,12 +61,12 @@ class WithoutMemory(TorchDispatchMode):
 
 class OneAtATime(WithoutMemory):
     """
-    Within it, a tensor on the meta device has numbers while an operation computes with it. When an operation needs
-    another tensor, `keep` gets the numbers of those before.
+    Within it, a tensor on the meta device has values while an operation computes with it. When an operation needs
+    other tensors, `keep` gets the values of those before. Tensors are numbered in the order in which they were made.
 
     Args:
-        keep: called with the number of a tensor, in the order in which they were made, and the tensor on the CPU.
-        load: gives the tensor of a number back that was kept.
+        keep: called with the number of a tensor and its values, on the CPU.
+        load: returns the values that were kept under a number.
     """
 
     def __init__(self, keep: Callable[[int, torch.Tensor], None], load: Callable[[int], torch.Tensor]) -> None:
@@ -99,12 +99,12 @@ class OneAtATime(WithoutMemory):
                 is_read = number in self.kept and func.overloadpacket not in FILLING
                 self.held[number] = self.load(number) if is_read else torch.empty(tensor.shape, dtype=tensor.dtype)
 
-        def with_numbers(leaf: Any) -> Any:
+        def with_values(leaf: Any) -> Any:
             return self.held[self.number_of[storage_of(leaf)]] if is_empty(leaf) else leaf
 
-        result = func(*tree_map(with_numbers, args), **tree_map(with_numbers, kwargs))
+        result = func(*tree_map(with_values, args), **tree_map(with_values, kwargs))
         # An operation in place gives back the tensor on the meta device, because the caller goes on with that one.
-        return args[0] if args and result is with_numbers(args[0]) else result
+        return args[0] if args and result is with_values(args[0]) else result
 
     def release(self, needed: Any = ()) -> None:
         """Gives `keep` all tensors but these."""
@@ -182,7 +182,7 @@ class ShardedStart:
             self._initialize()
 
     def materialize(self, device: torch.device) -> None:
-        """Takes memory for the part of this process. Then the buffers have their values, and the parameters none."""
+        """Allocates the part of this process. Then the buffers have their values, and the parameters have none yet."""
         self.model.to_empty(device=device)
         self._fill_buffers(self.buffers)
 
@@ -208,7 +208,7 @@ class ShardedStart:
             made = self.make()
         mode.release()
         for name, parameter in made.named_parameters():
-            if not parameter.is_meta:  # made of ones, say
+            if not parameter.is_meta:  # made by torch.ones, for example
                 copy_part(parameter, parameters[name])
         self._fill_buffers(dict(made.named_buffers()))
 

@@ -174,7 +174,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> RawEncoder | None:
 
 
 def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks together that have about `BATCH_BYTES`; there may be very many small ones."""
+    """Lists of chunks, of about `BATCH_BYTES` each: there may be very many small chunks."""
     batch: list[Chunk] = []
     size = 0
     for split, data in chunks:
@@ -189,7 +189,7 @@ def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
 
 @contextlib.contextmanager
 def encoding_processes(encoder: RawEncoder, number: int) -> Iterator[Callable[[list[bytes]], Future]]:
-    """Starts processes, and gives what hands texts to the next that is free, for a list of their ids."""
+    """Starts processes, and yields the function that hands texts to a free one; its future has the ids of each text."""
     with contextlib.ExitStack() as stack:
         free = collections.deque()
         for _ in range(number):
@@ -210,7 +210,7 @@ def encoding_processes(encoder: RawEncoder, number: int) -> Iterator[Callable[[l
 
 
 def number_of_processors() -> int:
-    """Those that this process may use."""
+    """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -1,6 +1,6 @@
 """
 The Python source that every machine with Mini has: the standard library, and behind it the packages that Mini requires,
-whose licences allow to learn from them.
+whose licences allow learning from them.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ def standard_library_files() -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = []
     for parent, folders, names in os.walk(root):
-        # To walk through installed packages takes a second.
+        # Walking through installed packages would take a second.
         folders[:] = [folder for folder in folders if folder not in left_out]
         files += [Path(parent, name) for name in names if name.endswith(".py")]
     if not files:
