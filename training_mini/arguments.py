@@ -512,6 +512,8 @@ class Arguments:
         except yaml.YAMLError:  # damaged
             return False
         own = yaml.safe_load(dump_yaml(self.as_dict()))
+        if self.data.tokenizer is None and isinstance(settings, dict):
+            settings.pop("tokenizer", None)  # of encoded text; older runs have the default there
         if own.pop("max_minutes", None) is not None and isinstance(settings, dict):
             for name in {"max_steps", "warmup_steps", "decay_ratio"} - own.keys():
                 settings.pop(name, None)

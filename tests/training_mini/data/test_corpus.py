@@ -413,6 +413,11 @@ def test_an_encoded_folder_goes_with_no_other_tokenizer(load, tmp_path: Path) ->
     # In the settings of an older run, the default stands as if somebody had named it.
     (tmp_path / "config.yaml").write_text(f"dataset: {by_char}\ntokenizer: byte\nseed: 1\n")
     assert parse_arguments(["--resume", "--output_dir", str(tmp_path)]).data.tokenizer is None
+    arguments = parse_arguments(["--dataset", str(by_char)])
+    arguments.save(tmp_path / "config.yaml")
+    with open(tmp_path / "config.yaml", "a", encoding="utf-8") as file:
+        file.write("tokenizer: byte\n")
+    assert arguments.are_those_of(tmp_path)
 
 
 def test_two_tokenizers_of_one_vocabulary_keep_what_they_differ_in(load, tmp_path: Path) -> None:
