@@ -297,15 +297,24 @@ COMPRESSIONS: dict[str, Callable[[Path, int], Iterator[bytes]]] = {".gz": gunzip
 def json_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """One record in each line, or one list of records. A column may have another type in each record."""
     texts = file.texts()
-    beginning = ""
-    while not beginning and (text := next(texts, None)) is not None:
-        beginning = text.lstrip()
-    rest = (text for part in ([beginning], texts) for text in part)
-    values = json_values_of_list(file, rest) if beginning.startswith("[") else json_values_of_lines(file, rest)
-    for place, value in values:
+    beginning = ""  # blank lines stay in it, for the numbers of the others
+    while not beginning.strip() and (text := next(texts, None)) is not None:
+        beginning += text
+    is_list = beginning.lstrip().startswith("[")
+    rest = (text for part in ([beginning.lstrip() if is_list else beginning], texts) for text in part)
+    values = json_values_of_list(file, rest) if is_list else json_values_of_lines(file, rest)
+    for number, (place, value) in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise unreadable(file, "json", f"{place} is no object but {str(value)[:40]!r}")
-        yield value
+        yield value if place.endswith(f" {number}") else PlacedRecord(value, place)
+
+
+class PlacedRecord(dict):
+    """A record after blank lines, so that its number is not that of its line; `place` is such as "line 5"."""
+
+    def __init__(self, columns: dict[str, Any], place: str) -> None:
+        super().__init__(columns)
+        self.place = place
 
 
 def json_values_of_lines(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[str, Any]]:

@@ -8,7 +8,7 @@ from shape_mini import nearest_name
 
 from ..arguments import DataArguments
 from . import formats
-from .formats import DataFile
+from .formats import DataFile, PlacedRecord
 
 TEXT_COLUMNS = ("text", "content", "document", "story", "code")
 EXAMPLE_COLUMNS = ("messages", "prompt", "completion")
@@ -23,8 +23,13 @@ class NoTextColumn(ValueError):
 
 
 def numbered(records: Iterable[T]) -> Iterator[tuple[int, T]]:
-    """Records with the numbers that errors name them by: from 1, as an editor counts lines."""
+    """Records with the numbers that errors name them by, from 1."""
     return enumerate(records, start=1)
+
+
+def place_of(number: int, record: dict[str, Any]) -> str:
+    """The number of a record for errors, with its line where that is another number."""
+    return f"{number} ({record.place})" if isinstance(record, PlacedRecord) else f"{number}"
 
 
 def file_documents(
@@ -55,14 +60,15 @@ def record_documents(
     for number, record in records:
         if column is None:
             column = find_text_column(name, record, None)
+        place = place_of(number, record)
         if column not in record:
-            raise NoTextColumn(f"Record {number} of {no_column(name, column, record)}")
+            raise NoTextColumn(f"Record {place} of {no_column(name, column, record)}")
         text = record[column]
         if text is None or text == "":
             continue
         if not isinstance(text, str):
             raise ValueError(
-                f"Record {number} of {name} has no text in column {column!r} but {type(text).__name__} "
+                f"Record {place} of {name} has no text in column {column!r} but {type(text).__name__} "
                 f"({str(text)[:40]}); in quotes it would be text."
             )
         try:
@@ -71,12 +77,12 @@ def record_documents(
             # Programs that cut a text may leave half of a surrogate pair in JSON.
             if errors == "strict":
                 raise ValueError(
-                    f"Record {number} of {name} has half of a character (U+{ord(text[error.start]):04X}) at character "
+                    f"Record {place} of {name} has half of a character (U+{ord(text[error.start]):04X}) at character "
                     f"{error.start + 1} of {column!r}: --errors replace reads it as U+FFFD."
                 ) from None
             data = re.sub("[\ud800-\udfff]", "\ufffd", text).encode("utf-8")
         size = formats.PIECE_SIZE
-        yield f"{name} record {number}", (data[i : i + size] for i in range(0, len(data), size))
+        yield f"{name} record {place}", (data[i : i + size] for i in range(0, len(data), size))
 
 
 def find_text_column(name: str, record: dict[str, Any], text_column: str | None) -> str:

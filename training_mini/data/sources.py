@@ -21,7 +21,16 @@ from .files import FoundFiles, find_files, quick_look
 from .formats import DataFile
 from .packages import package_files, standard_library_files, without_copies
 from .questions import python_questions
-from .records import EXAMPLE_COLUMNS, Document, NoTextColumn, Record, file_documents, numbered, record_documents
+from .records import (
+    EXAMPLE_COLUMNS,
+    Document,
+    NoTextColumn,
+    Record,
+    file_documents,
+    numbered,
+    place_of,
+    record_documents,
+)
 from .samples import chat_examples, instruction_examples, sample_documents
 
 if TYPE_CHECKING:
@@ -125,7 +134,7 @@ def file_source(name: str, found: FoundFiles, arguments: DataArguments) -> Docum
     def records() -> Iterator[Record]:
         for file in files:
             for number, record in numbered(file.records(EXAMPLE_COLUMNS)):
-                yield f"{file} record {number}", record
+                yield f"{file} record {place_of(number, record)}", record
 
     has_records = all(file.record_format is not None for file in files)
     # For text only the content matters. For records the format matters too.

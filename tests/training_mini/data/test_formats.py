@@ -169,6 +169,18 @@ def test_files_may_have_other_columns_and_formats(data: Path, read: Callable) ->
     assert read(data) == ["one", "two", "three"]
 
 
+def test_a_record_after_blank_lines_is_named_by_its_line_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n\n{"text": 2}\n')
+    with pytest.raises(ValueError, match=r"^Record 2 \(line 4\) of .*a\.jsonl has no text in column 'text' but int"):
+        documents(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text('\n{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": 1}\n')
+    names = [name for name, _ in open_source(arguments_of(tmp_path / "b.jsonl")).records()]
+    assert [name.partition("b.jsonl ")[2] for name in names] == ["record 1 (line 2)", "record 2 (line 3)"]
+    (tmp_path / "c.jsonl").write_text('\n\n{"text": "one"\n')
+    with pytest.raises(ValueError, match=r"c\.jsonl could not be read as json: line 3: "):
+        documents(tmp_path / "c.jsonl")
+
+
 @READERS
 def test_missing_column_is_named_with_file_and_record(data: Path, read: Callable) -> None:
     write(data / "a.jsonl", jsonl({"text": "one"}))
