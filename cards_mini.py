@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -643,5 +644,6 @@ def without_folders(value: Any) -> Any:
     """A setting without the folders that it names."""
     if isinstance(value, list):
         return [without_folders(each) for each in value]
-    is_path = isinstance(value, str) and (value.startswith((".", "~", "/")) or (value != "" and Path(value).exists()))
+    # Not Path.exists, which fails for what is too long for a name, such as a prompt.
+    is_path = isinstance(value, str) and (value.startswith((".", "~", "/")) or os.path.exists(value))
     return Path(value).name if is_path else value

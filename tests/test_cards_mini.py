@@ -161,6 +161,7 @@ def test_settings_that_anybody_may_read(tmp_path: Path) -> None:
     settings = {"dataset": str(tmp_path), "cache_dir": "x", "seed": 1, "sample_prompts": ["~/a/b", "def "], "tag": ""}
     public = {"dataset": tmp_path.name, "seed": 1, "sample_prompts": ["b", "def "], "tag": ""}
     assert public_settings(settings) == public
+    assert public_settings({"sample_prompts": ["a word " * 100]}) == {"sample_prompts": ["a word " * 100]}
     (tmp_path / "mine" / "best").mkdir(parents=True)
     assert public_settings({"model": str(tmp_path / "mine" / "best")}) == {"model": "mine"}, "each run has a best"
     assert public_settings({"model": "/gone/mine"}) == public_settings({"model": "mine"}) == {"model": "mine"}
