@@ -401,6 +401,11 @@ class MonitoringArguments(Settings):
                 raise ValueError(f"report_to takes {', '.join(TRACKERS)}, got {name!r}{nearest_name(name, TRACKERS)}")
             if importlib.util.find_spec(name) is None:
                 raise ValueError(f"report_to {name} needs a package that is not installed: pip install {name}")
+        for prompt in self.sample_prompts:  # else the first sample, after hundreds of steps, ends the run
+            try:
+                prompt.encode("utf-8")
+            except UnicodeEncodeError:
+                raise ValueError(f"sample_prompts has {prompt!r}, which is not valid UTF-8.") from None
 
     @property
     def steps_between_samples(self) -> int:

@@ -208,3 +208,9 @@ def test_new_models_are_made_for_learning_and_older_runs_go_on_as_they_were(tmp_
     path.write_text("\n".join(line for line in lines if not line.startswith(("norm_type", "qk_norm"))))
     older = parse_arguments(resume).model
     assert (older.norm_type, older.qk_norm) == ("layernorm", False)
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_learned() -> None:
+    """As the shell hands over what was typed in another encoding."""
+    with pytest.raises(ValueError, match=r"^sample_prompts has 'gr\\udcfcn', which is not valid UTF-8\.$"):
+        parse_arguments(["--sample_prompts", "red", os.fsdecode(b"gr\xfcn")])
