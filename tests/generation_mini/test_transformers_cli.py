@@ -24,9 +24,7 @@ import pytest
 import torch
 import transformers
 from generation_mini import transformers_cli
-from generation_mini.serving.generating import InBatches, OneByOne
 from generation_mini.serving.models import ServedModels
-from generation_mini.serving.server import build_server, stock_build_server
 from helpers import fork_server
 from helpers.programs import ROOT, free_port
 from modeling_mini import MiniForCausalLM, compiled_decoding
@@ -526,8 +524,13 @@ def test_requests_that_share_batches(tmp_path: Path) -> None:
                 client.completions.create(**{**arguments, "prompt": "a", **settings})
 
 
-@pytest.mark.parametrize("manager", [OneByOne(), InBatches()], ids=["one by one", "in batches"])
-def test_a_request_ends_with_its_client(manager: OneByOne | InBatches) -> None:
+@pytest.mark.parametrize("name", ["OneByOne", "InBatches"])
+def test_a_request_ends_with_its_client(name: str) -> None:
+    # Not above: to import the server reloads transformers.
+    from generation_mini.serving import generating
+    from generation_mini.serving.server import build_server, stock_build_server
+
+    manager, in_batches = getattr(generating, name)(), name == "InBatches"
     begun, ended = threading.Event(), threading.Event()
 
     def generate(input_ids: torch.Tensor, stopping_criteria: list[Callable], **settings: object) -> torch.Tensor:
@@ -540,8 +543,8 @@ def test_a_request_ends_with_its_client(manager: OneByOne | InBatches) -> None:
     model = SimpleNamespace(generate=generate, config=None)
     config = transformers.GenerationConfig(do_sample=False)
     config.seed_of_request = None
-    inputs = {"input_ids": [1] if isinstance(manager, InBatches) else torch.ones(1, 1, dtype=torch.long)}
-    if isinstance(manager, InBatches):
+    inputs = {"input_ids": [1] if in_batches else torch.ones(1, 1, dtype=torch.long)}
+    if in_batches:
         manager.first = config
         manager._cb = SimpleNamespace(
             background_thread_status=SimpleNamespace(fatal_error=None),
@@ -569,7 +572,7 @@ def test_a_request_ends_with_its_client(manager: OneByOne | InBatches) -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
         await asyncio.wait_for(app(scope, receive, send), timeout=10)
         assert await asyncio.to_thread(ended.wait, 10)
-        if isinstance(manager, OneByOne):
+        if not in_batches:
             await manager.async_submit(bool)  # when its thread has come back
 
     body: list[bool] = []
