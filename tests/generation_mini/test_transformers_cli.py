@@ -91,8 +91,9 @@ def test_it_writes_by_the_function_that_was_compiled_before(
     is_adapter: bool, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINI_CACHE", str(tmp_path))
-    # As the command does. By name: to import the server reloads transformers.
-    monkeypatch.setattr("transformers.MiniForCausalLM", MiniForCausalLM, raising=False)
+    # As the command does. There are two modules of that name where a test has imported the server, which reloads it.
+    for module in (transformers, sys.modules["transformers"]):
+        monkeypatch.setattr(module, "MiniForCausalLM", MiniForCausalLM, raising=False)
     name = "box-chat" if is_adapter else str(checkpoint)
     used = []
     for _ in range(2):
