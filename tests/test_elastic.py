@@ -21,6 +21,7 @@ from training_mini.checkpoints import states_of
 from training_mini.launch import check_launch
 
 
+@pytest.mark.slow
 def test_what_a_restart_goes_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     argv = [*QUICK, "--max_steps", "4", "--save_steps", "2", "--output_dir", str(folder)]

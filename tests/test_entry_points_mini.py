@@ -181,6 +181,7 @@ def test_every_program_has_groups_and_none_is_a_dataclass_of_another_kind() -> N
         assert names and all(issubclass(value, Settings) for value in own if value.__name__ in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name", "is_float"), NUMBERS, ids=[f"{group.__name__}-{name}" for group, name, _ in NUMBERS]
 )

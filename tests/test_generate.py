@@ -208,6 +208,7 @@ def test_assistant_drafts_and_changes_nothing(quick_run: Path, tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 def test_dtype_and_device(quick_run: Path) -> None:
     model, _ = load_model(str(quick_run), dtype=torch.bfloat16, device="cpu")
     assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
@@ -230,6 +231,7 @@ def test_compile(quick_run: Path) -> None:
     assert quantized.stdout == generate(quick_run, *arguments, "--compile", "false", "--load_in_8bit").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_quantized(quick_run: Path, kind: str) -> None:
     model, _ = load_model(str(quick_run), quantization=kind)
@@ -253,6 +255,7 @@ def test_int4_of_a_shape_that_would_be_wrong_is_refused(broken) -> None:
     assert "q_proj" not in sentence
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_is_written_by_a_command_and_takes_no_flag(quick_run: Path, tmp_path: Path) -> None:
     command = [
         fork_server.python(),
@@ -351,6 +354,7 @@ class Terminal:
         return self.prompt()
 
 
+@pytest.mark.slow
 def test_interactive(quick_run: Path) -> None:
     terminal = Terminal(quick_run, "--max_new_tokens", 20, "--seed", 0)
     assert "continues what you write" in terminal.greeting
@@ -370,6 +374,7 @@ def test_interactive(quick_run: Path) -> None:
     assert terminal.process.exitstatus == 0
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_program(quick_run: Path) -> None:
     terminal = Terminal(quick_run, "--max_new_tokens", 1_000_000)
     terminal.process.sendline("the cat")
@@ -386,6 +391,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(quick_run: Path) -> None:
     assert terminal.process.exitstatus == 0
 
 
+@pytest.mark.slow
 def test_lines_are_edited_and_remembered(quick_run: Path) -> None:
     """By the keys that every shell has."""
     up, left, home, backspace = "\x1b[A", "\x1b[D", "\x01", "\x7f"
@@ -399,6 +405,7 @@ def test_lines_are_edited_and_remembered(quick_run: Path) -> None:
     terminal.process.close()
 
 
+@pytest.mark.slow
 def test_the_user_is_told_when_the_oldest_turns_leave(quick_run: Path) -> None:
     terminal = Terminal(quick_run, "--max_new_tokens", 10)
     answers = [terminal.say(f"turn {number} and more") for number in range(5)]

@@ -235,6 +235,7 @@ def test_full_disk_can_be_survived(tmp_path: Path) -> None:
     assert not list((tmp_path / "run" / "checkpoints").glob(".*")), "nothing half-written fills the disk"
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, result = train_here(tmp_path / "run", "--max_steps", 12, "--logging_steps", 2, bad_steps=range(3, 7))
     assert result.evaluation is not None and math.isfinite(result.evaluation.loss)
@@ -246,6 +247,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path, capsy
     assert capsys.readouterr().err.count("warning: Step 3 is skipped") == 1
 
 
+@pytest.mark.slow
 def test_many_such_steps_in_a_row_stop_the_run_and_say_what_is_sound(tmp_path: Path) -> None:
     settings = ("--max_steps", 40, "--save_steps", 4, "--max_skipped_steps", 5)
     with pytest.raises(ValueError) as error:
@@ -256,6 +258,7 @@ def test_many_such_steps_in_a_row_stop_the_run_and_say_what_is_sound(tmp_path: P
         train_here(tmp_path / "early", *settings, bad_steps=range(2, 100))
 
 
+@pytest.mark.slow
 def test_skipped_steps_are_remembered_over_a_resume(tmp_path: Path) -> None:
     settings = ("--save_steps", 4, "--max_skipped_steps", 5)
     train_here(tmp_path / "run", "--max_steps", 8, *settings, bad_steps=range(7, 100))
@@ -263,6 +266,7 @@ def test_skipped_steps_are_remembered_over_a_resume(tmp_path: Path) -> None:
         train_here(tmp_path / "run", "--resume", "--max_steps", 40, *settings, bad_steps=range(7, 100))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--save_steps", 1), ("--ema_decay", 0.5), ("--eval_steps", 2)], ids=str)
 def test_a_run_that_left_the_finite_numbers_writes_no_model(flags: tuple[object, ...], tmp_path: Path) -> None:
     # With Muon, or with RMSNorm and QK-norm, even such a run stays finite.

@@ -22,6 +22,7 @@ from training_mini.trainer import Trainer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 
+@pytest.mark.slow
 def test_average_of_the_weights_is_what_is_evaluated_and_kept(tmp_path: Path) -> None:
     trainer, result = train_here(tmp_path / "run", "--max_steps", 12, "--ema_decay", 0.5)
     final, average = weights(tmp_path / "run"), trainer.run.ema.averages
@@ -139,6 +140,7 @@ def test_tensorboard_has_what_metrics_have_and_goes_on_after_a_resume(tmp_path: 
     assert list(scalars.values()) == pytest.approx(losses(tmp_path / "run")) and len(scalars) == 8
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_write_does_not_end_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -183,6 +185,7 @@ def test_batch_size_is_found(tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_what_fits_is_tried_in_training_mode(tmp_path: Path) -> None:
     """A checkpoint is loaded in evaluation mode, without dropout and gradient checkpointing."""
     flags = "--dataset sample --max_steps 1 --train_batch_size 4 --max_eval_tokens 512 --find_batch_size".split()

@@ -85,6 +85,7 @@ def test_whole_programs_in_turns(files: tuple[Path, Path], tmp_path: Path) -> No
     assert mini["runs"][0]["sample"] and nanogpt["runs"][0]["sample"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -20,6 +20,7 @@ def test_every_start_has_its_seconds(tmp_path: Path) -> None:
         assert row["processor_seconds"] > 0 and row["seconds"] > 0 and row["name"] in result.stdout
 
 
+@pytest.mark.slow
 def test_a_program_counts_until_it_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import starting

@@ -157,6 +157,7 @@ def test_it_is_pushed_by_its_name(tmp_path: Path) -> None:
     assert "modeling_mini.py" in result.stdout and "A dry run: nothing was sent" in result.stdout
 
 
+@pytest.mark.slow
 def test_it_is_made_of_a_run(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(files_mini.BOX, "box", tmp_path / "model")
     monkeypatch.setattr(sys, "argv", ["box_mini", "--model", str(quick_run)])

@@ -30,6 +30,7 @@ def named_in_the_text() -> list[str]:
     return sorted({*in_diagrams, *re.findall(r"`((?:\w+/)*\w+\.(?:py|md|yaml)|(?:\w+/)+)`", text)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted({*paths_on_the_map(), *named_in_the_text()}))
 def test_what_it_names_exists(path: str) -> None:
     assert (ROOT / path).exists()

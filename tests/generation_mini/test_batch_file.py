@@ -43,6 +43,7 @@ def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_every_prompt_once_and_in_order(quick_run: Path, folder: Path) -> None:
     result = batch(quick_run, folder, "--temperature", 0, "--max_new_tokens", 12, "--batch_size", 7, "--stats")
     assert result.returncode == 0, result.stderr
@@ -72,6 +73,7 @@ def test_jsonl_prompts_in_several_ways_and_stop(quick_run: Path, folder: Path) -
     assert not any("e" in text["text"] for text in texts) and any(text["finish_reason"] == "stop" for text in texts)
 
 
+@pytest.mark.slow
 def test_interrupted_work_goes_on_and_ends_with_the_same_file(quick_run: Path, folder: Path) -> None:
     assert batch(quick_run, folder, *SAMPLING).returncode == 0
     whole = (folder / "out.jsonl").read_bytes()
@@ -148,6 +150,7 @@ def test_a_file_of_an_earlier_version_stays_byte_by_byte(model: tuple, tmp_path:
     assert (tmp_path / "out.jsonl").read_text().startswith("".join(old)) and len(lines_of(tmp_path)) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 1, 4, 6, 12, 13])
 def test_cut_short_anywhere_with_prompts_added_since(model: tuple, tmp_path: Path, kept: int) -> None:
     """What is written stays, and every prompt has one text; without more prompts, the file is that of one call."""
@@ -233,6 +236,7 @@ def test_what_a_prompt_loses_is_said_and_a_link_stays(quick_run: Path, folder: P
             BatchFile(arguments)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(
     quick_run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -376,6 +376,7 @@ def rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.modules.pop("rules_of_a_test", None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("rules")
 @pytest.mark.parametrize("name", ["only_x", "OnlyX"])
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "loop"])

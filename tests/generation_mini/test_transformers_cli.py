@@ -104,6 +104,7 @@ def test_it_writes_by_the_function_that_was_compiled_before(
     assert used == [False, True]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_loaded_as_the_flags_say(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict] = []
     monkeypatch.setattr(
@@ -156,6 +157,7 @@ def test_chat_completions(client: openai.OpenAI, checkpoint: Path) -> None:
     assert "".join(pieces) == expected and len([piece for piece in pieces if piece]) > 3
 
 
+@pytest.mark.slow
 def test_the_model_has_the_name_that_was_typed(client: openai.OpenAI, checkpoint: Path) -> None:
     (model,) = client.models.list()
     assert model.id == NAME
@@ -188,6 +190,7 @@ def test_stop_is_left_out_of_the_text(client: openai.OpenAI, checkpoint: Path) -
     assert chunks[-1].finish_reason == "stop"
 
 
+@pytest.mark.slow
 def test_lists_of_prompts_and_several_choices(client: openai.OpenAI, checkpoint: Path) -> None:
     arguments = {"model": NAME, "max_tokens": 20, "prompt": ["the ", "a "]}
     answer = client.completions.create(**arguments, temperature=0)
@@ -224,6 +227,7 @@ def test_log_probabilities_are_those_of_the_model(client: openai.OpenAI, checkpo
     assert scored.text == "the " and scored.logprobs.token_logprobs == pytest.approx(expected[:4], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
     arguments = {"model": NAME, "prompt": "the ", "max_tokens": 500, "temperature": 0}
     answer = client.completions.create(**arguments)
@@ -327,6 +331,7 @@ def content(*parts: object) -> dict:
     return {"messages": [{"role": "user", "content": list(parts)}]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -370,6 +375,7 @@ def test_what_looks_like_the_end_of_a_turn_stays_text(client: openai.OpenAI, che
     assert answer.choices[0].message.content == tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_responses_are_what_chats_are(client: openai.OpenAI, checkpoint: Path) -> None:
     arguments = {"model": NAME, "max_output_tokens": 20, "temperature": 0}
     expected = continuation(checkpoint, MESSAGES)

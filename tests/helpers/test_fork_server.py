@@ -63,6 +63,7 @@ def test_what_a_program_imports_is_compiled_once_and_not_beside_the_source(tmp_p
     assert {path.name for path in tmp_path.iterdir()} == {"module.py", "program.py"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
 def test_a_program_that_ends_before_anyone_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class LateSocket(socket.socket):

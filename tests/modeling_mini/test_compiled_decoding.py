@@ -461,6 +461,7 @@ def test_without_a_compiler_one_warning(
     assert torch.equal(text, model.generate(PROMPT, max_new_tokens=9, do_sample=False, fast_decoding=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("but_for", ["", "--version -fsyntax-only"], ids=["always", "when it compiles to the end"])
 def test_a_compiler_that_hangs_is_not_waited_for(but_for: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import config

@@ -381,6 +381,7 @@ def test_tuple_output() -> None:
 # Saving and loading.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("tied", [True, False])
 def test_save_and_load_is_exact(tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -438,6 +439,7 @@ def gradients(model: MiniForCausalLM, ids: torch.Tensor, **arguments: Any) -> di
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradients_with_checkpointing_are_equal(fields: dict[str, Any], reentrant: bool) -> None:
     # Dropout is on: the recomputation has to draw the same masks.

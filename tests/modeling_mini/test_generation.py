@@ -355,6 +355,7 @@ def typical_p_set(p: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(p, dtype=torch.bool).index_fill(0, order[before < 0.5], True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "allowed_set"),
     [
@@ -500,6 +501,7 @@ def test_early_exit_drafts_with_the_first_layers() -> None:
 # Watermarks.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["lefthash", "selfhash"])
 def test_watermark_and_its_detector(model: MiniForCausalLM, scheme: str) -> None:
     watermark = WatermarkingConfig(bias=6.0, seeding_scheme=scheme, greenlist_ratio=0.25)

@@ -18,6 +18,7 @@ def weights_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.name.startswith("model.") or path.suffix == ".safetensors"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [[{}, MANY], [MANY, {}], [MANY, FEW], [FEW, MANY], [{}, MANY, FEW, {}]])
 def test_a_folder_holds_the_weights_of_the_last_save_alone(settings: list[dict[str, str]], tmp_path: Path) -> None:
     model = make_model()

@@ -23,6 +23,7 @@ print(sorted(model.peft_config["default"].target_modules))
 """
 
 
+@pytest.mark.slow
 def test_lora_without_targets_after_mini() -> None:
     result = subprocess.run(
         [fork_server.python(), "-c", MINI_FIRST], cwd=ROOT, capture_output=True, text=True, check=False

@@ -111,6 +111,7 @@ def test_sharded_generation_equals_that_of_one_process(two_processes: Results, n
         assert torch.equal(rank[name, kind]["generated"], expected)
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize("kind", ["tp", "fsdp"])
 def test_sharded_gradients_equal_those_of_one_process(two_processes: Results, name: str, kind: str) -> None:
@@ -234,6 +235,7 @@ def test_no_block_is_split_over_devices() -> None:
     assert any(name.count(".") > 2 for name in cut)
 
 
+@pytest.mark.slow
 @each_model
 def test_offloaded_model_equals_the_whole_one(name: str, tmp_path: Path) -> None:
     model = make_model(**MODELS[name])

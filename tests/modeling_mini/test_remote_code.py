@@ -145,6 +145,7 @@ def test_a_stranger_writes_the_same_text(generations: dict[str, Any], generation
     assert result["pipeline"] == tokenizer.decode(continuation, skip_special_tokens=True)
 
 
+@pytest.mark.slow
 @both_visits
 def test_a_stranger_gets_the_classes_of_the_folder(generations: dict[str, Any], generation: int) -> None:
     result = generations["visits"][generation][0]

@@ -238,6 +238,7 @@ def test_damaged_lines_of_a_run_are_passed_over(quick_run: Path, tmp_path: Path)
     assert prompt_of(run) == "B\u2028C", "which is no end of a line"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -18,6 +18,7 @@ from sharing_mini.space import PAGE, modules_of, write_space
 from sharing_mini.staging import Staged
 
 
+@pytest.mark.slow
 def test_front_matter_and_requirements(tmp_path: Path) -> None:
     write_space("user/name", Staged(tmp_path, "model", {"quantization_config": {}}), tmp_path, "mit")
     front = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
@@ -30,6 +31,7 @@ def test_front_matter_and_requirements(tmp_path: Path) -> None:
     assert "peft" not in names and '"--model", "user/name"' in (tmp_path / "app.py").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "config", "library"), [("adapter", {}, "peft"), ("model", {}, None)])
 def test_adapters_need_another_flag(tmp_path: Path, kind: str, config: dict, library: str | None) -> None:
     write_space("user/name", Staged(tmp_path, kind, config), tmp_path, None)

@@ -106,6 +106,7 @@ def test_branch(hub: HubServer, model: Path) -> None:
     assert 'revision="try/two"' in result.card and repository.resolve("try/two") == result.pushed.commit
 
 
+@pytest.mark.slow
 def test_pull_request(hub: HubServer, model: Path) -> None:
     share(model)
     (model / "generation_config.json").write_text("{}")
@@ -118,6 +119,7 @@ def test_pull_request(hub: HubServer, model: Path) -> None:
     assert again.pushed.was_there and len(repository.pull_requests) == 1
 
 
+@pytest.mark.slow
 def test_pull_request_to_others(hub: HubServer, model: Path) -> None:
     hub.users["hf_" + "b" * 34] = "other"
     share(model)
@@ -282,6 +284,7 @@ def test_a_token_that_is_wrong_or_may_not_write(hub: HubServer, model: Path) -> 
     assert hub.repositories == {}
 
 
+@pytest.mark.slow
 def test_repository_that_vanishes_or_changes_meanwhile(hub: HubServer, model: Path) -> None:
     share(model)
     (model / "generation_config.json").write_text("{}")
@@ -321,6 +324,7 @@ def test_another_architecture_is_refused_unless_told(hub: HubServer, model: Path
     assert json.loads(hub.model(NAME).files()["config.json"])["num_hidden_layers"] == 3
 
 
+@pytest.mark.slow
 def test_other_kinds_of_files_are_refused_unless_told(hub: HubServer, model: Path, tmp_path: Path) -> None:
     """Their card would take the place of the one there; those in ONNX bring a config.json, which would too."""
     pytest.importorskip("gguf")

@@ -41,6 +41,7 @@ class Recorder(TrainerCallback):
         return note
 
 
+@pytest.mark.slow
 def test_events_come_in_the_order_of_transformers(tmp_path: Path) -> None:
     recorder = Recorder()
     trainer = run(tmp_path / "run", recorder)
@@ -56,6 +57,7 @@ def test_events_come_in_the_order_of_transformers(tmp_path: Path) -> None:
     assert [line["loss"] for line in history if "loss" in line] == losses(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_what_a_callback_asks_for_is_done_before_the_next_step(tmp_path: Path) -> None:
     class Asks(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **about: Any) -> TrainerControl:
@@ -75,6 +77,7 @@ def test_what_a_callback_asks_for_is_done_before_the_next_step(tmp_path: Path) -
     assert trainer.state.step == 3 and (tmp_path / "run" / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_any_object_with_a_method_will_do_and_one_that_is_never_called_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ class Disk:
         self.save_tensors(tensors, *place)
 
 
+@pytest.mark.slow
 def test_training_goes_on_meanwhile_and_a_second_save_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, folder, seen = Disk(monkeypatch), tmp_path / "run", []
 
@@ -94,6 +95,7 @@ def test_an_error_in_the_background_is_an_error_of_the_run(
     assert not list((folder / "checkpoints").glob(".*")), "nothing half-written fills the disk"
 
 
+@pytest.mark.slow
 def test_by_default_large_checkpoints_for_which_there_is_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def learn(model: MiniForCausalLM, **inputs: Any) -> list[torch.Tensor]:
     return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("way", OPERATORS)
 def test_a_model_learns_the_same(way: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:

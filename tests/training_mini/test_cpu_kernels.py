@@ -160,6 +160,7 @@ def test_what_is_damaged_in_the_cache_is_measured_again(tmp_path: Path, monkeypa
         assert choices() == expected and json.loads(cache.read_text()) == kept, damage
 
 
+@pytest.mark.slow
 def test_what_others_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that computes for half a second is seen, and this process is not."""
     busy = "import time\nwhile time.process_time() < 0.5: pass"

@@ -80,6 +80,7 @@ def test_a_card_that_cannot_be_made_is_told_to_the_other_processes(
     assert isinstance(told[-1], KeyError)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "dimensions"),
     [

@@ -64,6 +64,7 @@ def test_the_result_has_what_one_goes_on_with(result: TrainingResult) -> None:
     assert re.fullmatch(line, repr(result))
 
 
+@pytest.mark.slow
 def test_the_curves_are_a_picture_in_a_notebook(result: TrainingResult) -> None:
     assert result.curves._repr_png_() == (result.folder / "curves.png").read_bytes()
 

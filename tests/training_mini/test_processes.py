@@ -37,6 +37,7 @@ def test_each_process_knows_the_others(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

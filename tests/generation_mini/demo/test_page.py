@@ -184,6 +184,7 @@ def test_a_server_that_has_ended_is_said_in_a_sentence(author: Author, opened: O
         assert text and found.page.is_enabled("#write")
 
 
+@pytest.mark.slow
 def test_a_connection_that_breaks_in_the_middle_is_said_in_a_sentence(
     author: Author, opened: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,6 +200,7 @@ def test_a_connection_that_breaks_in_the_middle_is_said_in_a_sentence(
         assert found.page.inner_text("#problem").startswith("The server does not answer: it has ended,")
 
 
+@pytest.mark.slow
 def test_two_visitors_write_one_after_the_other(author: Author, opened: Opener) -> None:
     with served(author) as url, opened(url) as found, author.lock:
         found.page.wait_for_selector("#write:enabled")

@@ -130,6 +130,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert refused.value.errno == errno.EADDRINUSE
 
 
+@pytest.mark.slow
 def test_it_writes_by_the_function_that_was_compiled_before(
     quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

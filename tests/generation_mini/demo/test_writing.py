@@ -35,6 +35,7 @@ def text_of(events: list[Event]) -> str:
     return "".join(piece["text"] for pieces in all_of(events, "pieces") for piece in pieces)
 
 
+@pytest.mark.slow
 def test_every_figure_is_that_of_the_model(author: Author) -> None:
     """Also of the prompt, and of each window when the context is full, against one forward for each token."""
     ids = author.tokenizer("the cat ").input_ids

@@ -247,6 +247,7 @@ def test_metrics_are_flat() -> None:
     assert as_metrics("gradients", {"norms": 2.0}) == {"gradients/norms": 2.0}
 
 
+@pytest.mark.slow
 def test_picture_is_drawn(tmp_path: Path) -> None:
     model, ids = make_model(), batch(1)
     with record_activations(model) as recorder:
@@ -261,6 +262,7 @@ def test_picture_is_drawn(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_picture_of_blocks_with_other_parts(tmp_path: Path) -> None:
     shape = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
     model, ids = PhiForCausalLM(PhiConfig(**shape, num_attention_heads=2, pad_token_id=0)), batch(1)

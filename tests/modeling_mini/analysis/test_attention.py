@@ -149,6 +149,7 @@ def test_picture_shows_every_head(tmp_path: Path, length: int, labelled: bool) -
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_positions_are_whole_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks: list[float] = []
 

@@ -189,6 +189,7 @@ def test_nothing_fits_where_the_weights_do_not() -> None:
     assert cost.largest_inference_batch(1000, 64) == cost.largest_training_batch(1000, 64) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [

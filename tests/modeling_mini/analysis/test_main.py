@@ -171,6 +171,7 @@ def test_mistakes_end_in_one_sentence(
     assert not list(working_folder.glob("*.png"))
 
 
+@pytest.mark.slow
 def test_longest_prompt_fits(working_folder: Path) -> None:
     program.run(["attention", "--prompt", PROMPT_OF_64_TOKENS])
     assert Path("attention.png").is_file()

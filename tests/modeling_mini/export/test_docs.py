@@ -10,6 +10,7 @@ from modeling_mini.export import __main__
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_the_page(quick_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()

@@ -174,6 +174,7 @@ def test_an_adapter_is_merged(checkpoint: Path, tmp_path: Path) -> None:
     assert same_parameters(AutoModelForCausalLM.from_pretrained(back), merged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["native", "gguf", "onnx", "lm_eval"])
 def test_an_adapter_that_cannot_be_merged_is_refused(format: str, checkpoint: Path, tmp_path: Path) -> None:
     settings = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -195,6 +196,7 @@ def rewrite(**fields: int) -> Callable[[Path], None]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -32,6 +32,7 @@ def tensors_of(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
 ROUNDING = {"F32": 0.0, "F16": 2**-11, "Q8_0": 1 / 127}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", ROUNDING)
 def test_the_weights_are_in_the_file(type_name: str, checkpoint: Path, tmp_path: Path) -> None:
     out = export("gguf", checkpoint, tmp_path / "out", types=[type_name])
@@ -245,6 +246,7 @@ def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path
     assert "--lora adapter-lora.gguf" in card and "together with `embed_tokens`" in card and "rsLoRA, alpha 6" in card
 
 
+@pytest.mark.slow
 def test_files_of_two_adapters_of_a_base_can_lie_in_one_folder(checkpoint: Path, tmp_path: Path) -> None:
     names: list[str] = []
     for name, lora in (("one", True), ("two", True), ("one", False), ("two", False)):
@@ -256,6 +258,7 @@ def test_files_of_two_adapters_of_a_base_can_lie_in_one_folder(checkpoint: Path,
     assert names == [*beside, "one-F32.gguf", "two-F32.gguf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sentence", "settings"),
     [

@@ -215,6 +215,7 @@ def snippet(folder: Path, language: str) -> str:
     return code.replace('"PATH_OR_REPOSITORY"', json.dumps(str(folder)))
 
 
+@pytest.mark.slow
 def test_the_card_in_python(checkpoint: Path, exported: Path, capsys: pytest.CaptureFixture) -> None:
     exec(snippet(exported, "python"), {})
     texts = [written_by_mini(checkpoint, prompt, 100) for prompt in ("The", "Once upon")]

@@ -116,6 +116,7 @@ def test_every_way_to_load_an_adapter_gives_the_same(name: str, base: Path, adap
     assert torch.equal(logits(unloaded), logits(merged)) and torch.equal(write(unloaded, "fast"), tokens)
 
 
+@pytest.mark.slow
 def test_the_configuration_of_an_adapter_is_read_once(base: Path, adapters: dict[str, Path]) -> None:
     """On the Hub, each time would be a request."""
     read = peft.PeftConfig.from_pretrained
@@ -188,6 +189,7 @@ def test_pipeline_on_an_adapter_folder(base: Path, adapters: dict[str, Path], tm
     assert texts[0] == [{"generated_text": tokenizer.decode(output[0, 4:], skip_special_tokens=True)}]
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_quantized_weights_and_merged_into_them(
     base: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -417,6 +419,7 @@ def test_adapters_of_a_model_with_added_tokens(name: str, is_tied: bool, tmp_pat
         assert (logits(merged, NEW_IDS) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_where_the_vocabulary_alone_differs_it_is_named(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")

@@ -195,6 +195,7 @@ def test_missing_column_is_named_with_file_and_record(data: Path, read: Callable
 LONG = "".join(f"line {i} {i * 7919 % 10007}\n" for i in range(5000))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", ["gz", "zst", "GZ"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "csv"])
 def test_compressed_file_that_is_cut_is_refused(data: Path, compression: str, kind: str) -> None:

@@ -182,6 +182,7 @@ def test_a_process_reads_only_the_parts_that_it_needs(folder: Path, small_blocks
         rows_of(shared[2], 0, process_index=2, num_processes=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [0, 1, 4, 7])
 @pytest.mark.parametrize("second", [1, 2, 3, 4])
 def test_parts_go_on_from_any_step_on_any_number_of_processes(
