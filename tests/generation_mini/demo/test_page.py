@@ -35,12 +35,13 @@ def served(author: Author) -> Iterator[str]:
 
 
 def slowly(lines_of: Callable[[Any], AsyncIterator[str]]) -> Callable[[Any], AsyncIterator[str]]:
-    """The lines of a server that writes 200 of them in a second at most."""
+    """The lines of a server that writes 200 of them in a second at most, however many it has at a time."""
 
     async def slow_lines_of(views: Any) -> AsyncIterator[str]:
         async for lines in lines_of(views):
-            yield lines
-            await asyncio.sleep(0.005)
+            for line in lines.splitlines(keepends=True):
+                yield line
+                await asyncio.sleep(0.005)
 
     return slow_lines_of
 
