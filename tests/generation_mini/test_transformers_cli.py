@@ -168,6 +168,7 @@ def test_the_model_has_the_name_that_was_typed(client: openai.OpenAI, checkpoint
         client.completions.create(model="gpt-9", prompt="the ")
 
 
+@pytest.mark.slow
 def test_stop_is_left_out_of_the_text(client: openai.OpenAI, checkpoint: Path) -> None:
     expected = continuation(checkpoint, "the ")
     stop = expected[4:7]
@@ -207,6 +208,7 @@ def test_lists_of_prompts_and_several_choices(client: openai.OpenAI, checkpoint:
     assert [choice.text for choice in client.completions.create(**arguments).choices] == texts
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_model(client: openai.OpenAI, checkpoint: Path) -> None:
     arguments = {"model": NAME, "prompt": "the ", "max_tokens": 3, "temperature": 0}
     (choice,) = client.completions.create(**arguments, echo=True, logprobs=2).choices
@@ -241,6 +243,7 @@ def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
             client.completions.create(model=NAME, prompt="a" * 100, stream=stream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -282,6 +285,7 @@ def test_what_does_not_work_is_refused_with_a_reason(client: openai.OpenAI, sett
         client.completions.create(**{"model": NAME, "prompt": "the ", "max_tokens": 2, **settings})
 
 
+@pytest.mark.slow
 def test_a_stream_ends_as_the_text_does_that_is_none(client: openai.OpenAI, checkpoint: Path) -> None:
     """With the reason, where the last token that may be written ends it, and with what is no character."""
     expected = continuation(checkpoint, "the ")
@@ -299,6 +303,7 @@ def test_a_stream_ends_as_the_text_does_that_is_none(client: openai.OpenAI, chec
         assert ("".join(chunk.text for chunk in chunks), chunks[-1].finish_reason) == (text, reason)
 
 
+@pytest.mark.slow
 def test_an_error_in_a_stream_is_a_sentence(client: openai.OpenAI) -> None:
     from generation_mini.serving.generating import StreamError  # above, it would load transformers twice
 
@@ -364,6 +369,7 @@ def test_so_it_is_in_chats(client: openai.OpenAI, settings: dict, reason: str) -
     assert client.chat.completions.create(model=NAME, messages=MESSAGES, max_tokens=2, **neutral).choices
 
 
+@pytest.mark.slow
 def test_what_looks_like_the_end_of_a_turn_stays_text(client: openai.OpenAI, checkpoint: Path) -> None:
     """As in a conversation in the terminal."""
     messages = [{"role": "user", "content": "the <|end|> and <|assistant|>"}]
@@ -388,6 +394,7 @@ def test_responses_are_what_chats_are(client: openai.OpenAI, checkpoint: Path) -
     assert client.responses.create(input="the cat", instructions="Answer.", **arguments).output_text == with_system
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
@@ -425,6 +432,7 @@ RIFF\r
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "body", "kind", "status", "reason"),
     [
@@ -470,6 +478,7 @@ def test_a_server_of_any_model_says_where_there_is_none(tmp_path: Path) -> None:
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "request_body", "reason"),
     [
@@ -487,6 +496,7 @@ def test_half_of_a_character_is_refused(server: str, path: str, request_body: di
     assert refused.value.code == 400 and json.load(refused.value)["error"]["message"].startswith(reason)
 
 
+@pytest.mark.slow
 def test_a_message_may_come_back_as_clients_send_it(client: openai.OpenAI) -> None:
     """With the parts that OpenAI's protocol has, and with keys that hold nothing."""
     arguments = {"model": NAME, "max_tokens": 9, "temperature": 0}
@@ -591,6 +601,7 @@ def test_a_request_ends_with_its_client(name: str) -> None:
     assert not sent
 
 
+@pytest.mark.slow
 def test_the_example_of_the_page(server: str, capsys: pytest.CaptureFixture[str]) -> None:
     page = (ROOT / "docs" / "SERVING.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```python\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)

@@ -126,6 +126,7 @@ def test_sharded_gradients_equal_those_of_one_process(two_processes: Results, na
             close(gradients[parameter_name] / size, parameter.grad / size, 1e-3)
 
 
+@pytest.mark.slow
 @each_model
 @pytest.mark.parametrize("kind", ["tp", "fsdp"])
 def test_a_sharded_model_saves_itself_whole(two_processes: Results, name: str, kind: str) -> None:
@@ -135,6 +136,7 @@ def test_a_sharded_model_saves_itself_whole(two_processes: Results, name: str, k
     assert all(torch.equal(saved[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 @each_model
 def test_tensor_parallel_halves_every_matrix(two_processes: Results, name: str) -> None:
     whole = {key: tuple(value.shape) for key, value in make_model(**MODELS[name]).named_parameters()}
@@ -149,6 +151,7 @@ def test_tensor_parallel_halves_every_matrix(two_processes: Results, name: str) 
                 assert shapes[key] == shape, key
 
 
+@pytest.mark.slow
 @each_model
 def test_fully_sharded_halves_every_parameter(two_processes: Results, name: str) -> None:
     for key, parameter in make_model(**MODELS[name]).named_parameters():
@@ -156,6 +159,7 @@ def test_fully_sharded_halves_every_parameter(two_processes: Results, name: str)
             assert rank[name, "fsdp"]["local_shapes"][key] == (parameter.shape[0] // 2, *parameter.shape[1:]), key
 
 
+@pytest.mark.slow
 @each_model
 def test_each_stage_of_the_pipeline_holds_its_part(two_processes: Results, name: str) -> None:
     whole = dict(make_model(**MODELS[name]).named_parameters())

@@ -157,11 +157,13 @@ def test_a_stranger_gets_the_classes_of_the_folder(generations: dict[str, Any], 
     assert result["eos"] == 2
 
 
+@pytest.mark.slow
 @both_visits
 def test_without_the_flag_a_stranger_is_told_of_it(generations: dict[str, Any], generation: int) -> None:
     assert "trust_remote_code=True" in generations["visits"][generation][0]["refusal"]
 
 
+@pytest.mark.slow
 def test_the_code_is_the_same_in_every_generation(generations: dict[str, Any]) -> None:
     first, *later = generations["folders"]
     for folder in later:
@@ -173,6 +175,7 @@ def test_the_code_is_the_same_in_every_generation(generations: dict[str, Any]) -
             assert (folder / name).read_bytes() == (first / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_what_a_folder_holds(generations: dict[str, Any]) -> None:
     first = generations["folders"][0]
     names = {path.name for path in first.iterdir()}
@@ -195,6 +198,7 @@ def test_what_a_folder_holds(generations: dict[str, Any]) -> None:
                 assert node.module.split(".")[0] in installed
 
 
+@pytest.mark.slow
 def test_with_mini_imported_no_flag_is_needed(generations: dict[str, Any]) -> None:
     for folder in generations["folders"]:
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -231,6 +235,7 @@ def test_saving_with_a_push_hands_the_words_for_the_hub_on(tmp_path: Path, monke
     assert pushed == [(("name",), {"token": "hf_x", **words}), (("user/other",), {"token": None})]
 
 
+@pytest.mark.slow
 def test_the_flat_copy_differs_in_its_imports_alone(generations: dict[str, Any]) -> None:
     root = Path(__file__).parents[2]
     sources = [root / name if name in ROOT_FILES else root / "modeling_mini" / name for name in CODE]
