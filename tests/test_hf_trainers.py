@@ -10,6 +10,8 @@ from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments, set_seed
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+pytestmark = pytest.mark.slow
+
 
 def make_model() -> MiniForCausalLM:
     set_seed(0)
@@ -45,7 +47,6 @@ def losses(trainer: Trainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
-@pytest.mark.slow
 def test_trainer_learns_saves_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     whole, _ = train(tmp_path / "whole")
     assert losses(whole)[-1] < losses(whole)[0] - 1
@@ -60,7 +61,6 @@ def test_trainer_learns_saves_and_resumes_bit_by_bit(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(ids).logits, whole.model.eval()(ids).logits)
 
 
-@pytest.mark.slow
 def test_accumulation_and_checkpointing_in_trainer_change_nothing_but_rounding(tmp_path: Path) -> None:
     """Texts are of different lengths: this holds only because the loss honours num_items_in_batch."""
     settings = {"max_steps": 6, "save_strategy": "no", "padding_side": "right"}
@@ -74,7 +74,6 @@ def test_accumulation_and_checkpointing_in_trainer_change_nothing_but_rounding(t
         torch.testing.assert_close(parts.model.state_dict()[name], tensor, rtol=0, atol=2e-4)
 
 
-@pytest.mark.slow
 def test_padding_of_either_side_is_learned_from_alike(tmp_path: Path) -> None:
     """On the left, as generation has it, the first token of a shorter text stands behind padding, and is no target."""
     settings = {"max_steps": 6, "save_strategy": "no"}
@@ -85,7 +84,6 @@ def test_padding_of_either_side_is_learned_from_alike(tmp_path: Path) -> None:
     assert batch["labels"][0, 0] == -100 and (batch["labels"] == 1).sum() == 2, "the collator counts both bos"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("packing", [False, True])
 def test_sft_trainer_learns_a_conversation(packing: bool, tmp_path: Path) -> None:
     conversations = [
@@ -121,7 +119,6 @@ OF_TRL = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_dpo_trainer_learns_which_answer_is_preferred(tmp_path: Path) -> None:
     words = ("moon", "sun", "tree", "sea")
     data = Dataset.from_list(
@@ -148,7 +145,6 @@ def test_dpo_trainer_learns_which_answer_is_preferred(tmp_path: Path) -> None:
     assert margins[-1] > margins[0] + 0.3
 
 
-@pytest.mark.slow
 def test_grpo_trainer_is_rewarded_for_a_letter(tmp_path: Path) -> None:
     """The reward counts the letter a, whose share of random text is small."""
 

@@ -49,6 +49,7 @@ def test_average_is_resumed_bit_by_bit(tmp_path: Path) -> None:
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_annealed_dropout_is_logged(tmp_path: Path) -> None:
     train_here(tmp_path / "run", "--max_steps", 11, "--dropout_start", 0.5, "--dropout_end", 0.1)
     dropouts = [line["dropout"] for line in metrics(tmp_path / "run") if "loss" in line]

@@ -61,6 +61,7 @@ def test_every_prompt_once_and_in_order(quick_run: Path, folder: Path) -> None:
         assert text["finish_reason"] in ("length", "end") and 0 <= text["tokens"] <= 12
 
 
+@pytest.mark.slow
 def test_jsonl_prompts_in_several_ways_and_stop(quick_run: Path, folder: Path) -> None:
     prompts = ["one\ntwo ", "", "three"]
     (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": each, "id": 1}) + "\n" for each in prompts))

@@ -276,6 +276,7 @@ def test_sample_is_quoted_whatever_is_in_it(quick_run: Path, tmp_path: Path) -> 
     assert "of 66,688 parameters" in card and "Written by these weights after 'def ', with seed 42" in card
 
 
+@pytest.mark.slow
 def test_the_sample_of_a_model_that_answers_is_an_answer(model: Path) -> None:
     facts = Facts(is_chat=True, prompts=["Who?"])
     (model / "README.md").write_text(render(facts, {}, {}))
