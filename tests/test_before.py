@@ -80,6 +80,7 @@ def test_a_checkpoint_is_saved_again_by_the_code_of_today_and_by_its_own(
             torch.testing.assert_close(first_logits(model), logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_losses_that_it_had_and_the_corpus_that_was_encoded(
     before: Path, expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def test_model_of_a_run_that_died_while_replacing_its_best(broken, quick_run: Pa
     assert generate(run, "--max_tokens", 3, input="a").returncode == 0
 
 
+@pytest.mark.slow
 def test_stop_and_stats(quick_run: Path) -> None:
     plain = generate(quick_run, "--prompt", "the ", "--temperature", 0, "--max_tokens", 60)
     stop = plain.stdout[30:33]

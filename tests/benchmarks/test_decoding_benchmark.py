@@ -50,6 +50,7 @@ def test_long_prompts_of_many_sequences_are_left_out(monkeypatch: pytest.MonkeyP
     assert settings.sizes == [(8, 1000)]  # what was asked for alone is measured
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -103,6 +103,7 @@ def test_both_modes_without_nanogpt(tmp_path: Path) -> None:
     assert parameters["Mini"] - parameters["Llama"] == (2 * 1 + 1) * 128, "of one layer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

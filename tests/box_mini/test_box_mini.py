@@ -40,6 +40,7 @@ def test_it_writes_where_nobody_has_trained(tmp_path: Path) -> None:
     assert result.stderr.count("\n") <= 2
 
 
+@pytest.mark.slow
 def test_a_space_at_the_end_of_a_prompt_is_better_left_out(tmp_path: Path) -> None:
     said = {}
     for prompt in ("def ", "def"):
@@ -63,6 +64,7 @@ def source(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "most"), [("8bit", 0.02), ("4bit", 0.2)])
 def test_rounded_weights_predict_almost_as_well(kind: str, most: float) -> None:
     """Trained weights have outliers, which random ones have not."""

@@ -225,6 +225,7 @@ def test_prompts_as_other_systems_write_them(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "prompts.jsonl") == ["one"]
 
 
+@pytest.mark.slow
 def test_what_a_prompt_loses_is_said_and_a_link_stays(quick_run: Path, folder: Path) -> None:
     (folder / "prompts.txt").write_text("x" * 100 + "\na\n")
     (folder / "out.jsonl").symlink_to("elsewhere.jsonl")
@@ -307,6 +308,7 @@ def test_what_does_not_belong_together(quick_run: Path, folder: Path) -> None:
     assert (folder / "out.jsonl").read_text() == "my diary"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

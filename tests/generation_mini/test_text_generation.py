@@ -213,6 +213,7 @@ def test_what_torch_cannot_draw_from_is_a_sentence(model, tokenizer, monkeypatch
         write(model, tokenizer, prompt, max_new_tokens=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "texts"),
     [

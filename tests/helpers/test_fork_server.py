@@ -77,6 +77,7 @@ def test_a_program_that_ends_before_anyone_looks(tmp_path: Path, monkeypatch: py
     assert run_program(str(tmp_path / "program.py"), cwd=tmp_path).returncode == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not fork_server.IS_POSSIBLE, reason="needs Linux")
 def test_processes_of_multiprocessing_are_forked_with_the_files_that_they_inherit(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text("""

@@ -200,6 +200,7 @@ def test_every_activation_that_it_knows(activation: str, threads: int, sizes: li
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128, 192])
 def test_heads_that_vectors_fit(head_dim: int, sizes: list[int]) -> None:
     torch.manual_seed(1)

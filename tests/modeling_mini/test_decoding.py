@@ -159,6 +159,7 @@ def test_many_sequences_give_the_same(group: int, monkeypatch: pytest.MonkeyPatc
     assert len(fast_calls) == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_exact_gives_the_same_bits_for_many(name: str, fast_calls: list[int]) -> None:
     """And the form for many does not, so that the option has something to switch."""

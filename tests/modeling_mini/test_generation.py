@@ -124,6 +124,7 @@ def test_quantized_cache_of_4_bit_integers(model: MiniForCausalLM) -> None:
     assert 0.001 < error_of_cache(model, cache) < 0.5
 
 
+@pytest.mark.slow
 def test_padded_batch_equals_each_row_alone(model: MiniForCausalLM) -> None:
     lengths = [9, 4, 1]
     mask = torch.zeros_like(PROMPT)

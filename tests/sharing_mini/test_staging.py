@@ -168,6 +168,7 @@ SECRETS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", SECRETS)
 def test_secrets(model: Path, tmp_path: Path, what: str) -> None:
     """In a place where they come to lie: the settings of a tokenizer."""

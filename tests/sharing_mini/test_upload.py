@@ -64,6 +64,7 @@ def test_one_commit_holds_all_files(hub: HubServer, model: Path) -> None:
     assert result.pushed.url == f"{hub.url}/{NAME}" and not repository.private
 
 
+@pytest.mark.slow
 def test_the_same_again_sends_nothing(hub: HubServer, model: Path) -> None:
     share(model, tag="v1")
     received, commits = hub.received, hub.count("POST", "/commit/")
@@ -72,6 +73,7 @@ def test_the_same_again_sends_nothing(hub: HubServer, model: Path) -> None:
     assert (hub.received, hub.count("POST", "/commit/")) == (received, commits)
 
 
+@pytest.mark.slow
 def test_a_change_sends_what_changed(hub: HubServer, model: Path) -> None:
     share(model)
     received = hub.received
@@ -82,6 +84,7 @@ def test_a_change_sends_what_changed(hub: HubServer, model: Path) -> None:
     assert hub.model(NAME).files()["generation_config.json"] == b'{"temperature": 0.5}'
 
 
+@pytest.mark.slow
 def test_private_and_organization(hub: HubServer, model: Path) -> None:
     share(model, "team/name", private=True)
     assert hub.model("team/name").private
@@ -89,6 +92,7 @@ def test_private_and_organization(hub: HubServer, model: Path) -> None:
     assert hub.model("team/name").private and hub.model("team/name").history()[0] == "Upload model"
 
 
+@pytest.mark.slow
 def test_what_is_public_is_not_pushed_to_as_private(hub: HubServer, model: Path) -> None:
     share(model)
     (model / "generation_config.json").write_text("{}")
@@ -96,6 +100,7 @@ def test_what_is_public_is_not_pushed_to_as_private(hub: HubServer, model: Path)
     assert len(hub.model(NAME).history()) == 2
 
 
+@pytest.mark.slow
 def test_branch(hub: HubServer, model: Path) -> None:
     share(model)
     (model / "generation_config.json").write_text("{}")
@@ -133,6 +138,7 @@ def test_pull_request_to_others(hub: HubServer, model: Path) -> None:
     assert "There is no repository 'user/none'" in refused(lambda: share(model, "user/none", create_pr=True))
 
 
+@pytest.mark.slow
 def test_pull_request_whose_answer_is_lost(hub: HubServer, model: Path, waits: list[float]) -> None:
     share(model)
     (model / "generation_config.json").write_text("{}")
@@ -141,6 +147,7 @@ def test_pull_request_whose_answer_is_lost(hub: HubServer, model: Path, waits: l
     assert len(hub.model(NAME).pull_requests) == 1 and result.pushed.url.endswith("/discussions/1")
 
 
+@pytest.mark.slow
 def test_shards(hub: HubServer, model: Path) -> None:
     tensors = load_file(model / "model.safetensors")
     share(model, max_shard_size="100KB")
@@ -154,6 +161,7 @@ def test_shards(hub: HubServer, model: Path) -> None:
     assert hub.model(NAME).history()[0] == "Whole"
 
 
+@pytest.mark.slow
 def test_other_files_of_the_repository_stay(hub: HubServer, model: Path) -> None:
     share(model)
     api = HfApi(token=hub.token)
@@ -245,6 +253,7 @@ def test_no_network(hub: HubServer, model: Path, waits: list[float], monkeypatch
     assert waits == [1, 2, 4, 8]
 
 
+@pytest.mark.slow
 def test_upload_that_fails_in_xet(hub: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """hf_xet, which carries large files to the Hub itself, knows no kinds of errors."""
 
@@ -273,6 +282,7 @@ def test_offline_and_no_token(hub: HubServer, model: Path, monkeypatch: pytest.M
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_a_token_that_is_wrong_or_may_not_write(hub: HubServer, model: Path) -> None:
     sentence = refused(lambda: share(model, token="hf_" + "x" * 34))
     assert "the Hub does not accept the token (401)" in sentence and "hf_xxx" not in sentence
@@ -305,6 +315,7 @@ def test_repository_that_vanishes_or_changes_meanwhile(hub: HubServer, model: Pa
     assert "does not find it (404: Repository not found)" in refused(lambda: share(model))
 
 
+@pytest.mark.slow
 def test_tag_that_is_taken(hub: HubServer, model: Path) -> None:
     first = share(model, tag="v1").pushed.commit
     (model / "generation_config.json").write_text("{}")
@@ -313,6 +324,7 @@ def test_tag_that_is_taken(hub: HubServer, model: Path) -> None:
     assert hub.model(NAME).resolve("main") == first
 
 
+@pytest.mark.slow
 def test_another_architecture_is_refused_unless_told(hub: HubServer, model: Path) -> None:
     share(model)
     config = json.loads((model / "config.json").read_text())
@@ -403,6 +415,7 @@ def test_card_that_the_hub_does_not_take(hub: HubServer, model: Path) -> None:
     assert hub.repositories == {}
 
 
+@pytest.mark.slow
 def test_the_token_goes_to_the_hub_and_nowhere_else(
     hub: HubServer, model: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture, waits: list[float]
 ) -> None:
@@ -436,6 +449,7 @@ def test_what_arrives_is_compared_with_what_was_sent(hub: HubServer, model: Path
     assert hub.model(NAME).tags == {}, "a tag names one set of files for good"
 
 
+@pytest.mark.slow
 def test_weights_may_be_empty_of_change_and_tags_move_on(hub: HubServer, model: Path) -> None:
     """New weights of the same shape: a second version, each under its tag."""
     share(model, tag="v1")

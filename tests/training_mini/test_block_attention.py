@@ -14,6 +14,7 @@ def in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     return causal_attention(query, key, value, query.shape[-1] ** -0.5)[0].transpose(1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("bytes_at_once", [1, 2**14, 2**30])
 def test_equals_the_fused_kernel(shape: tuple[int, ...], bytes_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:

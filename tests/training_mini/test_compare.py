@@ -52,6 +52,7 @@ def test_seeds_of_one_setting_are_one_row_with_mean_and_spread(tmp_path: Path) -
     assert notes == []
 
 
+@pytest.mark.slow
 def test_runs_of_one_seed_are_rows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two versions of Mini with the settings of one file, say: their mean says nothing, and their spread even less."""
     runs = [make_run(tmp_path / "old" / f"a-seed-{seed}", 2.0 + seed / 10, seed=seed) for seed in (1, 2)]
@@ -97,6 +98,7 @@ def test_an_older_run_lacks_fields_and_is_shown(tmp_path: Path) -> None:
     assert RunRecord(older).parameters is None
 
 
+@pytest.mark.slow
 def test_many_settings_and_seeds_fit_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"usual": {}, "also-usual": {"hidden_size": 64}, "large-batch": {"train_batch_size": 32}, "plain": {}}
     changes["plain"] = {"optimizer": "adamw", "learning_rate": 0.002, "lr_scheduler_type": "cosine"}
@@ -117,6 +119,7 @@ def test_many_settings_and_seeds_fit_a_narrow_terminal(tmp_path: Path, monkeypat
     assert "hidden_size 128, learning_rate 0.02, optimizer muon, train_batch_size 16, lr_scheduler_type -." in caption
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_table_and_picture(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run(tmp_path / name, 3.0, 2.0, seed=seed) for seed, name in enumerate("ab")]

@@ -65,6 +65,7 @@ def test_autocast(way: str, used: list[tuple[str, torch.dtype]], monkeypatch: py
     torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reason", ["padding", "dropout", "no gradient", "too long", "eager", "one token"])
 @pytest.mark.parametrize("way", OPERATORS)
 def test_the_rest_is_left_to_other_kernels(way: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("products", SOME_PRODUCTS, ids="+".join)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 5), (1, 1)])

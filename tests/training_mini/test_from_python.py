@@ -69,6 +69,7 @@ def test_the_curves_are_a_picture_in_a_notebook(result: TrainingResult) -> None:
     assert result.curves._repr_png_() == (result.folder / "curves.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_metrics_are_records_where_there_is_no_pandas(result: TrainingResult, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert [line["loss"] for line in result.metrics if "loss" in line] == losses(result.folder)
@@ -138,6 +139,7 @@ def test_an_interrupted_run_goes_on(result: TrainingResult, tmp_path: Path) -> N
     assert "\nTrained 6 steps before, and none now: max_steps is 5.\n" in report
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_begin_lets_its_folder_go(tmp_path: Path) -> None:
     class Wrong(TrainerCallback):
         def __init__(self) -> None:

@@ -18,6 +18,7 @@ def test_names_and_paths() -> None:
         find_launch_file("fsdp3")
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_path_or_the_list() -> None:
     command = [sys.executable, "-m", "training_mini.launch_files"]
     run = {"cwd": ROOT, "capture_output": True, "text": True, "check": False}

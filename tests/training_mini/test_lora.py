@@ -33,6 +33,7 @@ def bytes_kept(model: torch.nn.Module) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lora_dropout": 0.1}, {"use_dora": True}], ids=str)
 def test_memory_that_is_shown_is_kept(settings: dict[str, object]) -> None:
     model = adapted(**settings)

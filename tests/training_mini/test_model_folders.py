@@ -52,6 +52,7 @@ def test_the_examples_of_the_card_begin_as_the_text_of_the_run_does() -> None:
     assert '\n  prompts:\n  - Es war "ein\n  - Haus\n' in card
 
 
+@pytest.mark.slow
 def test_a_sharded_model_is_written_as_a_whole_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """File by file: all that the folder of a whole model has, in one file with weights and in several."""
     trainer, result = train_here(tmp_path / "run", "--max_steps", 3)

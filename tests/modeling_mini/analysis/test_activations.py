@@ -96,6 +96,7 @@ def test_moments_of_unlike_calls_are_merged_exactly() -> None:
     assert {name: getattr(statistics, name) for name in expected} == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_normal_values_have_kurtosis_three_and_a_spike_has_more() -> None:
     model = make_model(vocab_size=4096)
     nn.init.normal_(model.model.embed_tokens.weight, mean=5.0)

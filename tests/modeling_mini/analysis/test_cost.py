@@ -86,6 +86,7 @@ def test_attention_flops_are_what_grows_with_the_length() -> None:
     assert growth == cost.attention_flops_per_token(50)
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_and_cache_are_exact(config: PreTrainedConfig, dtype: str) -> None:
@@ -97,6 +98,7 @@ def test_weights_and_cache_are_exact(config: PreTrainedConfig, dtype: str) -> No
     assert memory.weights == sum(p.nbytes for p in model.parameters())
 
 
+@pytest.mark.slow
 @every_config
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_activations_are_the_tensors_that_backward_keeps(config: PreTrainedConfig, dtype: str) -> None:

@@ -146,6 +146,7 @@ def test_words_of_a_person_go_along(checkpoint: Path, tmp_path: Path) -> None:
         out.rename(checkpoint)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["native", "quantized"])
 def test_the_card_of_a_merged_adapter_has_the_figures_of_the_adapter(
     way: str, checkpoint: Path, tmp_path: Path
@@ -256,6 +257,7 @@ def test_a_quantized_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> 
         export("native", tmp_path / "int8", tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["native", "onnx", "gguf"])
 def test_the_card_of_a_model_that_answers_asks_it(
     checkpoint: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture

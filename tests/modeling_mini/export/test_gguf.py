@@ -117,6 +117,7 @@ def test_rows_that_are_no_block_are_f16(tmp_path: Path) -> None:
     assert types["blk.0.attn_q.weight"] == "F16" and types["blk.0.ffn_down.weight"] == "Q8_0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sentence", "fields"),
     [
@@ -215,6 +216,7 @@ def test_a_weight_beyond_f16_is_refused(tmp_path: Path) -> None:
         export("gguf", folder, tmp_path / "out", types=["F16"])
 
 
+@pytest.mark.slow
 def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path) -> None:
     """What llama.cpp makes of the two files, written down again: W + alpha / r B A is the weight when merged."""
     base = write(random_model(norm_type="rmsnorm"), tmp_path / "m")

@@ -159,6 +159,7 @@ def test_names_and_shapes() -> None:
     assert session.get_outputs()[0].shape == ["batch_size", "sequence_length", 264]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden_act", ACTIVATIONS)
 def test_activations(hidden_act: str) -> None:
     model = make_model(num_hidden_layers=1, hidden_act=hidden_act)

@@ -126,6 +126,7 @@ def test_the_configuration_of_an_adapter_is_read_once(base: Path, adapters: dict
         assert reading.call_count == 1, (model, adapter)
 
 
+@pytest.mark.slow
 def test_dora_by_the_code_of_a_checkpoint(base: Path, adapters: dict[str, Path]) -> None:
     remote = get_class_from_dynamic_module("modeling_mini.MiniForCausalLM", base).from_pretrained(base)
     assert not isinstance(remote, MiniForCausalLM)
@@ -140,6 +141,7 @@ def test_dora_from_tensors(base: Path, adapters: dict[str, Path]) -> None:
     assert torch.equal(logits(model), logits(AutoModelForCausalLM.from_pretrained(adapters["dora"])))
 
 
+@pytest.mark.slow
 def test_several_adapters_in_one_model(base: Path, adapters: dict[str, Path]) -> None:
     expected = {name: logits(AutoModelForCausalLM.from_pretrained(adapters[name])) for name in ("lora", "dora")}
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -224,6 +226,7 @@ def test_dora_over_int8_is_refused_before_its_second_forward_pass_fails(base: Pa
     assert torch.equal(logits(beside), logits(beside))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"hidden_size": 128}, {"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"seed": 4}]
 )

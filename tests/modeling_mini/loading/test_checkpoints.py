@@ -108,6 +108,7 @@ def test_weights_that_are_integers_are_refused(tmp_path: Path) -> None:
     load_checkpoint(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_continue_texts_is_one_sentence(tmp_path: Path) -> None:
     """transformers lists some two hundred classes that would do."""
     shape = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 1, "d_kv": 16}
@@ -123,6 +124,7 @@ def test_the_address_of_a_page_of_the_hub_is_told_its_name() -> None:
             find_checkpoint(address)
 
 
+@pytest.mark.slow
 def test_the_adapter_that_comes_with_mini_is_found_by_its_name() -> None:
     model, _ = load_model("box", adapter="box-chat")
     again, _ = load_model("box-chat")

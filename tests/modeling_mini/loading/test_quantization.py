@@ -132,6 +132,7 @@ def test_a_quantized_folder_loads_saves_and_loads_again(quantized: tuple[str, Pa
     assert {path.name for path in checkpoint.iterdir()} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_needs_no_flag_and_takes_none(quantized: tuple[str, Path], checkpoint: Path) -> None:
     kind, folder = quantized
     model, tokenizer = load_model(str(folder))

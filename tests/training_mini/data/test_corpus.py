@@ -91,6 +91,7 @@ def test_few_documents_fall_back_to_position(load, tmp_path: Path) -> None:
     assert 250 < len(corpus.validation) < 350
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["txt", "txt.gz", "txt.zst", "utf-16"])
 def test_long_files_are_split_by_position_however_short_their_pieces_are(
     load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str

@@ -101,6 +101,7 @@ def test_what_looks_like_something_else_is_text(data: Path, read: Callable, name
     assert read(write(data / name, content)) == TEXTS
 
 
+@pytest.mark.slow
 @READERS
 @pytest.mark.parametrize("header", ["text,n", "n,text", "text"])
 def test_digits_are_text_however_many_rows(data: Path, read: Callable, header: str) -> None:
@@ -151,6 +152,7 @@ def test_messages_of_several_shapes_in_parquet(data: Path) -> None:
 OFTEN = [{"text": f"record {i} " + "x" * 1000, "extra": None} for i in range(11_000)]
 
 
+@pytest.mark.slow
 @READERS
 @pytest.mark.parametrize("last", [{"extra": "s"}, {"extra": {"deep": [1]}}, {"new": 1}, {"extra": 1.5, "new": "s"}])
 def test_columns_that_nobody_uses_may_change(data: Path, read: Callable, last: dict) -> None:

@@ -91,6 +91,7 @@ def test_a_run_on_it_goes_on_as_if_it_had_never_stopped(data: Callable[[], Any],
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_on_it_does_not_go_on_without_it(tmp_path: Path) -> None:
     train(TrainingSettings(**{**RUN, "max_steps": 2}, output_dir=str(tmp_path / "run")), data=IDS)
     resumed = TrainingSettings(resume=True, output_dir=str(tmp_path / "run"), max_steps=3)

@@ -34,6 +34,7 @@ def test_the_standard_library_comes_first_and_as_it_is() -> None:
     assert name == str(next(file for file in package_files() if str(file) == name))
 
 
+@pytest.mark.slow
 def test_tests_and_copies_of_others_are_left_out() -> None:
     folders = {part for file in package_files() for part in file.parts}
     assert {"torch", "transformers", "numpy", "rich"} <= folders
