@@ -144,6 +144,7 @@ def test_a_batch_that_is_found_is_halved_until_all_fit(monkeypatch: pytest.Monke
         training.make_contenders(settings)
 
 
+@pytest.mark.slow
 def test_a_model_file_of_something_else_is_refused(nanogpt: Path, tmp_path: Path) -> None:
     (nanogpt / "model.py").write_text("class Network: ...")
     done = run_program(PROGRAM, *QUICK, "--nanogpt", nanogpt, cwd=tmp_path)

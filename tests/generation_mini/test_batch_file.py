@@ -292,6 +292,7 @@ def test_killed_at_any_instant(quick_run: Path, folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["out.jsonl", "prompts.txt"]
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together(quick_run: Path, folder: Path) -> None:
     assert batch(quick_run, folder, *SAMPLING).returncode == 0
     whole = (folder / "out.jsonl").read_bytes()
