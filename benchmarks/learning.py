@@ -30,12 +30,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from entry_points_mini import option
-from files_mini import write_text
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
+from measuring import OutputSettings, machine, run_benchmark, settings_of, write_results  # isort: skip
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("a", "b", "c")
@@ -237,8 +236,7 @@ def measure(settings: Settings) -> dict[str, Any]:
             "machine": machine("cpu"),
             "contenders": [row_of(part, name, of_it) for (part, name), of_it in runs.items()],
         }
-        if settings.output is not None:
-            write_text(Path(settings.output), json.dumps(results) + "\n")
+        write_results(results, settings)
     return results
 
 

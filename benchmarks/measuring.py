@@ -65,10 +65,14 @@ def run_benchmark(
     with one_sentence_errors():
         results = measure(settings)
         show(results, settings)
-        line = json.dumps(results)
-        if settings.output is not None:
-            write_text(Path(settings.output), line + "\n")
-        print(line)
+        write_results(results, settings)
+        print(json.dumps(results))
+
+
+def write_results(results: dict[str, Any], settings: OutputSettings) -> None:
+    """The JSON into the file that was asked for, if one was. A long benchmark calls it for what it has so far."""
+    if settings.output is not None:
+        write_text(Path(settings.output), json.dumps(results) + "\n")
 
 
 def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
