@@ -157,6 +157,36 @@ def test_a_tracker_that_cannot_write_does_not_end_a_run(
         assert f"warning: {what} could not be written (No space left on device)." in errors
 
 
+def test_a_tracker_that_does_not_start_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_login(tracker: TensorBoardTracker) -> None:
+        path = Path(tracker.logging_dir_param) / "mini"
+        path.mkdir(exist_ok=True)
+        (path / "began").touch()
+        raise RuntimeError("No API key configured.")
+
+    monkeypatch.setattr(TensorBoardTracker, "start", no_login)
+    sentence = r"^report_to tensorboard did not start: No API key configured\.$"
+    with pytest.raises(ValueError, match=sentence):
+        train_here(tmp_path / "new", "--report_to", "tensorboard")
+    old = tmp_path / "old"
+    (old / "mini").mkdir(parents=True)
+    for name in ("config.yaml", "metrics.jsonl", "mini/events"):
+        (old / name).write_text("seed: 1")
+    with pytest.raises(ValueError, match=sentence):
+        train_here(old, "--overwrite", "--report_to", "tensorboard")
+    files = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert files == ["old/config.yaml", "old/metrics.jsonl", "old/mini/events"] and not (tmp_path / "new").exists()
+
+
+def test_what_trackers_begin_to_write_stays_when_the_run_before_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "run" / "mini").mkdir(parents=True)
+    for name in ("config.yaml", "mini/old"):
+        (tmp_path / "run" / name).write_text("seed: 1")
+    train_here(tmp_path / "run", "--overwrite", "--max_steps", 3, "--report_to", "tensorboard")
+    names = [path.name for path in (tmp_path / "run" / "mini").iterdir()]
+    assert "old" not in names and any(name.startswith("events.out") for name in names)
+
+
 def test_tracker_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -150,7 +150,7 @@ class Monitor:
 
     def start_trackers(self, names: list[str], run_name: str, run_id: str, settings: dict[str, Any]) -> None:
         """Opens the trackers of the accelerator. A tracker that knows `run_id` continues that run."""
-        if not names:
+        if not names or not self.enabled:
             return
         name = f"{run_name}-{run_id}"
         arguments = {

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import glob
 import os
-import shutil
 import socket
 from pathlib import Path
 
@@ -72,11 +71,22 @@ class RunFolder:
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
-    def empty(self) -> None:
-        """Removes what a run has written. Its settings go last: if this is killed, the folder still counts as a run."""
-        for path in sorted(contents(self.path), key=lambda path: path.name == SETTINGS):
-            # Checkpoints may lie elsewhere, by a link: what it leads to stays.
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    def files(self) -> set[Path]:
+        """What a run has written: its files, links and folders. What a link leads to is not among them."""
+        at_the_top = contents(self.path)
+        return {path for path in self.path.rglob("*") if path.parent != self.path or path in at_the_top}
+
+    def remove(self, files: set[Path]) -> None:
+        """
+        Removes files, and folders in which nothing is left. The settings go last: if this is killed, the folder still
+        counts as a run.
+        """
+        settings = self.path / SETTINGS
+        for path in sorted(files, key=lambda path: (path != settings, path), reverse=True):  # files before folders
+            if path.is_symlink() or not path.is_dir():
+                path.unlink(missing_ok=True)
+            elif not any(path.iterdir()):
+                path.rmdir()
 
 
 def contents(folder: Path) -> list[Path]:

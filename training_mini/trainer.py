@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,15 +120,15 @@ class Trainer:
         if arguments.run.overwrite:
             try_first_step(run, self.forward_and_backward)
         self.schedulers = make_schedulers(run.optimizers, arguments.optimization, self.state.step)
+        before = run.run_folder.files()
+        self.start_trackers(before)
         # 2. The folder is this run's from here on.
         if self.accelerator.is_main_process:
             if arguments.run.overwrite:
-                run.run_folder.empty()
+                run.run_folder.remove(before)
             arguments.save(run.folder / "config.yaml")
         self.accelerator.wait_for_everyone()
         self.monitor.start(self.state.step, arguments.optimization.max_steps)
-        trackers, settings = arguments.monitoring.report_to, arguments.as_dict()
-        self.monitor.start_trackers(trackers, run.folder.name, self.state.tracker_id, settings)
         for problem in [*run.problems, *self.callbacks.problems()]:
             self.monitor.warn(problem)
         if self.state.step == 0:
@@ -135,6 +136,22 @@ class Trainer:
         self.monitor.introduce([*description_of(run, self.micro_batches, self.window.peak_flops), *lines])
         self.callbacks.call("on_train_begin")
         self.window.restart()
+
+    def start_trackers(self, before: set[Path]) -> None:
+        """
+        Args:
+            before: the files in the run folder. What trackers write there besides stays only if all of them start.
+
+        Raises:
+            ValueError: if one does not, as without a login or a network.
+        """
+        run, names, error = self.run, self.arguments.monitoring.report_to, None
+        try:
+            self.monitor.start_trackers(names, run.folder.name, self.state.tracker_id, self.arguments.as_dict())
+        except Exception as caught:  # each tracker has errors of its own
+            error = ValueError(f"report_to {' '.join(names)} did not start: {caught}")
+            run.run_folder.remove(run.run_folder.files() - before)
+        run.parallel.raise_everywhere(error)
 
     def loop(self) -> Evaluation | None:
         """Trains until the run is done or asked to stop; gives the evaluation of the last step, if there was one."""

@@ -46,7 +46,7 @@ def test_what_is_there_is_safe(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="There is a run in"):
         claim(tmp_path)
     folder = claim(tmp_path, "--overwrite")
-    folder.empty()
+    folder.remove(folder.files())
     assert [path.name for path in tmp_path.iterdir()] == [".lock"], "what makes it this run's stays"
     with pytest.raises(ValueError, match="at this moment"):
         claim(tmp_path)
@@ -60,7 +60,7 @@ def test_checkpoints_that_lie_elsewhere_by_a_link_are_left_there(tmp_path: Path)
     (run / "config.yaml").write_text("seed: 1")
     (run / "checkpoints").symlink_to(scratch)
     folder = claim(run, "--overwrite")
-    folder.empty()
+    folder.remove(folder.files())
     folder.release()
     assert not run.exists() and (scratch / "step_2").is_dir()
 
@@ -147,7 +147,7 @@ def test_a_run_that_is_killed_while_it_replaces_another_can_be_started_again(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Path, "unlink", killed)
-        folder.empty()
+        folder.remove(folder.files())
     folder.release()
     claim(tmp_path, "--overwrite").release()
 
