@@ -25,7 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from measuring import OutputSettings, machine, run_benchmark, settings_of  # isort: skip
+from measuring import OutputSettings, machine, run_benchmark, settings_of, write_results  # isort: skip
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Contender:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """All figures, as they go into the JSON."""
+    """All figures, as they go into the JSON. They are written after each seed, for the case that a later one fails."""
     contenders = {optimizer: Contender(name) for optimizer, name in CONTENDERS.items()}
     for seed in settings.seeds:
         for optimizer, contender in contenders.items():
@@ -101,20 +101,25 @@ def measure(settings: Settings) -> dict[str, Any]:
             contender.bits_per_byte.append(result.evaluation.bits_per_byte)
             contender.seconds += times.of_steps()
             print(f"seed {seed}, {contender.name}: {contender.bits_per_byte[-1]:.4f} bits per byte", file=sys.stderr)
+        results = {
+            "benchmark": "muon",
+            "machine": machine("cpu"),
+            "settings": asdict(settings),
+            "optimizers": [row_of(contender) for contender in contenders.values()],
+        }
+        write_results(results, settings)
+    return results
+
+
+def row_of(contender: Contender) -> dict[str, Any]:
+    """What the JSON has of one optimizer."""
+    bits_per_byte = contender.bits_per_byte
     return {
-        "benchmark": "muon",
-        "machine": machine("cpu"),
-        "settings": asdict(settings),
-        "optimizers": [
-            {
-                "name": contender.name,
-                "bits_per_byte": contender.bits_per_byte,
-                "mean": statistics.fmean(contender.bits_per_byte),
-                "standard_deviation": statistics.stdev(contender.bits_per_byte) if len(settings.seeds) > 1 else None,
-                "milliseconds": 1e3 * statistics.median(contender.seconds),
-            }
-            for contender in contenders.values()
-        ],
+        "name": contender.name,
+        "bits_per_byte": bits_per_byte,
+        "mean": statistics.fmean(bits_per_byte),
+        "standard_deviation": statistics.stdev(bits_per_byte) if len(bits_per_byte) > 1 else None,
+        "milliseconds": 1e3 * statistics.median(contender.seconds),
     }
 
 

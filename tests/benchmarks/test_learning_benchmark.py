@@ -1,10 +1,11 @@
 """benchmarks/learning.py, in seconds: whole programs beside each other, and wrong input one sentence."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
-from helpers.programs import run_program
+from helpers.programs import ROOT, run_program
 
 PROGRAM = "benchmarks/learning.py"
 
@@ -83,6 +84,25 @@ def test_whole_programs_in_turns(files: tuple[Path, Path], tmp_path: Path) -> No
     assert mini["runs"][0]["value"] != mini["runs"][1]["value"], "seeds differ"
     assert 0 < mini["mean"] < 5 and mini["valid_functions"] is None
     assert mini["runs"][0]["sample"] and nanogpt["runs"][0]["sample"] is None
+
+
+def test_a_later_seed_that_fails_leaves_the_figures_of_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    learning = importlib.import_module("learning")
+
+    def program(seed: int, folder: Path) -> object:
+        if seed == 2:
+            raise ValueError("It ended with exit code 1.")
+        return learning.Result(seconds=9.0, value=1.25, parameters=7)
+
+    monkeypatch.setattr(learning, "contenders", lambda settings: {("b", "Mini"): program})
+    settings = learning.Settings(only=["b"], seeds=[1, 2], output=str(tmp_path / "out.json"))
+    with pytest.raises(ValueError, match="exit code 1"):
+        learning.measure(settings)
+    (row,) = json.loads((tmp_path / "out.json").read_text())["contenders"]
+    assert row["mean"] == 1.25 and [run["parameters"] for run in row["runs"]] == [7]
 
 
 @pytest.mark.slow

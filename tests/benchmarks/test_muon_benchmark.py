@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ PROGRAM = "benchmarks/muon.py"
 
 
 @pytest.mark.slow
-def test_every_optimizer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_optimizer_has_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     known = dict(OPTIMIZERS)
     import muon
@@ -30,7 +31,9 @@ def test_every_optimizer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> Non
             lambda self, *more, step=step: [steps.append(type(self).__name__), step(self, *more)][1],
         )
     try:
-        results = muon.measure(muon.Settings(seeds=[1], max_steps=2, dataset="sample"))
+        results = muon.measure(
+            muon.Settings(seeds=[1], max_steps=2, dataset="sample", output=str(tmp_path / "out.json"))
+        )
     finally:
         OPTIMIZERS.clear()
         OPTIMIZERS.update(known)
@@ -40,7 +43,7 @@ def test_every_optimizer_has_its_figures(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len({row["mean"] for row in rows.values()}) == 3
     for row in rows.values():
         assert row["bits_per_byte"] == [row["mean"]] and 0 < row["mean"] < 8 and row["milliseconds"] > 0
-    json.dumps(results)
+    assert json.loads((tmp_path / "out.json").read_text()) == results, "written after the seed, not only at the end"
 
 
 def test_wrong_input() -> None:
