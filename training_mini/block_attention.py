@@ -70,7 +70,9 @@ def causal_attention_backward(
     """The gradients of `causal_attention` by query, key and value, from that by its output."""
     queries, keys, values = pack_all(query, key, value, scaling)
     gradients = pack(gradient.transpose(1, 2), key.shape[1])
-    of_queries, of_keys, of_values = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    # Not zeros_like: it would keep the strides of keys that are a view, and the compiler is told of contiguous ones.
+    of_keys, of_values = keys.new_zeros(keys.shape), values.new_zeros(values.shape)
+    of_queries = torch.empty_like(queries)
     for pairs, rows, block in blocks_of_scores(queries, keys, probabilities):
         end = block.shape[2]
         of_values[pairs, :end].baddbmm_(block.mT, gradients[pairs, rows])

@@ -7,7 +7,10 @@ from training_mini import block_attention
 from training_mini.block_attention import BLOCK, causal_attention, causal_attention_backward
 
 # (batch, heads, key_value_heads, length, head_dim)
-SHAPES = [(2, 4, 4, 256, 32), (3, 8, 2, 100, 16), (1, 6, 1, BLOCK, 8), (5, 2, 2, BLOCK + 1, 4), (2, 3, 3, 2, 4)]
+SHAPES = [
+    (2, 4, 4, 256, 32), (3, 8, 2, 100, 16), (1, 6, 1, BLOCK, 8), (1, 6, 2, 70, 8), (5, 2, 2, BLOCK + 1, 4),
+    (2, 3, 3, 2, 4),
+]  # fmt: skip
 
 
 def in_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
