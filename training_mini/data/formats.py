@@ -11,6 +11,7 @@ import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import re
 import string
@@ -43,6 +44,7 @@ FIRST_BYTES: tuple[tuple[bytes, str], ...] = (
     (b"\xff\xd8\xff", "a picture"),
     (b"GIF87a", "a picture"),
     (b"GIF89a", "a picture"),
+    (b"MZ", "a program"),
     (b"OggS\x00", "a recording"),
     (b"ID3\x02", "a recording"),
     (b"ID3\x03", "a recording"),
@@ -129,7 +131,8 @@ class DataFile:
             return None  # its reader says what is wrong with it
         head = self.head
         for first, what in FIRST_BYTES:
-            if head.startswith(first):
+            # Letters alone may begin a text too, and only what is not one has a NUL soon behind them.
+            if head.startswith(first) and (not first.isalnum() or b"\x00" in head[:64]):
                 return what
         if head[257:262] == b"ustar":
             return "a tar archive; unpack it by tar -x"
@@ -137,8 +140,6 @@ class DataFile:
             return "compressed by bzip2; unpack it by bunzip2"
         if head.startswith(b"RIFF") and head[8:12] in (b"WAVE", b"WEBP", b"AVI "):
             return "a picture or a recording"
-        if head.startswith(b"MZ") and b"\x00" in head[:64]:
-            return "a program"
         if self.suffix not in TEXT_SUFFIXES and self.record_format is None and self.encoding == "utf-8":
             is_marked = any(head.startswith(mark) for mark in BYTE_ORDER_MARKS)
             if b"\x00" in head and not is_marked:
@@ -297,12 +298,11 @@ COMPRESSIONS: dict[str, Callable[[Path, int], Iterator[bytes]]] = {".gz": gunzip
 def json_records(file: DataFile, columns: Collection[str] | None) -> Iterator[dict[str, Any]]:
     """One record in each line, or one list of records. A column may have another type in each record."""
     texts = file.texts()
-    beginning = ""  # blank lines stay in it, for the numbers of the others
+    beginning = ""  # blank lines stay in it: errors count lines and characters
     while not beginning.strip() and (text := next(texts, None)) is not None:
         beginning += text
-    is_list = beginning.lstrip().startswith("[")
-    rest = (text for part in ([beginning.lstrip() if is_list else beginning], texts) for text in part)
-    values = json_values_of_list(file, rest) if is_list else json_values_of_lines(file, rest)
+    values_of = json_values_of_list if beginning.lstrip().startswith("[") else json_values_of_lines
+    values = values_of(file, itertools.chain([beginning], texts))
     for number, (place, value) in enumerate(values, start=1):
         if not isinstance(value, dict):
             raise unreadable(file, "json", f"{place} is no object but {str(value)[:40]!r}")
@@ -330,7 +330,8 @@ def json_values_of_lines(file: DataFile, texts: Iterable[str]) -> Iterator[tuple
 def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[str, Any]]:
     """The values of one list. Only one value and one piece of the file are in memory."""
     decoder, texts = json.JSONDecoder(), iter(texts)
-    text, at, gone, number = next(texts), 1, 0, 0  # after the bracket
+    text, gone, number = next(texts), 0, 0
+    at = text.index("[") + 1
     while True:
         while True:
             at = NO_VALUE.match(text, at).end()
@@ -341,8 +342,6 @@ def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[
                     break
                 value, end = decoder.raw_decode(text, at)
                 break
-            except RecursionError as error:
-                raise unreadable(file, "json", f"record {number + 1}: {error}") from None
             except json.JSONDecodeError as error:
                 # The value may be cut: if the error is at the end of what was read, or a string does not end, read
                 # more.
@@ -352,6 +351,8 @@ def json_values_of_list(file: DataFile, texts: Iterable[str]) -> Iterator[tuple[
                     detail = f"record {number + 1}, character {gone + error.pos + 1}: {error.msg}"
                     raise unreadable(file, "json", detail) from None
                 gone, text, at = gone + at, text[at:] + more, 0
+            except (ValueError, RecursionError) as error:  # too many digits, or too many nested lists
+                raise unreadable(file, "json", f"record {number + 1}: {error}") from None
         if text[at] == "]":
             if text[at + 1 :].strip() or any(more.strip() for more in texts):
                 raise unreadable(file, "json", f"there is something behind the list of {number} records")
@@ -398,7 +399,7 @@ def separated_records(
     """
     csv.field_size_limit(sys.maxsize)  # the default refuses a cell of more than 128 KiB
     end = "end of the file"  # if this does not come back as a row of its own, a quote was not closed
-    reader = csv.reader((line for part in (csv_lines(file.texts()), [end]) for line in part), delimiter=separator)
+    reader = csv.reader(itertools.chain(csv_lines(file.texts()), [f'"{end}"']), delimiter=separator)
     rows = ((row, reader.line_num) for row in reader if row)
     header: list[str] | None = None
     try:
@@ -444,7 +445,7 @@ def parquet_records(file: DataFile, columns: Collection[str] | None) -> Iterator
             for batch in table.iter_batches(batch_size=1024, columns=[field.name for field in fields]):
                 for record in batch.to_pylist():
                     yield record | {name: from_json(record[name]) for name in in_json}
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # also for one text, number or date
         raise unreadable(file, "parquet", error) from None
 
 

@@ -137,6 +137,11 @@ def test_columns_of_parquet_have_the_types_that_they_say(data: Path) -> None:
         pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
         with pytest.raises(ValueError, match=f"has no text in column 'text' but {type(values[0]).__name__}"):
             documents(path)
+    not_utf_8 = pyarrow.array([b"x", b"\xff"]).cast(pyarrow.string(), safe=False)
+    for column in ({"text": not_utf_8}, {"text": ["x"], "date": pyarrow.array([2**61], pyarrow.timestamp("us"))}):
+        pyarrow.parquet.write_table(pyarrow.table(column), path)
+        with pytest.raises(ValueError, match=f"{path} could not be read as parquet: .*(can't decode|out of range)"):
+            documents(path)
     table = pyarrow.table({"text": pyarrow.array(["a", "b", "a"]).dictionary_encode(), "picture": [b"\x00"] * 3})
     pyarrow.parquet.write_table(table, path)
     assert documents(path) == streamed(path) == ["a", "b", "a"]
@@ -239,14 +244,16 @@ def test_cut_records_are_refused(data: Path, compression: str) -> None:
     cases = {
         "a.jsonl": ('{"text": "fine"}\n{"text": "cu', "line 2: Unterminated string"),
         "a.json": ('[{"text": "fine"}, {"text": "cu', "record 2, character 29: Unterminated string"),
-        "b.json": ('[{"text": "fine"},', "the list does not end"),
+        "b.json": ('\n[{"text": "fine"},', "record 2, character 20: the list does not end"),
         "c.json": ('[{"text": "fine"}] {"text": "more"}', "behind the list of 1 records"),
         "d.json": ('{\n"text": "one object"\n}', "needed is one object a line, or one list of objects"),
         "e.jsonl": ("[1, 2]\n", "record 1 is no object but '1'"),
         "f.jsonl": ('{"n": ' + "1" * 5000 + "}", "line 1: Exceeds the limit"),
+        "f.json": ('[{"n": ' + "1" * 5000 + "}]", "record 1: Exceeds the limit"),
         "g.jsonl": ('{"n": ' + "[" * 100_000, "line 1: maximum recursion depth"),
         "g.json": ('[{"n": ' + "[" * 100_000, "record 1: maximum recursion depth"),
         "a.csv": ('text,label\nfine,1\n"cut', "a quote .* is never closed"),
+        "c.csv": ('text\nfine\n"', "a quote .* is never closed"),
         "b.csv": ("text,label\nfine,1\na,b,c\n", "line 3 has 3 cells, and the header 2"),
         "a.parquet": ("PAR1", "could not be read as parquet"),
     }
@@ -344,6 +351,8 @@ BINARIES = {
     "a.db": (b"SQLite format 3\x00", "a database"),
     "a.npy": (b"\x93NUMPY\x01\x00", "an array of numpy"),
     "a.arrow": (b"ARROW1\x00\x00", "an Arrow file"),
+    "a.gguf": (b"GGUF\x03\x00\x00\x00", "a model"),
+    "a.gif": (b"GIF89a\x01\x00\x01\x00\x00\x00\x00", "a picture"),
     "a.bin": (b"\x01\x02\x00\x03", "a file of bytes and not of text; end its name in .txt"),
 }
 
@@ -367,7 +376,8 @@ def test_what_is_no_text_by_its_first_bytes(data: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"BZh is no mark", b"MZ is a name", b"\x00\x01\x02", b"ID3 tags", b"RIFF raff", b"PK"]
+    "content",
+    [b"BZh is no mark", b"MZ is a name", b"\x00\x01\x02", b"ID3 tags", b"RIFF raff", b"PK", b"GGUF is a format"],
 )
 def test_text_that_begins_as_a_binary_may(data: Path, content: bytes) -> None:
     (data / "a.txt").write_bytes(content)
