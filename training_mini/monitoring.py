@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files_mini import append_text, json_lines, read_steps, write_text
+from files_mini import append_text, json_lines, read_steps, reason_of, write_text
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.control import Control
 from rich.live import Live
@@ -19,6 +19,8 @@ from rich.text import Text
 
 PLAIN_LINE_SECONDS = 10.0  # without a terminal, a line of progress at most this often
 SAMPLE_LINES = 5  # of a sample on the way
+# What a terminal obeys and does not show, such as an escape; an untrained model writes it as often as a letter.
+CONTROL_CHARACTERS = dict.fromkeys((*range(9), *range(10, 32), *range(127, 160)), "\ufffd")
 SHORTEST_BAR, LONGEST_BAR = 10, 20  # columns
 LABEL_POINTS = 12.0  # the height of a label beside a curve
 BITS_PER_BYTE = (
@@ -191,9 +193,9 @@ class Monitor:
         if not self.enabled:
             return
         path = self.folder / "samples.jsonl"
-        lines = [line for line in read_steps(path) if line["step"] < step]
-        lines += [{"step": step, **sample} for sample in samples]
         with self.warning_of_errors(f"the samples of step {step}"):
+            lines = [line for line in read_steps(path) if line["step"] < step]
+            lines += [{"step": step, **sample} for sample in samples]
             write_text(path, json_lines(lines))
 
     @contextlib.contextmanager
@@ -201,8 +203,8 @@ class Monitor:
         """Warns if something could not be written. Only weights that cannot be written may stop a run."""
         try:
             yield
-        except OSError as error:
-            self.warn(f"{what} could not be written ({error.strerror or error}).")
+        except Exception as error:  # trackers raise errors of their own
+            self.warn(f"{what} could not be written ({reason_of(error)}).")
 
     def training_step(self, step: int, metrics: dict[str, float]) -> None:
         """Records and shows the metrics of a training step."""
@@ -259,7 +261,7 @@ class Monitor:
             return
         overflow = "ellipsis" if self.console.is_terminal else "ignore"
         for sample in samples:
-            lines = [line for line in sample.splitlines() if line.strip()][:SAMPLE_LINES]
+            lines = [line.translate(CONTROL_CHARACTERS) for line in sample.splitlines() if line.strip()][:SAMPLE_LINES]
             name = f"step {step}: "
             for number, line in enumerate(lines):
                 text = Text(name + line if number == 0 else " " * len(name) + line)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_what_is_damaged_in_metrics_and_samples_is_left_out(tmp_path: Path) -> N
     monitor.record_samples(2, [{"prompt": "a", "text": "b"}])
     assert (tmp_path / "samples.jsonl").read_text() == '{"step": 2, "prompt": "a", "text": "b"}\n'
     assert curves_of(tmp_path, "title", {}) is not None
+
+
+def test_errors_of_trackers_are_warnings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def log(metrics: dict[str, float], step: int) -> None:
+        raise sqlite3.OperationalError("database is locked")  # as trackio's: it is no OSError
+
+    Monitor(tmp_path, SimpleNamespace(is_main_process=True, log=log)).record(3, METRICS)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [3]
+    warning = "warning: the metrics of step 3 for trackers could not be written (database is locked).\n"
+    assert capsys.readouterr().err == warning
 
 
 def test_other_processes_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -222,11 +233,11 @@ def test_samples_on_the_way(
     monkeypatch.setattr(monitoring, "console", Console(force_terminal=is_terminal, width=30, color_system=None))
     monitor = Monitor(tmp_path, main_process())
     monitor.introduce(["Training: a model"])
-    monitor.show_samples(100, ["def f():\n\n    return [1] # more than fits\n" + "x\n" * 10, "\n\nb"])
+    monitor.show_samples(100, ["def f():\n\n    return [1] # more than fits\n" + "x\n" * 10, "\n\n\x1b[2Jb"])
     lines = capsys.readouterr().out.splitlines()
     # A terminal says it on its live line.
     assert lines[0] == "Training: a model" and (lines.pop(1) == "First step ..." if not is_terminal else True)
-    assert lines[1] == "step 100: def f():" and lines[3:] == ["          x"] * 3 + ["step 100: b"]
+    assert lines[1] == "step 100: def f():" and lines[3:] == ["          x"] * 3 + ["step 100: \ufffd[2Jb"]
     assert lines[2].strip() == ("return [1] # mo…" if is_terminal else "return [1] # more than fits")
 
 
