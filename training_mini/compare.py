@@ -258,10 +258,7 @@ def draw(groups: list[Group], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4.5), layout="constrained")
-    for plot, (axis, label) in zip(
-        figure.subplots(1, 3, sharey=True), {"step": "step", "tokens": "tokens", "seconds": "seconds"}.items(),
-        strict=True,
-    ):  # fmt: skip
+    for plot, axis in zip(figure.subplots(1, 3, sharey=True), ("step", "tokens", "seconds"), strict=True):
         for number, group in enumerate(groups):
             for i, run in enumerate(group.runs):
                 color = f"C{number % 10}"
@@ -270,7 +267,7 @@ def draw(groups: list[Group], path: Path) -> None:
                 if points := run.curve("eval_bits_per_byte", axis):
                     name = group.name if i == 0 else None
                     plot.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=name)
-        plot.set_xlabel(label)
+        plot.set_xlabel(axis)
         plot.grid(alpha=0.3)
         if plot.get_legend_handles_labels()[0]:
             for text in plot.legend(frameon=False, fontsize=8).get_texts():

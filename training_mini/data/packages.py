@@ -78,7 +78,7 @@ def without_copies(documents: Iterable[Document], always: int) -> Iterator[Docum
     document that is held out is learned from.
 
     Args:
-        documents: names and pieces of bytes. The pieces have to be read before the next document is asked for.
+        documents: names and pieces of bytes.
         always: how many of them, at the start, are kept in any case.
     """
     seen: set[int] = set()

@@ -1,7 +1,6 @@
 """Conversations about Python's standard library, made of its signatures and docstrings."""
 
 import ast
-import inspect
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ def definitions() -> Iterator[Definition]:
             parts.pop()
         module = ".".join(parts)
         if parts and parts[0] not in PROGRAMS and not any(part.startswith("_") for part in parts):
-            # posixpath and ntpath are what users know as os.path.
+            # posixpath is what users know as os.path.
             yield from definitions_in(file, "os.path" if module == "posixpath" else module)
 
 
@@ -89,7 +88,7 @@ def public(node: ast.stmt, prefix: str) -> Iterator[Definition]:
 def described(
     node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
 ) -> Iterator[Definition]:
-    summary = " ".join(inspect.cleandoc(ast.get_docstring(node) or "").split("\n\n")[0].split())
+    summary = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
     signature = None
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         parameters = node.args
