@@ -116,26 +116,35 @@ def encode_example(
         raise ValueError(str(error) if str(error).startswith(name) else f"{name}: {error}") from None
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise ValueError(f"{name} must have messages, or a prompt and a completion that are text or lists of messages.")
-    before = [*beginning, *encode_text(tokenizer, prompt)]
-    learned = [*encode_text(tokenizer, completion), tokenizer.eos_token_id]
+    before = [*beginning, *encode_text(tokenizer, check_text(name, "prompt", prompt))]
+    learned = [*encode_text(tokenizer, check_text(name, "completion", completion)), tokenizer.eos_token_id]
     return before + learned, [False] * len(before) + [True] * len(learned)
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text, without special tokens. Text that looks like a special token stays text."""
     if isinstance(tokenizer, MiniTokenizer):
-        return tokenizer.encode_corpus(text.encode("utf-8", "replace")).tolist()
-    text = text.encode("utf-8", "replace").decode("utf-8")  # half of a character, as above
+        return tokenizer.encode_corpus(text.encode("utf-8")).tolist()
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
 
 
+def check_text(name: str, column: str, text: str) -> str:
+    """The text; raises ValueError, naming the record, if it has half of a character, which no UTF-8 can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half, where = ord(text[error.start]), error.start + 1
+        raise ValueError(f"{name} has half of a character (U+{half:04X}) at character {where} of {column!r}.") from None
+    return text
+
+
 def texts_of_example(record: Record) -> Iterator[str]:
-    """All texts of an example."""
+    """All texts of an example; raises ValueError as `check_text` and `check_messages` do."""
     name, columns = record
     for column in ("messages", "prompt", "completion"):
         value = columns.get(column)
         if isinstance(value, str):
-            yield value
+            yield check_text(name, column, value)
         elif value is not None:
             yield from (message["content"] for message in check_messages(name, value))
 
@@ -153,7 +162,7 @@ def learned_tokenizer(source: DocumentSource, arguments: DataArguments) -> CharT
     def training_texts() -> Iterator[bytes]:
         for split, record in split_examples(source, arguments.validation_ratio):
             if split == "train":
-                yield from (text.encode("utf-8", "replace") for text in texts_of_example(record))
+                yield from (text.encode("utf-8") for text in texts_of_example(record))
 
     return BpeTokenizer.train(sampled(training_texts(), sum(map(len, training_texts()))), arguments.vocab_size)
 

@@ -206,7 +206,7 @@ class TokenStream:
         Holds out the first documents that together have `tokens` ids; gives the ids, `(tokens,)`.
 
         Raises:
-            ValueError: if nothing is left to train on.
+            ValueError: if there is no document, or nothing is left to train on.
         """
         pieces: list[np.ndarray] = []
         count = 0
@@ -214,7 +214,9 @@ class TokenStream:
             pieces.append(self._ids)
             count += len(self._ids)
         self._held_out = len(pieces)
-        if not pieces or not self._next_document():
+        if not pieces:
+            raise ValueError(f"{self.name!r} has no text to hold out: none of the records that were read has any.")
+        if not self._next_document():
             raise ValueError(
                 f"{self.name!r} has no more than the {tokens} tokens to hold out; use a smaller --max_eval_tokens."
             )

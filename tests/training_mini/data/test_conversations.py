@@ -225,12 +225,15 @@ def test_column_that_was_asked_for_is_text(tmp_path: Path) -> None:
         ({"messages": [{"role": "bot", "content": "x"}]}, "must be system, user or assistant, got bot"),
         ({"prompt": "x", "completion": None}, "must have messages, or a prompt and a completion"),
         ({"prompt": 1, "completion": "x"}, "must have messages, or a prompt and a completion"),
+        ({"prompt": "x", "completion": "cut\ud83d"}, "half of a character (U+D83D) at character 4 of 'completion'."),
     ],
 )
 def test_record_that_is_no_example(record: dict, message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as error:
-        corpus_of(tmp_path, [record] * 3)
-    assert message in str(error.value) and "examples.jsonl record 1" in str(error.value)
+    # The tokenizer of characters reads the texts before they are encoded.
+    for tokenizer in ("byte", "char") if "cut" in str(record) else ("byte",):
+        with pytest.raises(ValueError) as error:
+            corpus_of(tmp_path, [record] * 3, tokenizer=tokenizer)
+        assert message in str(error.value) and "examples.jsonl record 1" in str(error.value)
 
 
 def test_examples_in_csv_are_text_whatever_they_look_like(tmp_path: Path) -> None:

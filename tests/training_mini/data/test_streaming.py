@@ -260,3 +260,10 @@ def test_what_cannot_be_streamed(folder: Path, settings: dict[str, str], tokens:
     with pytest.raises(ValueError, match=message) as error:
         load_corpus(DataArguments(**{"dataset": str(folder), "streaming": True, **settings}), max_eval_tokens=tokens)
     assert "\n" not in str(error.value)
+
+
+def test_records_without_text_hold_nothing_out(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.write_text('{"text": null}\n{"text": ""}\n')
+    with pytest.raises(ValueError, match="has no text to hold out: none of the records that were read has any"):
+        open_corpus(folder)
