@@ -18,7 +18,7 @@ from ..arguments import DataArguments
 from .batches import Batch, Batches, Collator, key_of, permute
 from .files import FoundFiles, find_files, number_of_files
 from .formats import RECORD_FORMATS, DataFile
-from .records import Document, file_documents, numbered, record_documents
+from .records import Document, file_documents, find_text_column, numbered, record_documents
 from .sources import BUILT_IN, load_hub_dataset
 
 if TYPE_CHECKING:
@@ -95,7 +95,8 @@ class HubStream:
         dataset: "IterableDataset | None" = None,
         part: int = 0,
     ) -> None:
-        self.arguments = arguments
+        self.arguments, self.text_column = arguments, arguments.text_column
+        self._begin_at: dict[str, Any] | None = None  # where reading goes on, until a record was read
         # A copy begins at the beginning, wherever another one was left.
         self.dataset = copy.deepcopy(dataset) if dataset is not None else load_hub_dataset(arguments, streaming=True)
         if (parts := arguments.stream_parts) > 1:
@@ -110,12 +111,13 @@ class HubStream:
 
     def __iter__(self) -> Iterator[Document]:
         name = self.arguments.dataset
-        yield from record_documents(name, self._records(), self.arguments.text_column, self.arguments.errors)
+        yield from record_documents(name, self._records(), self.text_column, self.arguments.errors)
 
     def _records(self) -> Iterator[tuple[int, dict[str, Any]]]:
         number = 0
         try:
             for number, record in numbered(self.dataset):
+                self._begin_at = None
                 yield number, record
         except Exception as error:  # any library may be reading this format from the network
             detail = " ".join(str(error.__cause__ or error).split())[:200]
@@ -125,10 +127,15 @@ class HubStream:
             ) from error
 
     def state_dict(self) -> dict[str, Any]:
-        return self.dataset.state_dict()
+        # `datasets` says that it is at the beginning until it has read a record.
+        return self.dataset.state_dict() if self._begin_at is None else self._begin_at
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # The first record says which column is the text, also where the stream goes on behind it.
+        if self.text_column is None and (first := next(self._records(), None)) is not None:
+            self.text_column = find_text_column(self.arguments.dataset, first[1], None)
         self.dataset.load_state_dict(state)
+        self._begin_at = state
 
 
 def find_stream(arguments: DataArguments) -> tuple[list[Callable[[], DocumentStream]], tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """Training from a stream: what is read, in which order, and how reading goes on from a position."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -230,6 +231,18 @@ def test_parts_of_a_hub_dataset_are_its_files(folder: Path, monkeypatch: pytest.
         assert texts == TEXTS[20 * part : 20 * part + 20]
     with pytest.raises(ValueError, match="has 3 files, which cannot be divided equally into --stream_parts 2"):
         streaming.HubStream(DataArguments(**settings, stream_parts=2))
+
+
+def test_a_stream_of_the_hub_that_goes_on_knows_its_position_and_its_column() -> None:
+    records = [{"content": str(number), "text": "other" if number else None} for number in range(4)]
+    dataset = datasets.Dataset.from_list(records).to_iterable_dataset()
+    arguments = DataArguments(dataset="someone/poems", streaming=True)
+    stream = streaming.HubStream(arguments, dataset)
+    assert [b"".join(pieces) for _, pieces in itertools.islice(stream, 2)] == [b"0", b"1"]
+    resumed = streaming.HubStream(arguments, dataset)
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.state_dict() == stream.state_dict(), "before it reads: a run may stop again before the next document"
+    assert [b"".join(pieces) for _, pieces in resumed] == [b"2", b"3"]
 
 
 def test_hub_dataset_is_streamed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
