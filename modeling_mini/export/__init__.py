@@ -95,8 +95,7 @@ def export(format: str, checkpoint: str | Path, out: str | Path, overwrite: bool
     with new_folder(target) as partial:
         card = write(model, tokenizer, partial, **{name: getattr(chosen, name) for name in names})
         with writing(target):
-            base = model.get_base_model() if beside else model
-            write_card(card, base, partial, format, base.name_or_path)
+            write_card(card, model.get_base_model() if beside else model, partial, format, source, is_merged=not beside)
     return Path(out)
 
 

@@ -41,12 +41,15 @@ class ExportCard:
     config: "MiniConfig | None" = None
 
 
-def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format: str, checkpoint: str) -> None:
+def write_card(
+    card: ExportCard, model: "PreTrainedModel", folder: Path, format: str, checkpoint: str, is_merged: bool = True
+) -> None:
     """
     Writes `README.md`. What the model's own card says of data, training and evaluation goes along.
 
     Args:
-        checkpoint: whose card that is: of a model that an adapter was merged into, the adapter.
+        checkpoint: whose card that is: of a model with an adapter, the adapter.
+        is_merged: whether an adapter is in the weights, and not in a file beside them.
     """
     texts = {"Exactness": section_of("Exactness", card.exactness)}
     if card.usage:
@@ -65,7 +68,7 @@ def write_card(card: ExportCard, model: "PreTrainedModel", folder: Path, format:
         context = getattr(model.config, "max_position_embeddings", None)
         facts = dataclasses.replace(
             source.facts, kind=format if card.config is None else "model", title=card.title, context=context,
-            parameters=model.num_parameters(), rows=card.facts,
+            parameters=model.num_parameters(), rows=card.facts, is_merged=source.facts.is_merged and is_merged,
         )  # fmt: skip
         config = (card.config or model.config).to_dict()
         text = render(facts, metadata, config, source, texts, trust_remote_code=card.config is not None)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import regex
 import torch
+from cards_mini import CARD, Facts, render
 from helpers.exports import bpe_tokenizer, learned_merges, random_model, write, write_adapter
 from modeling_mini.export import export
 from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
@@ -225,6 +226,8 @@ def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path
         base, tmp_path / "adapter", target_modules=targets, use_rslora=True, rank_pattern={"k_proj": 2},
         modules_to_save=["embed_tokens"], ensure_weight_tying=True,
     )  # fmt: skip
+    facts = Facts(kind="adapter", dataset="talks", base="m", is_chat=True, prompts=["Who?"])
+    (adapter / CARD).write_text(render(facts, {}, {}), encoding="utf-8")
     out = export("gguf", adapter, tmp_path / "out", types=["F32"], lora=True)
     assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter-base-F32.gguf", "adapter-lora.gguf"]
     reader = gguf.GGUFReader(out / "adapter-lora.gguf")
@@ -244,7 +247,8 @@ def test_the_matrices_of_an_adapter_are_in_a_file_beside_the_base(tmp_path: Path
         np.testing.assert_allclose(weight, merged[name], atol=2e-6, err_msg=name)
     assert not matrices
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "-m adapter-base-F32.gguf" in card
+    assert "-m adapter-base-F32.gguf --lora adapter-lora.gguf -cnv\n" in card
+    assert '"content": "Who?"' in card and "fine-tuned on `talks`.\n" in card
     assert "--lora adapter-lora.gguf" in card and "together with `embed_tokens`" in card and "rsLoRA, alpha 6" in card
 
 
