@@ -30,6 +30,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache
 
 from .decoding import PACKED_BYTES, Decoder
+from .integrations import features_of
 from .native_code import kept_library, load_library
 from .native_step import SOURCE
 from .quantized_decoding import QuantizedLinear, with_quantized
@@ -178,11 +179,7 @@ class NativeModel:
                 parts.append((each.weight, getattr(each, "scales", None), each.bias))
             else:
                 parts.append((each.dequantized(), None, each.bias))
-        # Shapes of the weights: peft exchanges in_features and out_features of a merged head that is the embedding too.
-        shapes = [
-            tuple(each.weight.shape) if isinstance(each, nn.Linear) else (each.out_features, each.in_features)
-            for each in projections
-        ]
+        shapes = [features_of(each) for each in projections]
         inputs = shapes[0][1]
         pack = self.pack and parts[0][0].dtype != torch.uint8  # INT4 is read in tiles of another order
         if pack:

@@ -243,6 +243,14 @@ def embedding_and_head(model: PreTrainedModel) -> list[torch.nn.Module]:
     return [getattr(module, "base_layer", getattr(module, "original_module", module)) for module in modules]
 
 
+def features_of(layer: torch.nn.Module) -> tuple[int, int]:
+    """
+    Outputs and inputs of a linear layer. Of a plain one by its weight: where an adapter that learned the embedding is
+    merged, peft makes a tied head anew, with `in_features` and `out_features` exchanged. Quantized weights are packed.
+    """
+    return tuple(layer.weight.shape) if type(layer) is torch.nn.Linear else (layer.out_features, layer.in_features)
+
+
 def tie_again(model: PreTrainedModel, before: list[torch.nn.Parameter]) -> None:
     """Uses the new weight for both, if embedding and head were one weight `before` and one of the two was replaced."""
     modules = embedding_and_head(model)

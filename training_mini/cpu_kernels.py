@@ -21,6 +21,7 @@ import psutil
 import torch
 from files_mini import cache_folder, read_json, write_text
 from installation_mini import processor_name
+from modeling_mini.integrations import features_of
 from torch import nn
 
 # A linear layer has three products: its output, and in the backward pass the gradients of its inputs and its weight.
@@ -246,8 +247,8 @@ def flops_of_step(model: nn.Module, tokens: int) -> int:
 
 
 def shape_of(layer: nn.Linear) -> str:
-    """A key of `Choice`. By the weight: peft leaves a head with its features exchanged, if it is also the embedding."""
-    outputs, inputs = layer.weight.shape
+    """A key of `Choice`."""
+    outputs, inputs = features_of(layer)
     return f"{outputs} x {inputs}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from modeling_mini.analysis.cost import ModelCost
-from modeling_mini.integrations import check_dora
+from modeling_mini.integrations import check_dora, features_of
 from modeling_mini.loading.adapters import with_adapter
 from modeling_mini.loading.checkpoints import load_checkpoint
 from shape_mini import nearest_name
@@ -114,9 +114,7 @@ def sizes_of(layer: nn.Module) -> tuple[int, int]:
         return layer.num_embeddings, layer.embedding_dim
     if isinstance(layer, Conv1D):
         return layer.nf, layer.nx
-    if type(layer) is nn.Linear:
-        return tuple(layer.weight.shape)  # peft leaves a head with its features exchanged, if it is also the embedding
-    return layer.out_features, layer.in_features  # of a quantized layer the weight has another shape
+    return features_of(layer)
 
 
 def tied_among(model: PreTrainedModel, targets: list[str]) -> str | None:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..integrations import check_dora, misfit_of_vocabulary, vocabulary_of_adapter
+from ..integrations import check_dora, features_of, misfit_of_vocabulary, vocabulary_of_adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -124,7 +124,10 @@ def with_adapter(
     with warnings.catch_warnings():
         if merge_quantized:
             warnings.simplefilter("ignore")  # about the rounding, which was asked for
-        return adapted.merge_and_unload().eval()
+        merged = adapted.merge_and_unload().eval()
+    if type(head := merged.get_output_embeddings()) is torch.nn.Linear:
+        head.out_features, head.in_features = features_of(head)  # for an adapter that comes on top
+    return merged
 
 
 def adapts_tied_embedding(model: PreTrainedModel) -> bool:

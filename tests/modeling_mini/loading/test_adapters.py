@@ -109,6 +109,8 @@ def test_every_way_to_load_an_adapter_gives_the_same(name: str, base: Path, adap
     assert torch.equal(write(plain, "loop"), tokens)
     merged, _ = load_model(str(folder))
     assert type(merged) is MiniForCausalLM
+    head = merged.lm_head
+    assert (head.out_features, head.in_features) == head.weight.shape, "another adapter may come on top"
     assert (logits(merged) - expected).abs().max() < 5e-5
     assert torch.equal(write(merged, "fast"), tokens)
     assert torch.equal(write(merged, "loop", fast_decoding=False), tokens)
