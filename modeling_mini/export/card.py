@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,6 +87,9 @@ def card_of_weights(checkpoint: str, model: "PreTrainedModel") -> Card:
 
 
 def name_for_files(name_or_path: str) -> str:
-    """A name for files: that of the run, of the checkpoint or adapter folder, or of the repository."""
+    """
+    A name for files: that of the run, of the checkpoint or adapter folder, or of the repository, without what a command
+    line or the Hub would not take in it.
+    """
     name = display_name(name_or_path).split("/")
-    return (name[0] if Path(name_or_path).is_dir() else name[-1]) or "mini"
+    return re.sub(r"[^\w.-]+", "-", name[0] if Path(name_or_path).is_dir() else name[-1]) or "mini"

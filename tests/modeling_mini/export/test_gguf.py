@@ -14,6 +14,7 @@ import torch
 from cards_mini import CARD, Facts, render
 from helpers.exports import bpe_tokenizer, learned_merges, random_model, write, write_adapter
 from modeling_mini.export import export
+from modeling_mini.export.card import name_for_files
 from modeling_mini.export.gguf_vocabulary import Vocabulary, without_generation_marks
 from tokenization import SPECIAL_TOKENS, ByteTokenizer, CharTokenizer
 from tokenizers import Tokenizer, models
@@ -282,6 +283,13 @@ def test_adapters_that_llama_cpp_cannot_have_are_refused(
     with pytest.raises(ValueError, match=rf"cannot have this adapter beside its base: it .*{sentence}.* --lora to"):
         export("gguf", adapter, tmp_path / "out", lora=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_have_names_that_a_command_line_and_the_hub_take(tmp_path: Path) -> None:
+    for name, expected in {"my run (2)": "my-run-2-", "größe_1.5": "größe_1.5"}.items():
+        (tmp_path / name / "best").mkdir(parents=True)
+        assert name_for_files(str(tmp_path / name / "best")) == expected
+    assert name_for_files("user/name") == "name"
 
 
 def test_an_untied_embedding_has_no_place_for_an_adapter(tmp_path: Path) -> None:
