@@ -27,6 +27,7 @@ from .inside import look_inside
 from .writing import Author, Event, follow
 
 MOST_TOKENS = 2000  # of one text, so that nobody keeps others waiting for long
+LARGEST_BODY = 1 << 22  # bytes of a request
 WRITER = Path(__file__).with_name("writer.js")
 # What the page sets, and the type of each.
 SETTINGS = {"max_new_tokens": int, "temperature": float, "top_k": int, "top_p": float, "seed": int}
@@ -83,9 +84,14 @@ async def lines_of(views: AsyncIterator[list[Event]]) -> AsyncIterator[str]:
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """The JSON object of a request; ValueError where there is none."""
+    """The JSON object of a request; ValueError where there is none, or the request is too large."""
+    content = bytearray()
+    async for piece in request.stream():
+        content += piece
+        if len(content) > LARGEST_BODY:
+            raise ValueError(f"A request must have {LARGEST_BODY:,} bytes at most.")
     try:
-        body = await request.json()  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        body = json.loads(content)  # JSONDecodeError and UnicodeDecodeError are ValueErrors
     except RecursionError:
         raise ValueError("The request is nested too deeply.") from None
     if not isinstance(body, dict):

@@ -180,6 +180,8 @@ def with_stop_strings(
     config.stop_strings = None
     if not stop:
         return {**inputs}, stop
+    if (config.num_beams or 1) > 1:
+        raise HTTPException(400, f"num_beams must be 1 with stop, got {config.num_beams}.")
     criterion = StopStrings([IncrementalDetokenizer(tokenizer, stop)], length_of(inputs))
     return {**inputs, "stopping_criteria": [criterion]}, stop
 

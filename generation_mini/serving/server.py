@@ -16,6 +16,8 @@ from .generating import InBatches, OneByOne, StreamError
 from .models import ServedModels, split_model_id
 from .transcriptions import Transcriptions
 
+# Bytes of a request. In OpenAI's protocol, the largest hold a recording of 25 MB, or pictures of 50 MB.
+LARGEST_BODY = 1 << 26
 stock_build_server = server.build_server
 
 
@@ -38,12 +40,6 @@ def build_server(*parts: Any, **settings: Any) -> FastAPI:
     app = stock_build_server(*parts, **settings)
     app.add_middleware(WithItsClient)
 
-    def refusal(status: int, message: str) -> JSONResponse:
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        message = message.encode(errors="replace").decode()  # what it repeats may be no text
-        content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
-        return JSONResponse(content, status_code=status)
-
     @app.exception_handler(AnyHTTPException)
     async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:
         message = error.detail
@@ -60,10 +56,18 @@ def build_server(*parts: Any, **settings: Any) -> FastAPI:
     return app
 
 
+def refusal(status: int, message: str) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    message = message.encode(errors="replace").decode()  # what it repeats may be no text
+    content = {"error": {"message": message, "type": kind, "param": None, "code": None}}
+    return JSONResponse(content, status_code=status)
+
+
 class WithItsClient:
     """
     Ends a request when its client goes before there is an answer; one that is answered by a stream ends by itself. The
-    handler gets a `CancelledError` where it waits.
+    handler gets a `CancelledError` where it waits. To see the client go, all that it sends is read at once; a request
+    that is larger than `LARGEST_BODY` is refused before it is read whole.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -74,6 +78,7 @@ class WithItsClient:
             return await self.app(scope, receive, send)
         messages: asyncio.Queue[Message] = asyncio.Queue()
         is_answered = has_gone = False
+        is_too_large = int(dict(scope["headers"]).get(b"content-length", 0)) > LARGEST_BODY
 
         async def next_message() -> Message:
             message = await messages.get()
@@ -87,10 +92,13 @@ class WithItsClient:
             await send(message)
 
         async def read_on() -> None:
-            nonlocal has_gone
-            while not has_gone:
+            nonlocal has_gone, is_too_large
+            size = 0
+            while not has_gone and not is_too_large:
                 messages.put_nowait(message := await receive())
                 has_gone = message["type"] == "http.disconnect"
+                size += len(message.get("body", b""))
+                is_too_large = size > LARGEST_BODY
             if not is_answered:
                 answering.cancel()
 
@@ -100,7 +108,10 @@ class WithItsClient:
             await answering
         except asyncio.CancelledError:
             answering.cancel()  # where the server itself is stopped
-            if not has_gone:
+            if is_too_large:
+                refused = refusal(413, f"A request must have {LARGEST_BODY:,} bytes at most.")
+                await refused(scope, receive, send)
+            elif not has_gone:
                 raise
         finally:
             reading.cancel()

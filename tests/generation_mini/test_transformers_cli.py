@@ -275,6 +275,10 @@ def test_a_text_ends_where_the_context_is_full(client: openai.OpenAI) -> None:
         ({"extra_body": {"generation_config": '{"num_beams": -1}'}}, "generation_config has settings that do not fit"),
         ({"extra_body": {"generation_config": '{"assistant_early_exit": 1}'}}, "assistant_early_exit does not work"),
         ({"extra_body": {"generation_config": '{"num_beams": 2}'}, "stream": True}, "num_beams must be 1 with stream"),
+        (
+            {"stop": "a", "extra_body": {"generation_config": '{"num_beams": 2}'}},
+            "num_beams must be 1 with stop",
+        ),
         ({"extra_body": {"stream": "false"}}, "stream must be true or false, got 'false'."),
         ({"echo": "yes"}, "echo must be true or false, got 'yes'."),
         ({"max_tokens": 0, "stream": True}, "max_tokens must be a whole number from 1"),
@@ -599,6 +603,37 @@ def test_a_request_ends_with_its_client(name: str) -> None:
     app = build_server(**handlers)
     asyncio.run(ask())
     assert not sent
+
+
+@pytest.mark.parametrize("is_announced", [True, False])
+def test_a_request_that_is_too_large_is_refused_before_it_is_read(
+    is_announced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from generation_mini.serving import server  # as above
+
+    monkeypatch.setattr(server, "LARGEST_BODY", 1000)
+    handlers = dict.fromkeys(inspect.signature(server.stock_build_server).parameters) | {"enable_cors": False}
+    pieces: list[bytes] = []
+    sent: list[dict] = []
+
+    async def receive() -> dict:
+        if len(pieces) == 9:
+            await asyncio.Event().wait()  # for a client that stays
+        pieces.append(bytes(400))
+        return {"type": "http.request", "body": pieces[-1], "more_body": len(pieces) < 9}
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), *[(b"content-length", b"1001")] * is_announced]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": headers}
+    asyncio.run(server.build_server(**handlers)(scope, receive, send))
+    assert sent[0]["status"] == 413 and len(pieces) == (0 if is_announced else 3)
+    error = json.loads(sent[1]["body"])["error"]
+    assert error == {
+        "message": "A request must have 1,000 bytes at most.", "type": "invalid_request_error", "param": None,
+        "code": None,
+    }  # fmt: skip
 
 
 @pytest.mark.slow

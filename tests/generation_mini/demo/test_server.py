@@ -14,7 +14,7 @@ from cards_mini import Facts, render
 from generation_mini import demo
 from generation_mini.demo import server
 from generation_mini.demo.arguments import DemoArguments
-from generation_mini.demo.server import MOST_TOKENS, make_app, public_link
+from generation_mini.demo.server import LARGEST_BODY, MOST_TOKENS, make_app, public_link
 from generation_mini.demo.writing import Author
 from modeling_mini import compiled_decoding
 from modeling_mini.native_code import compile_library
@@ -73,6 +73,7 @@ def test_a_conversation_is_read_in_turns_and_the_oldest_leave(author: Author) ->
         ("write", "nothing", "Expecting value"),
         ("write", "[]", "must be a JSON object"),
         ("write", "[" * 100_000, "nested too deeply"),
+        pytest.param("write", "a" * (LARGEST_BODY + 1), "A request must have 4,194,304 bytes at", id="too large"),
         ("write", "{}", "messages must be of the user and the assistant in turns"),
         ("write", '{"prompt": 1}', "The prompt must be text"),
         ("write", '{"prompt": "\\ud800"}', "not valid UTF-8 at character 0"),
