@@ -211,8 +211,9 @@ def written_by_mini(checkpoint: Path, prompt: str, tokens: int) -> str:
     return tokenizer.decode(output[0], skip_special_tokens=True)
 
 
-def snippet(folder: Path, language: str) -> str:
-    code = re.search(rf"```{language}\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+def snippet(folder: Path, language: str, card: str = "") -> str:
+    card = card or (folder / "README.md").read_text(encoding="utf-8")
+    code = re.search(rf"```{language}\n(.*?)```", card, re.DOTALL)[1]
     return code.replace('"PATH_OR_REPOSITORY"', json.dumps(str(folder)))
 
 
@@ -365,7 +366,7 @@ def in_node(node_modules: Path, code: str, *arguments: str) -> str:
 
 @pytest.mark.slow
 def test_in_node(node_modules: Path, checkpoint: Path, exported: Path, tmp_path: Path) -> None:
-    """transformers.js: the same ids, the same chat, the same text as Mini; a padded batch, and the card's snippet."""
+    """transformers.js: the same ids, the same chat, the same text as Mini; a padded batch, and the cards' snippets."""
     texts = ["", "héllo 日本\n 🎉\t x", "<|eos|> is text <|user|>", "\x00\x7f\u2028 é", "unknown: ß"]
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
     characters = CharTokenizer.from_text("".join(texts[:4]))
@@ -386,6 +387,11 @@ def test_in_node(node_modules: Path, checkpoint: Path, exported: Path, tmp_path:
     assert answer["written"]["fp32"] == [written_by_mini(checkpoint, prompt, 60) for prompt in PROMPTS]
     assert [text[:6] for text in answer["written"]["q8"]] == [text[:6] for text in answer["written"]["fp32"]]
     assert in_node(node_modules, snippet(exported, "js")) == written_by_mini(checkpoint, "The", 100) + "\n"
+    model, tokenizer = load_model(str(checkpoint))
+    ids, _ = encode_messages(tokenizer, messages[:1], add_generation_prompt=True)
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=100, do_sample=False)[0, len(ids) :]
+    of_a_chat = snippet(exported, "js", onnx.usage_of_chat().replace("QUESTION", '"hi"'))
+    assert in_node(node_modules, of_a_chat) == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
 
 
 @pytest.fixture(scope="module")
