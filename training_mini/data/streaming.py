@@ -223,7 +223,10 @@ class TokenStream:
         self._held_out = len(pieces)
         if not pieces:
             raise ValueError(f"{self.name!r} has no text to hold out: none of the records that were read has any.")
-        if not self._next_document():
+        left = 0
+        while not left and self._next_document():
+            left = len(self._ids)  # 0 for an item of an iterable that is empty
+        if not left:
             raise ValueError(
                 f"{self.name!r} has no more than the {tokens} tokens to hold out; use a smaller --max_eval_tokens."
             )

@@ -123,10 +123,11 @@ def test_epochs_of_an_iterable_begin_anew_and_an_iterator_ends() -> None:
         ([-1] * 9, "has the token id -1"),
         ([8], "has 1 token ids, too few"),
         (iter([[8, 9]]), "has no more than the 600 tokens to hold out"),
+        (map(list, [[8] * 700, [], []]), "has no more than the 600 tokens to hold out"),
     ],
     ids=[
         *("path", "splits", "encoding", "function", "records of text", "floats", "texts", "too large", "negative"),
-        *("too few", "too short"),
+        *("too few", "too short", "nothing left"),
     ],
 )
 def test_what_is_no_data_is_one_sentence(data: Any, sentence: str) -> None:
