@@ -78,7 +78,14 @@ def write_card(
 
 def card_of_weights(checkpoint: str, model: "PreTrainedModel") -> Card:
     """The card of a model, or of one that an adapter was merged into: its data and figures are those of the adapter."""
-    card = read_card(Path(checkpoint) / CARD)
+    from ..web import path_of_card  # loads torch
+
+    try:
+        card = read_card(path_of_card(checkpoint))
+    except ValueError:
+        if Path(checkpoint).is_dir():
+            raise
+        card = Card()  # on the Hub, nobody can set it right
     if card.facts.kind == "adapter":
         card.facts = dataclasses.replace(card.facts, kind="model", is_merged=True, parameters=model.num_parameters())
         card.metadata = {name: value for name, value in card.metadata.items() if name != "base_model"}

@@ -21,12 +21,18 @@ TEMPLATE = FOLDER / "index.html"
 PAGE_FILES = (FOLDER / "page.css", FOLDER / "page.js", FOLDER / "details.js")
 
 
-def card_of(name_or_path: str) -> Card:
-    """The card of a folder or of a model on the Hub; an empty one where there is none, or it cannot be read."""
+def path_of_card(name_or_path: str) -> Path:
+    """Where the card of a folder or of a model on the Hub lies on this machine, if there is one."""
     path = Path(name_or_path, CARD)
     if not Path(name_or_path).is_dir():
         found = cached_file(name_or_path, CARD, **WITHOUT_ERRORS)
         path = Path(found) if found is not None else path
+    return path
+
+
+def card_of(name_or_path: str) -> Card:
+    """The card of a folder or of a model on the Hub; an empty one where there is none, or it cannot be read."""
+    path = path_of_card(name_or_path)
     return parse_card(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else Card()
 
 

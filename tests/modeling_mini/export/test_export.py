@@ -17,6 +17,7 @@ from entry_points_mini import Settings, option
 from helpers.exports import random_model, same_parameters, write_adapter
 from huggingface_hub import ModelCard
 from modeling_mini.export import FORMATS, ExportCard, __main__, export, module_of, quantized
+from modeling_mini.export.card import card_of_weights
 from modeling_mini.export.formats import Format
 from modeling_mini.loading.checkpoints import load_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -130,6 +131,16 @@ def test_the_card_keeps_what_is_true_of_the_weights(checkpoint: Path, tmp_path: 
     assert "7 steps" not in card.text and "6 steps" not in card.text, "a fact is never read from Markdown"
     assert "trained on `books`" in card.text and "## Notes\n\nBaa." in card.text
     assert "checkpoint-F32.gguf" in card.text
+
+
+def test_the_card_of_a_model_on_the_hub_goes_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it can be read; nobody here can set it right."""
+    path = tmp_path / CARD
+    monkeypatch.setattr("modeling_mini.web.cached_file", lambda name, file, **_: path if file == CARD else None)
+    model = random_model()
+    for text, license in {"---\nlicense: mit\n---\n": "mit", "---\nmini: 5\n---\n": None}.items():
+        path.write_text(text)
+        assert card_of_weights("user/name", model).metadata.get("license") == license
 
 
 def test_words_of_a_person_go_along(checkpoint: Path, tmp_path: Path) -> None:
