@@ -9,15 +9,11 @@ import json
 import sys
 from typing import Any
 
-MINI = (
-    "configuration_mini",
-    "modeling_mini",
-    "generation_mini",
-    "shape_mini",
-    "sharing_mini",
-    "tokenization",
-    "training_mini",
-)
+
+def is_of_mini(module: str) -> bool:
+    """Whether a module is that of a Mini that is installed, and not the copy that came with the model."""
+    package = module.split(".")[0]
+    return package.endswith("_mini") or package == "tokenization"
 
 
 def load(request: dict[str, Any]) -> tuple[Any, Any]:
@@ -81,7 +77,7 @@ def main() -> None:
         "sample": tokenizer.decode(sample[length if request["is_chat"] else 0 :], skip_special_tokens=True),
         "class": type(model).__name__,
         "parameters": model.num_parameters(),
-        "loaded_of_mini": [name for name in sys.modules if name.split(".")[0] in MINI],
+        "loaded_of_mini": list(filter(is_of_mini, sys.modules)),
     }
     print(json.dumps(answer))
 

@@ -16,6 +16,7 @@ from helpers.modules import importable
 from helpers.programs import ROOT
 from modeling_mini.loading.checkpoints import load_model
 from safetensors.torch import load_file, save_file
+from sharing_mini.clean_process import is_of_mini
 from sharing_mini.staging import Staged, bytes_of, check_secrets, find_source, is_pickle, stage
 from sharing_mini.verification import prove
 from tokenization import ByteTokenizer
@@ -258,6 +259,12 @@ def test_chat_template_that_is_no_jinja(
     (model / name).write_text(content)
     sentence = refusal(model, tmp_path)
     assert f"{name}' holds a chat template that is no Jinja: " in sentence and words in sentence
+
+
+def test_a_process_that_found_another_mini_is_not_clean() -> None:
+    modules = {path.stem for path in [*ROOT.glob("*_mini"), *ROOT.glob("*_mini.py"), ROOT / "tokenization"]}
+    assert {"files_mini", "modeling_mini", "tokenization"} < modules and all(map(is_of_mini, modules))
+    assert is_of_mini("modeling_mini.loading") and not is_of_mini("transformers_modules.best.modeling_mini")
 
 
 @pytest.mark.slow
