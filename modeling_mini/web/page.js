@@ -193,6 +193,7 @@ async function submit() {
 
 // Goes on from a piece with another token in its place; what came after it goes.
 async function goOn(piece, other) {
+  if (!element("form").reportValidity()) return; // a setting is empty, or out of its range
   await stop();
   const { turn } = piece;
   for (const later of turns.splice(turns.indexOf(turn) + 1)) later.box.remove();

@@ -128,8 +128,14 @@ def check_other_character(page: Any, number: int) -> None:
     chosen = next(i for i, name in enumerate(names) if len(name.strip("“”")) == 1 or name in ("space", "bos", "eos"))
     name = names[chosen]
     assert others.nth(chosen).get_attribute("aria-label").startswith(f"Go on with {name}, ")
-    before = page.locator("#text .piece").all_text_contents()[:number]
+    written = page.locator("#text .piece").all_text_contents()
+    before = written[:number]
     page.evaluate("document.querySelector('#status').textContent = ''")
+    temperature = page.input_value("#temperature")
+    page.fill("#temperature", "")  # as with Write, the browser asks for a number
+    others.nth(chosen).click()
+    assert page.text_content("#status") == "" and page.locator("#text .piece").all_text_contents() == written
+    page.fill("#temperature", temperature)
     others.nth(chosen).click()
     page.wait_for_function("document.querySelector('#status').textContent.includes('per second')")
     after = page.locator("#text .piece").all_text_contents()
