@@ -120,7 +120,7 @@ class Trainer:
         if arguments.run.overwrite:
             try_first_step(run, self.forward_and_backward)
         self.schedulers = make_schedulers(run.optimizers, arguments.optimization, self.state.step)
-        before = run.run_folder.files()
+        before = run.run_folder.files() if self.accelerator.is_main_process else set()
         self.start_trackers(before)
         # 2. The folder is this run's from here on.
         if self.accelerator.is_main_process:
