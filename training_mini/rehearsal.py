@@ -122,15 +122,15 @@ def seconds_of_step(run: Run, forward_and_backward: Callable[[int], object], sec
     """The time of a step, from steps on the first batch for about so many seconds."""
     with without_learning(run.optimizers):
         for number in itertools.count(1 - UNTIMED_STEPS):
-            if number == 1:
-                began = time.monotonic()
             forward_and_backward(0)
             rehearse_step(run.optimizers)
-            # The main process decides when all stop, so that every process does the same number of steps.
-            if number >= 1:
-                if run.accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()  # the GPU may not have finished yet
+            if run.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()  # the GPU may not have finished yet
+            if number == 0:
+                began = time.monotonic()
+            elif number > 0:
                 passed = time.monotonic() - began
+                # The main process decides when all stop, so that every process does the same number of steps.
                 if run.parallel.from_main(passed >= seconds or number == MOST_STEPS):
                     return passed / number
 

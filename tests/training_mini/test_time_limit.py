@@ -37,6 +37,28 @@ def test_as_many_steps_as_fit(seconds: float) -> None:
     assert steps == 0 or COSTS.of(steps, arguments) <= seconds
 
 
+def test_the_clock_starts_when_a_gpu_has_finished_the_steps_that_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU on which the first steps take 100 seconds and the others one, while the calls return at once."""
+    clock, steps, queued = 0.0, itertools.count(), 0.0
+
+    def step(_: int) -> None:
+        nonlocal queued
+        queued += 100.0 if next(steps) < rehearsal.UNTIMED_STEPS else 1.0
+
+    def synchronize() -> None:
+        nonlocal clock, queued
+        clock, queued = clock + queued, 0.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(monotonic=lambda: clock))
+    run = SimpleNamespace(
+        optimizers=[],
+        accelerator=SimpleNamespace(device=torch.device("cuda")),
+        parallel=SimpleNamespace(from_main=lambda decision: decision),
+    )
+    assert rehearsal.seconds_of_step(run, step, seconds=3.0) == 1.0
+
+
 @pytest.mark.slow
 def test_rehearsing_leaves_the_weights_and_the_optimizers_as_they_are(tmp_path: Path) -> None:
     """Also where a gradient is not finite, whose step the trainer would skip."""
