@@ -251,7 +251,9 @@ def is_chat_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """Whether a model was taught to chat: it then ends its turns with <|end|>, as its generation settings say."""
     end_ids = model.generation_config.eos_token_id
     end_ids = end_ids if isinstance(end_ids, list) else [end_ids]
-    return tokenizer.chat_template is not None and tokenizer.convert_tokens_to_ids("<|end|>") in end_ids
+    # Not convert_tokens_to_ids, which gives <|endoftext|> for what a tokenizer such as GPT-2's does not have, or None.
+    end_id = tokenizer.get_vocab().get("<|end|>", -1)
+    return tokenizer.chat_template is not None and end_id in end_ids
 
 
 def load_assistant(

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import files_mini
 import pytest
@@ -11,13 +12,16 @@ from modeling_mini import MiniConfig, MiniForCausalLM
 from modeling_mini.loading.checkpoints import (
     existing_device,
     find_checkpoint,
+    is_chat_model,
     load_checkpoint,
     load_model,
     load_tokenizer,
 )
 from safetensors.torch import load_file, save_file
 from tokenization import ByteTokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration, TokenizersBackend
 
 
 def make(folder: str, name: str = "config.json", age: int = 0) -> None:
@@ -129,6 +133,17 @@ def test_the_adapter_that_comes_with_mini_is_found_by_its_name() -> None:
     model, _ = load_model("box", adapter="box-chat")
     again, _ = load_model("box-chat")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_a_model_without_the_mark_of_an_end_of_a_turn_is_none_that_chats() -> None:
+    for names in ({"unk_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, {}):
+        tokenizer = TokenizersBackend(tokenizer_object=Tokenizer(WordLevel({"<|endoftext|>": 0})), **names)
+        tokenizer.chat_template = "{{ messages[0].content }}"
+        settings = SimpleNamespace(eos_token_id=tokenizer.eos_token_id)
+        assert not is_chat_model(SimpleNamespace(generation_config=settings), tokenizer)
+        tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+        settings.eos_token_id = [0, 1]
+        assert is_chat_model(SimpleNamespace(generation_config=settings), tokenizer)
 
 
 def test_a_length_of_a_tokenizer_that_is_no_number(tmp_path: Path) -> None:
