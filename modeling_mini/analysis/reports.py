@@ -155,6 +155,8 @@ def show_activations(arguments: ActivationsArguments) -> None:
 
     model, tokenizer, name = find_model(arguments.model)
     windows = find_windows(arguments, model.config, tokenizer)
+    for parameter in model.parameters():  # peft freezes a model that it puts an adapter into, also where it merges it
+        parameter.requires_grad_(parameter.is_floating_point())  # not what is quantized
     with record_activations(model) as recorder:
         for window in windows:
             ids = window[None].to(model.device)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from configuration_mini import MiniConfig
 from modeling_mini.analysis import __main__ as program
-from modeling_mini.analysis import reports
+from modeling_mini.analysis import drawing, reports
 from modeling_mini.analysis.attention import AttentionSummary
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
@@ -175,6 +175,17 @@ def test_mistakes_end_in_one_sentence(
 def test_longest_prompt_fits(working_folder: Path) -> None:
     program.run(["attention", "--prompt", PROMPT_OF_64_TOKENS])
     assert Path("attention.png").is_file()
+
+
+def test_a_model_with_an_adapter_has_gradients(
+    working_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Also after it was merged: peft has frozen the weights."""
+    gradients: dict[str, float] = {}
+    monkeypatch.setattr(drawing, "draw_activations", lambda activations, norms, *about: gradients.update(norms))
+    program.run(["activations", "--model", "box-chat", "--prompt", "def area"])
+    assert {"embed_tokens", "layers.0.self_attn", "layers.0.mlp", "norms"} <= gradients.keys()
+    assert all(norm > 0 for norm in gradients.values())
 
 
 def test_figures_name_a_model_as_the_command_line_does(working_folder: Path) -> None:
