@@ -22,8 +22,10 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> PreTrainedTokenizerBase:
         return tokenizer
     for kind in (ByteTokenizer, CharTokenizer, BpeTokenizer):
         if kind.recognizes(tokenizer.backend_tokenizer):
-            begins_with_bos = tokenizer("").input_ids == [BOS_ID]
-            return kind.from_pretrained(name_or_path, add_bos_token=begins_with_bos)
+            around = tokenizer("").input_ids  # what stands before and after each text
+            has_bos = around[:1] == [tokenizer.bos_token_id]
+            has_eos = around[has_bos:] == [tokenizer.eos_token_id]
+            return kind.from_pretrained(name_or_path, add_bos_token=has_bos, add_eos_token=has_eos)
     return tokenizer
 
 

@@ -209,6 +209,7 @@ class MiniTokenizer(TokenizersBackend):
             "truncation_side": self.truncation_side,
             "chat_template": self.chat_template,
             "add_bos_token": self.add_bos_token,
+            "add_eos_token": self.add_eos_token,
         }
 
     def _save_pretrained(self, save_directory: str, file_names: tuple[str, ...], **kwargs: Any) -> tuple[str, ...]:

@@ -161,6 +161,19 @@ def test_a_tokenizer_without_bos_stays_without(tokenizer: MiniTokenizer, tmp_pat
     assert load_tokenizer(tmp_path)("the").input_ids == tokenizer("the").input_ids == ids_of(tokenizer, "the")
 
 
+@pytest.mark.parametrize("names", [{}, {"<|bos|>": "<s>", "<|eos|>": "</s>"}])
+def test_a_tokenizer_with_bos_and_eos_keeps_them(
+    tokenizer: MiniTokenizer, names: dict[str, str], tmp_path: Path
+) -> None:
+    tokenizer.add_eos_token = True
+    trained = tokenizer.train_new_from_iterator(["the fox the fox"], 270, special_tokens_map=names)
+    trained.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert type(loaded) is type(trained)
+    assert trained("the").input_ids == [trained.bos_token_id, *ids_of(trained, "the"), trained.eos_token_id]
+    assert loaded("the").input_ids == trained("the").input_ids
+
+
 @pytest.mark.parametrize("size", [100, 300])
 def test_training_on_another_corpus_gives_a_tokenizer_that_stays_the_same_when_saved(
     tokenizer: MiniTokenizer, size: int, tmp_path: Path
