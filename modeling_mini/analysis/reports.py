@@ -222,7 +222,7 @@ def find_windows(
         return prompt_ids(tokenizer, config, arguments.prompt)
     length = length_within(arguments.length, config)
     try:
-        text = Path(arguments.text_file).read_text(encoding="utf-8")
+        text = Path(arguments.text_file).read_bytes().decode("utf-8")  # keeps CRLF, as a corpus does
     except UnicodeDecodeError as error:
         raise ValueError(f"{arguments.text_file} is not valid UTF-8 ({error.reason}).") from None
     return text_windows(tokenizer, text, length, arguments.windows)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from configuration_mini import MiniConfig
 from modeling_mini.analysis import __main__ as program
 from modeling_mini.analysis import drawing, reports
 from modeling_mini.analysis.attention import AttentionSummary
+from tokenization import ByteTokenizer
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 ROOT = Path(__file__).parents[3]
@@ -186,6 +188,13 @@ def test_a_model_with_an_adapter_has_gradients(
     program.run(["activations", "--model", "box-chat", "--prompt", "def area"])
     assert {"embed_tokens", "layers.0.self_attn", "layers.0.mlp", "norms"} <= gradients.keys()
     assert all(norm > 0 for norm in gradients.values())
+
+
+def test_windows_of_a_text_keep_its_ends_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"a\r\nb\r")
+    arguments = SimpleNamespace(prompt=None, text_file=str(tmp_path / "text"), length=None, windows=1)
+    (window,) = reports.find_windows(arguments, SimpleNamespace(max_position_embeddings=6), ByteTokenizer())
+    assert window.tolist() == [1, *(byte + 8 for byte in b"a\r\nb\r")]
 
 
 def test_figures_name_a_model_as_the_command_line_does(working_folder: Path) -> None:
