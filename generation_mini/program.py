@@ -68,7 +68,7 @@ def write_once(
     """Continues one prompt on standard output."""
     prompt = arguments.prompt
     if prompt is None:
-        prompt = "" if sys.stdin.isatty() else read_standard_input()
+        prompt = "" if sys.stdin is None or sys.stdin.isatty() else read_standard_input()
     prompt_ids = encode_prompt(tokenizer, prompt)
     if unknown := unknown_characters(tokenizer, prompt, prompt_ids):
         print_notice(f"The model does not know {unknown}, and reads <|unk|> instead.")

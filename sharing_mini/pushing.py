@@ -202,7 +202,7 @@ def ask_for_license() -> str | None:
     Raises:
         ValueError: for an answer that cannot be the name of one.
     """
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
     return license_of(console.input("Licence of the model, such as apache-2.0, mit or cc-by-4.0 (empty: none yet): "))
 

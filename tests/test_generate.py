@@ -76,6 +76,9 @@ def test_standard_input_is_taken_byte_for_byte(
         with pytest.raises(SystemExit) as stopped:
             write(data, *prompt)
         assert (stopped.value.code, *capsys.readouterr()) == (2, "", message)
+    monkeypatch.setattr(sys, "stdin", None)  # as `generate.py <&-` leaves it
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--model", str(quick_run), "--max_tokens", "1"])
+    main()
 
 
 @pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["at the end", "stream"])

@@ -324,3 +324,6 @@ def test_license_is_asked_for_where_somebody_can_answer(model: Path, monkeypatch
         card_of(model)
     monkeypatch.setattr("sharing_mini.pushing.console.input", lambda question: "")
     assert ModelCard(card_of(model)).data.license is None
+    monkeypatch.setattr("sharing_mini.pushing.sys.stdin", None)  # closed
+    monkeypatch.setattr("sharing_mini.pushing.console.input", None)
+    assert ModelCard(card_of(model)).data.license is None
