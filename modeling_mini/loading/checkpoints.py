@@ -79,6 +79,8 @@ def load_model(
         own = load_tokenizer(adapter, loading.get("trust_remote_code", False))
         if len(own) > len(tokenizer):  # tokens were added before it was trained
             tokenizer, vocabulary = own, len(own)
+        elif own.chat_template is not None:  # that in which the adapter learned to answer
+            tokenizer.chat_template = own.chat_template
     return with_adapter(base, adapter, merge_quantized, vocabulary, merge, adapter_config), tokenizer
 
 

@@ -119,6 +119,15 @@ def test_every_way_to_load_an_adapter_gives_the_same(name: str, base: Path, adap
 
 
 @pytest.mark.slow
+def test_an_adapter_answers_in_its_own_chat_template(base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(adapters["lora"], tmp_path / "adapter")
+    tokenizer = ByteTokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}>{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    _, loaded = load_model(str(base), str(folder))
+    assert loaded.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a>"
+
+
 def test_the_configuration_of_an_adapter_is_read_once(base: Path, adapters: dict[str, Path]) -> None:
     """On the Hub, each time would be a request."""
     read = peft.PeftConfig.from_pretrained
