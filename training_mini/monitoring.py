@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from files_mini import append_text, json_lines, read_steps, reason_of, write_text
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
@@ -149,20 +149,6 @@ class Monitor:
             self._status = StatusLine(start_step, max_steps)
             self._live = LiveLine(self._status, console=self.console)
             self._live.start(refresh=True)
-
-    def start_trackers(self, names: list[str], run_name: str, run_id: str, settings: dict[str, Any]) -> None:
-        """Opens the trackers of the accelerator. A tracker that knows `run_id` continues that run."""
-        if not names or not self.enabled:
-            return
-        name = f"{run_name}-{run_id}"
-        arguments = {
-            "wandb": {"id": run_id, "name": name, "resume": "allow", "dir": str(self.folder)},
-            "trackio": {"name": name, "resume": "allow"},
-        }
-        flat = {
-            key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
-        }
-        self.accelerator.init_trackers("mini", flat, {key: arguments[key] for key in names if key in arguments})
 
     def finish_trackers(self) -> None:
         """Lets the trackers write what they still hold."""

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from .sampling import functions_of_run, samples_of_run
 from .saving import Saving
 from .signals import StopRequest
 from .time_limit import fix_max_steps
+from .trackers import start_trackers
 
 INNER_WINDOWS = 4  # held-out windows on which attention and activations are measured
 
@@ -120,8 +120,7 @@ class Trainer:
         if arguments.run.overwrite:
             try_first_step(run, self.forward_and_backward)
         self.schedulers = make_schedulers(run.optimizers, arguments.optimization, self.state.step)
-        before = run.run_folder.files() if self.accelerator.is_main_process else set()
-        self.start_trackers(before)
+        before = start_trackers(run)
         # 2. The folder is this run's from here on.
         if self.accelerator.is_main_process:
             if arguments.run.overwrite:
@@ -136,22 +135,6 @@ class Trainer:
         self.monitor.introduce([*description_of(run, self.micro_batches, self.window.peak_flops), *lines])
         self.callbacks.call("on_train_begin")
         self.window.restart()
-
-    def start_trackers(self, before: set[Path]) -> None:
-        """
-        Args:
-            before: the files in the run folder. What trackers write there besides stays only if all of them start.
-
-        Raises:
-            ValueError: if one does not, as without a login or a network.
-        """
-        run, names, error = self.run, self.arguments.monitoring.report_to, None
-        try:
-            self.monitor.start_trackers(names, run.folder.name, self.state.tracker_id, self.arguments.as_dict())
-        except Exception as caught:  # each tracker has errors of its own
-            error = ValueError(f"report_to {' '.join(names)} did not start: {caught}")
-            run.run_folder.remove(run.run_folder.files() - before)
-        run.parallel.raise_everywhere(error)
 
     def loop(self) -> Evaluation | None:
         """Trains until the run is done or asked to stop; gives the evaluation of the last step, if there was one."""

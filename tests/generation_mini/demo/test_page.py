@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -35,13 +36,14 @@ def served(author: Author) -> Iterator[str]:
 
 
 def slowly(lines_of: Callable[[Any], AsyncIterator[str]]) -> Callable[[Any], AsyncIterator[str]]:
-    """The lines of a server that writes 200 of them in a second at most, however many it has at a time."""
+    """The lines of a server that writes 200 pieces in a second at most, however many it has at a time."""
 
     async def slow_lines_of(views: Any) -> AsyncIterator[str]:
         async for lines in lines_of(views):
-            for line in lines.splitlines(keepends=True):
-                yield line
-                await asyncio.sleep(0.005)
+            for event in map(json.loads, lines.splitlines()):
+                for one in [{"pieces": [piece]} for piece in event.get("pieces", [])] or [event]:
+                    yield json.dumps(one) + "\n"
+                    await asyncio.sleep(0.005)
 
     return slow_lines_of
 
