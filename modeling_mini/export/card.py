@@ -99,4 +99,4 @@ def name_for_files(name_or_path: str) -> str:
     line or the Hub would not take in it.
     """
     name = display_name(name_or_path).split("/")
-    return re.sub(r"[^\w.-]+", "-", name[0] if Path(name_or_path).is_dir() else name[-1]) or "mini"
+    return re.sub(r"[^\w.-]+", "-", name[0] if Path(name_or_path).is_dir() else name[-1]).lstrip("-") or "mini"

@@ -286,7 +286,7 @@ def test_adapters_that_llama_cpp_cannot_have_are_refused(
 
 
 def test_files_have_names_that_a_command_line_and_the_hub_take(tmp_path: Path) -> None:
-    for name, expected in {"my run (2)": "my-run-2-", "größe_1.5": "größe_1.5"}.items():
+    for name, expected in {"my run (2)": "my-run-2-", "größe_1.5": "größe_1.5", "(2) run": "2-run"}.items():
         (tmp_path / name / "best").mkdir(parents=True)
         assert name_for_files(str(tmp_path / name / "best")) == expected
     assert name_for_files("user/name") == "name"
